@@ -1,0 +1,63 @@
+# Each target makes .venv and installs what it needs by itself; a second call starts at once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+SUITE ?= experiments/quickstart
+ARGS ?=
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+.PHONY: help setup reproduce test test-slow lint report clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv and install furina with its pinned requirements (PYTHON=… picks the interpreter)
+
+reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the table (ARGS=--full for all test questions)
+	@$(BIN)/furina assets
+	@$(BIN)/furina reproduce $(SUITE) $(ARGS)
+
+test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+test-slow: $(STAMP) ## Run the tests that need the fetched model or take minutes
+	@$(BIN)/furina assets
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP) ## Check style (ruff), types (mypy --strict) and layers (import-linter)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+report: $(STAMP) ## Regenerate every table and figure from results/ (ARGS=--check only compares)
+	@$(BIN)/furina report $(ARGS)
+
+clean: ## Remove .venv and caches; runs/ and results/ stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find furina tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A shim may be on the path and yet not run, so each candidate is tried; a broken .venv is remade.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c '$(WORKS)' 2>/dev/null; then \
+	  for python in $(CANDIDATES) none; do \
+	    if $$python -c '$(WORKS)' 2>/dev/null; then break; fi; \
+	  done; \
+	  if [ $$python = none ]; then \
+	    echo "error: furina needs Python 3.11, 3.12 or 3.13 with venv; none of these runs: $(CANDIDATES). Install one or say make setup PYTHON=/path/to/python." >&2; \
+	    exit 2; \
+	  fi; \
+	  rm -rf $(VENV); \
+	  $$python -m venv $(VENV); \
+	fi
+	@echo "Installing the pinned requirements into $(VENV) (a few minutes the first time)."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch setuptools
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

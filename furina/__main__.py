@@ -1,0 +1,7 @@
+"""`python -m furina` is `furina`."""
+
+import sys
+
+from furina.cli import main
+
+sys.exit(main())

@@ -1,0 +1,283 @@
+"""The contract of a fine-tuning method: a frozen config that builds one layer per linear.
+
+A method is one file with a config dataclass, decorated by `register`, and a layer. Everything else
+(injection, training, merging, files, exports, the command line, the contract tests) goes through
+what is defined here and knows no method by name.
+
+Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank of one expert.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import torch
+from torch import Tensor, nn
+
+from furina.context import ForwardTracker
+from furina.errors import ConfigurationError, nearest
+
+_REGISTRY: dict[str, type[AdapterConfig]] = {}
+
+
+class Mergeability(NamedTuple):
+    """Whether one fixed weight update reproduces the method exactly, and why (not)."""
+
+    ok: bool
+    reason: str
+
+
+class ParameterCount(NamedTuple):
+    """Trainable parameters of one adapted linear, and how many of them belong to a router."""
+
+    trainable: int
+    router: int
+
+
+@dataclass(frozen=True)
+class AdapterConfig(ABC):
+    """Options of a method; one field per option, validated when the config is made."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    parameter_formula: ClassVar[str]
+
+    dropout: float = 0.05
+    """Probability of dropping an element of the adapter's input; off in eval mode."""
+
+    def __post_init__(self) -> None:
+        """Check the options; raises ConfigurationError naming the field."""
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value, hint = getattr(self, option.name), hints[option.name]
+            if get_origin(hint) is Literal:
+                self.require(value in get_args(hint), option.name, f"one of {get_args(hint)}")
+            if isinstance(value, float):
+                self.require(math.isfinite(value), option.name, "finite")
+        self.require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
+
+    @abstractmethod
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
+        """Wrap `base`, the linear called `name` in the model."""
+
+    @abstractmethod
+    def mergeability(self) -> Mergeability:
+        """Say whether this configuration merges, with the reason."""
+
+    @abstractmethod
+    def count(self, in_features: int, out_features: int) -> ParameterCount:
+        """Return the trainable parameters of one (in, out) linear in closed form."""
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether training adds a loss of the method's own."""
+        return False
+
+    @property
+    def records_selection(self) -> bool:
+        """Whether its layers can tell which experts are active, for `furina.record_selection`."""
+        return False
+
+    def auxiliary_loss(self, statistics: Sequence[Tensor], tokens: Tensor) -> Tensor:
+        """Reduce every linear's sums over `tokens` real tokens to the weighted auxiliary loss."""
+        raise AssertionError(f"{self.name} has no auxiliary loss")
+
+    def learning_rate_multipliers(self) -> dict[str, float]:
+        """Return {parameter name within a layer: factor on the learning rate}, if not 1."""
+        return {}
+
+    def require(self, condition: bool, field: str, allowed: str) -> None:
+        """Raise ConfigurationError unless `condition` holds for `field`."""
+        if not condition:
+            value = getattr(self, field)
+            raise ConfigurationError(f"{self.name}: {field}={value!r} must be {allowed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain JSON values."""
+        return asdict(self)
+
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+class AdapterLinear(nn.Module, ABC):
+    """A frozen linear with a method's update beside it: y = W x + b + update(x)."""
+
+    def __init__(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> None:
+        """Keep `base` as it is; the method's parameters are at least fp32."""
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.tracker = tracker
+        self._pristine: Tensor | None = None
+        self._merged = False
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Float64 beside a float64 weight, fp32 beside every other: small updates must not round away."""
+        wide = self.base.weight.dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the adapted linear. Shape: (..., I) → (..., O)."""
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return float64 (B, A) with ΔW = B A, (O, R) and (R, I); None if ΔW is not low-rank.
+
+        Raises NotMergeableError where no fixed update exists.
+        """
+
+    def delta(self) -> Tensor:
+        """Return ΔW in float64. Shape: (O, I). Raises NotMergeableError where there is none."""
+        factors = self.factors()
+        assert factors is not None, f"{type(self).__name__} must override delta"
+        b, a = factors
+        return b @ a
+
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the auxiliary loss is meant to shape."""
+        return []
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the method's parameters and persistent buffers by name, without the base's."""
+        state = self.state_dict(keep_vars=True)
+        return {name: value for name, value in state.items() if not name.startswith("base.")}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
+        """Follow the model to a device or dtype, but keep the parameters at least fp32."""
+        before = {name: tensor.detach() for name, tensor in self.adapter_tensors().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self.adapter_tensors().items():
+            if tensor.dtype != self.parameter_dtype:
+                tensor.data = before[name].to(tensor.device, self.parameter_dtype)
+        return self
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update now."""
+        return self._merged
+
+    @property
+    def pristine_weight(self) -> Tensor:
+        """The backbone's own W, whether merged or not. Shape: (O, I)."""
+        if self._merged and self._pristine is None:
+            raise ConfigurationError(
+                f"{self.name} was merged with keep_base=False, so W is gone: load the backbone again."
+            )
+        return self.base.weight.detach() if self._pristine is None else self._pristine
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Return W + ΔW, summed in float64 and rounded once to the base's dtype. Shape: (O, I)."""
+        weight = self.pristine_weight.to(self.base.weight.device)
+        return (weight.to(torch.float64) + self.delta()).to(self.base.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool = True) -> None:
+        """Write the merged weight into the base; a copy of W on the CPU makes it undoable."""
+        if self._merged:
+            raise ConfigurationError(f"{self.name} is merged already.")
+        merged = self.merged_weight()
+        if keep_base:
+            self._pristine = self.base.weight.detach().to("cpu", copy=True)
+        self.base.weight.copy_(merged)
+        self._merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore W bit for bit; raises ConfigurationError if no copy was kept.
+
+        The layer takes over the mode and device that the model gave the base in the meantime.
+        """
+        if not self._merged:
+            raise ConfigurationError(f"{self.name} is not merged.")
+        self.base.weight.copy_(self.pristine_weight)
+        self._pristine = None
+        self._merged = False
+        self.train(self.base.training).to(self.base.weight.device)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which fp32 stays fp32: row norms must not follow autocast to bf16."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def kaiming_uniform(rows: int, columns: int, fan_in: int, like: AdapterLinear) -> nn.Parameter:
+    """Return a parameter drawn from U(−1/√fan_in, 1/√fan_in), nn.Linear's default (a = √5)."""
+    weight = torch.empty(rows, columns, dtype=like.parameter_dtype, device=like.base.weight.device)
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(weight.uniform_(-bound, bound))
+
+
+def zeros(*shape: int, like: AdapterLinear) -> nn.Parameter:
+    """Return a parameter of zeros beside `like`'s weight."""
+    base = like.base.weight
+    return nn.Parameter(torch.zeros(*shape, dtype=like.parameter_dtype, device=base.device))
+
+
+def register(name: str) -> Callable[[type[C]], type[C]]:
+    """Register a config class as method `name`; a second one of that name is an error."""
+
+    def add(config: type[C]) -> type[C]:
+        if name in _REGISTRY:
+            raise ConfigurationError(f"Method {name!r} is registered twice.")
+        config.name = name
+        _REGISTRY[name] = config
+        return config
+
+    return add
+
+
+def methods() -> dict[str, type[AdapterConfig]]:
+    """Return every registered method, by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
+    """Make `method`'s config from plain options, checking names, types and values.
+
+    Raises ConfigurationError for an unknown method or option (with the nearest right one) and for
+    a value of the wrong type.
+    """
+    if method not in _REGISTRY:
+        raise ConfigurationError(f"Unknown method {method!r}.{nearest(method, _REGISTRY)}")
+    config = _REGISTRY[method]
+    known = [field.name for field in fields(config)]
+    for option in options:
+        if option not in known:
+            raise ConfigurationError(
+                f"Method {method} has no option {option!r}.{nearest(option, known)}"
+            )
+    return _typed(config, options)
+
+
+def _typed(config: type[C], options: Mapping[str, Any]) -> C:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config, "options")
+    try:
+        parsed = parser.parse_object({"options": dict(options)})
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"Method {config.name}: {reason}") from error
+    return config(**parsed.options.as_dict())

@@ -1,0 +1,96 @@
+"""LoRA: y = W x + s·B A x (Hu et al. 2021, arXiv 2106.09685; methods.md section 1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from furina.adapters.base import (
+    AdapterConfig,
+    AdapterLinear,
+    Mergeability,
+    ParameterCount,
+    kaiming_uniform,
+    register,
+    zeros,
+)
+from furina.adapters.dropout import dropout
+from furina.context import ForwardTracker
+
+
+def lora_scale(rank: int, alpha: float | None, use_rslora: bool) -> float:
+    """Return s = α/r, or α/√r with rsLoRA; `alpha` defaults to 2r."""
+    alpha = 2 * rank if alpha is None else alpha
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRAConfig(AdapterConfig):
+    """Options of LoRA."""
+
+    summary: ClassVar[str] = "one low-rank update per linear"
+    source: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    parameter_formula: ClassVar[str] = "r(d+k)"
+
+    rank: int = 16
+    """Rank r of the update."""
+    alpha: float | None = None
+    """Numerator of the scale; 2r when not given."""
+    use_rslora: bool = False
+    """Scale by α/√r in place of α/r."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require(self.rank > 0, "rank", "at least 1")
+        self.require(self.alpha is None or self.alpha > 0, "alpha", "positive")
+
+    @property
+    def scale(self) -> float:
+        """The factor s on B A."""
+        return lora_scale(self.rank, self.alpha, self.use_rslora)
+
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> LoRALinear:
+        """Wrap one linear."""
+        return LoRALinear(base, name, tracker, self)
+
+    def mergeability(self) -> Mergeability:
+        """Say why LoRA merges."""
+        return Mergeability(True, "the update s·B A does not depend on the input")
+
+    def count(self, in_features: int, out_features: int) -> ParameterCount:
+        """Return r(d+k)."""
+        return ParameterCount(self.rank * (in_features + out_features), router=0)
+
+
+class LoRALinear(AdapterLinear):
+    """A linear with one low-rank update; starts at the base because B is zero."""
+
+    def __init__(
+        self, base: nn.Linear, name: str, tracker: ForwardTracker, config: LoRAConfig
+    ) -> None:
+        """Draw A (r, I) as nn.Linear does and set B (O, r) to zero."""
+        super().__init__(base, name, tracker)
+        self.dropout, self.scale = config.dropout, config.scale
+        self.lora_A = kaiming_uniform(config.rank, base.in_features, base.in_features, like=self)
+        self.lora_B = zeros(base.out_features, config.rank, like=self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply W x + b + s·B A dropout(x). Shape: (..., I) → (..., O)."""
+        y = self.base(x)
+        h = functional.linear(
+            dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)
+        )
+        return y + functional.linear(h * self.scale, self.lora_B.to(x.dtype)).to(y.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (s·B, A) in float64."""
+        return self.scale * self.lora_B.detach().to(torch.float64), self.lora_A.detach().to(
+            torch.float64
+        )

@@ -1,0 +1,130 @@
+"""The auxiliary loss of the last forward, and a look at expert selection outside training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from furina.context import Forward
+from furina.errors import ConfigurationError
+from furina.inject import state_of
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Return the method's weighted auxiliary loss of the last training forward, a scalar.
+
+    Its statistics are sums over the real tokens of that one micro-batch, over all ranks: the ranks
+    add theirs in one all-reduce, and the gradient carries the factor world_size, so that after
+    DDP's averaging two ranks equal one process with both batches. 0 for a method without such a
+    loss. Calling it again gives the same loss; recomputed layers do not count twice.
+
+    Raises ConfigurationError if the last forward was no training forward with gradients. Warns if
+    no attention mask was given, because padding then counts as real tokens.
+    """
+    state = state_of(model)
+    forward = _last_forward(model)
+    if not state.config.has_auxiliary_loss:
+        parameter = next(iter(state.layers.values())).base.weight
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if forward.mask is None:
+        warnings.warn(
+            "No attention mask was given, so the auxiliary loss counts padding as real tokens.",
+            stacklevel=2,
+        )
+    names = list(forward.records)
+    missing = [name for name in state.layers if name not in forward.records]
+    if missing:
+        raise ConfigurationError(
+            f"{len(missing)} adapted linears, such as {missing[0]}, took no part in the last "
+            "forward, so its auxiliary loss is incomplete: leave them out of the targets."
+        )
+    parts = [forward.records[name] for name in names]
+    tokens = forward.tokens().to(parts[0])
+    *parts, tokens = _sum_over_ranks([*parts, tokens.reshape(1)])
+    return state.config.auxiliary_loss(parts, tokens)
+
+
+def auxiliary_tokens(model: nn.Module) -> Tensor:
+    """Return this rank's number of real tokens in the last training forward, an integer scalar."""
+    return _last_forward(model).tokens()
+
+
+def _last_forward(model: nn.Module) -> Forward:
+    last = state_of(model).tracker.last
+    if last is None:
+        raise ConfigurationError(
+            "There is no auxiliary loss: the last forward was not in training mode with gradients "
+            "enabled, or there was none; call model.train() and run the model first."
+        )
+    return last
+
+
+def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
+    """Add every rank's tensors in one all-reduce whose backward is local, times world_size."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return parts
+    world = distributed.get_world_size()
+    if world == 1:
+        return parts
+    local = torch.cat(parts)
+    total = local.detach().clone()
+    distributed.all_reduce(total)
+    scaled = world * local
+    return list((scaled + (total - scaled.detach())).split([part.numel() for part in parts]))
+
+
+@dataclass
+class SelectionRecord:
+    """Sums of the selection statistics of each linear over the observed forwards."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def top_k_share(self) -> dict[str, float]:
+        """Return each linear's mean share of the K most active experts, in [K/R, 1]."""
+        return {name: (sums[0] / self.tokens).item() for name, sums in self.sums.items()}
+
+    def mean_top_k_share(self) -> float:
+        """Return the top-K share averaged over the linears."""
+        shares = self.top_k_share().values()
+        return sum(shares) / len(shares)
+
+    def activity_share(self) -> dict[str, Tensor]:
+        """Return each linear's P_i, the experts' mean shares of activity. Shape: (R,)."""
+        return {name: sums[1 : 1 + len(sums) // 2] / self.tokens for name, sums in self.sums.items()}
+
+
+@contextmanager
+def record_selection(model: nn.Module) -> Iterator[SelectionRecord]:
+    """Collect expert selection over the forwards run inside, in any mode, without gradients.
+
+    Raises ConfigurationError if the method has no experts to select from.
+    """
+    state = state_of(model)
+    if not state.config.records_selection:
+        raise ConfigurationError(
+            f"This {state.config.name} adapter has no experts to select from, so there is no "
+            "selection to record."
+        )
+    tracker, record = state.tracker, SelectionRecord()
+
+    def observe(layer: str, statistics: Tensor) -> None:
+        assert tracker.active is not None
+        if not record.sums or layer == next(iter(record.sums)):
+            tokens = tracker.active.tokens()
+            record.tokens += int(tokens)
+        wide = statistics.to(torch.float64)
+        record.sums[layer] = record.sums[layer] + wide if layer in record.sums else wide
+
+    tracker.observer = observe
+    try:
+        yield record
+    finally:
+        tracker.observer = None
+        tracker.active = tracker.last = None

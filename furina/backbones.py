@@ -1,0 +1,214 @@
+"""Pretrained models and tokenizers by name, and tiny random ones for trying things out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from furina.assets import ASSETS, is_offline, locate
+from furina.assets.convert import quiet_transformers
+from furina.errors import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+TINY = ("tiny-llama", "tiny-qwen2")
+
+_SPECIALS = ("<pad>", "<s>", "</s>")
+# A few merges, so that token borders matter: " the", " a", "in", "er", " Question", "Answer".
+_MERGES = [
+    *(("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "a"), ("i", "n"), ("e", "r"), ("o", "n")),
+    *(("Q", "u"), ("e", "s"), ("t", "i"), ("Qu", "es"), ("ti", "on"), ("Ques", "tion")),
+    *(("A", "n"), ("s", "w"), ("An", "sw"), ("Answ", "er"), ("Ġ", "Ġ"), ("a", "n")),
+]
+
+
+def load_backbone(
+    name: str,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    Args:
+        name: an asset of `furina assets`, "tiny-llama" or "tiny-qwen2" (random weights), a local
+            model folder, or a name on the Hugging Face hub.
+        dtype: "bfloat16", "float16", "float32" or "float64".
+        device: where to put it; None leaves it on the CPU for a trainer to move.
+        attention: transformers' `attn_implementation`; None for its default.
+
+    Raises:
+        ConfigurationError: the name leads to no model, or the dtype is unknown.
+        AssetError: the asset is not cached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"There is no dtype {dtype!r}.{nearest(dtype, DTYPES)}")
+    model: PreTrainedModel
+    if name in TINY:
+        model = _tiny_model(name, DTYPES[dtype], attention)
+    else:
+        source = _source(name)
+        try:
+            with quiet_transformers(errors_only=False):
+                model = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=DTYPES[dtype],
+                    attn_implementation=attention,
+                )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConfigurationError(_no_such(name, error)) from error
+    torch.nn.Module.to(model, device or "cpu")
+    torch.nn.Module.eval(model)
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to `load_backbone(name)`.
+
+    One without a pad token gets its end-of-text token for it; padding is always masked.
+
+    Raises:
+        ConfigurationError: the name leads to no tokenizer.
+        AssetError: the asset is not cached.
+    """
+    from transformers import AutoTokenizer
+
+    if name in TINY:
+        return tiny_tokenizer(has_bos=name == "tiny-llama")
+    source = _source(name)
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(_no_such(name, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def backbone_hash(model: PreTrainedModel) -> str:
+    """Return the sha256 over name, dtype, shape and bytes of every weight, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _source(name: str) -> str:
+    """Return the folder or hub name to load; a path that holds no model is refused here."""
+    if name in ASSETS and ASSETS[name].kind == "model":
+        return str(locate(name))
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError(
+            f"{name} is no model folder: a Hugging Face folder holds a config.json."
+        )
+    return _cached_snapshot(name) if is_offline() else name
+
+
+def _cached_snapshot(name: str) -> str:
+    # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        offline = FileNotFoundError("offline, and no such model is in the hub's cache")
+        raise ConfigurationError(_no_such(name, offline)) from error
+
+
+def _no_such(name: str, error: Exception) -> str:
+    models = [asset.name for asset in ASSETS.values() if asset.kind == "model"]
+    reason = str(error).strip().partition("\n")[0].rstrip(".:")
+    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, [*models, *TINY])}"
+
+
+def tiny_tokenizer(has_bos: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerBase:
+    """Build a byte-level tokenizer of a few hundred tokens: every text survives a round trip.
+
+    Args:
+        has_bos: whether a BOS token exists.
+        adds_bos: whether the tokenizer puts it before every text by itself.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*_SPECIALS, *letters, *("".join(pair) for pair in _MERGES)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+        )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token="<s>" if has_bos else None,
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=2048,
+    )
+
+
+def _tiny_config(name: str) -> PreTrainedConfig:
+    """Return a two-layer configuration with grouped queries and no two equal matrix sides."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    kind, tied = (LlamaConfig, True) if name == "tiny-llama" else (Qwen2Config, False)
+    config: PreTrainedConfig = kind(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.125,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1 if name == "tiny-llama" else None,
+        eos_token_id=2,
+    )
+    return config
+
+
+def _tiny_model(name: str, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """Return the same random weights for every dtype, rounded once."""
+    from transformers import AutoModelForCausalLM
+
+    def build(dtype: torch.dtype) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            _tiny_config(name), attn_implementation=attention, dtype=dtype
+        )
+        return model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        exact = build(torch.float32)
+        for parameter_name, parameter in exact.named_parameters():
+            if parameter_name.endswith("bias"):  # zero at first, and a zero bias tests nothing
+                torch.nn.init.normal_(parameter, std=0.1)
+        # Not exact.to(dtype): it would round the rotary frequencies too, as no loader does.
+        model = build(dtype)
+    model.load_state_dict(exact.state_dict())
+    return model

@@ -1,0 +1,75 @@
+"""The list of commands, in the order in which a newcomer needs them."""
+
+from __future__ import annotations
+
+from furina.cli import adapters, runs, scoring
+from furina.cli.parsing import Command
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "assets",
+            "Fetch the model and the data into a cache (resumable, verified)",
+            "furina assets --list",
+            adapters.assets_options,
+            adapters.assets,
+        ),
+        Command(
+            "methods",
+            "List the fine-tuning methods: mergeable or not and why, parameters, source",
+            "furina methods --json",
+            adapters.methods_options,
+            adapters.methods,
+        ),
+        Command(
+            "fit",
+            "Fine-tune a backbone on a task with a method; a killed run goes on where it was",
+            "furina fit --method furina --task arc_easy --steps 60 --adapter.rank 16",
+            runs.fit_options,
+            runs.fit,
+        ),
+        Command(
+            "evaluate",
+            "Score a backbone, alone or with an adapter (unmerged and merged), through lm-eval",
+            "furina evaluate --adapter-path runs/demo/adapter --task arc_easy",
+            scoring.evaluate_options,
+            scoring.evaluate,
+        ),
+        Command(
+            "merge",
+            "Merge an adapter into its backbone: a plain Hugging Face folder",
+            "furina merge runs/demo/adapter merged",
+            adapters.merge_options,
+            adapters.merge,
+        ),
+        Command(
+            "export",
+            "Write an adapter as one PEFT LoRA, or merged",
+            "furina export --format peft runs/demo/adapter lora",
+            adapters.export_options,
+            adapters.export,
+        ),
+        Command(
+            "latency",
+            "Time first token, each token and the total: base, unmerged and merged",
+            "furina latency --adapter-path runs/demo/adapter --rounds 10",
+            scoring.latency_options,
+            scoring.latency,
+        ),
+        Command(
+            "report",
+            "Make tables, figures and the README's block from the records in results/",
+            "furina report --check",
+            scoring.report_options,
+            scoring.report,
+        ),
+        Command(
+            "reproduce",
+            "Run every cell of a suite that has no record yet, then report",
+            "furina reproduce experiments/quickstart --methods furina lora",
+            runs.reproduce_options,
+            runs.reproduce,
+        ),
+    )
+}

@@ -1,0 +1,157 @@
+"""One parser a command: options from dataclass fields, YAML below what is typed, no typo passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from furina.cli.wording import HelpFormatter, metavar, sentence
+from furina.errors import ConfigurationError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what its help says, the options it takes, and the function that runs it."""
+
+    name: str
+    summary: str
+    example: str
+    options: Callable[[ArgumentParser, Sequence[str]], None]
+    run: Callable[[Namespace], None]
+
+    def parser(self, words: Sequence[str]) -> ArgumentParser:
+        """Build the parser; `words` may decide which options there are (`--method`)."""
+        parser = ArgumentParser(
+            prog=f"furina {self.name}",
+            description=f"{self.summary}\n\nexample:\n  {self.example}",
+            formatter_class=HelpFormatter,
+            exit_on_error=False,
+        )
+        self.options(parser, words)
+        places = [action.dest.upper() for action in parser._actions if not action.option_strings]
+        parser.usage = " ".join([parser.prog, "[options]", *places])
+        return parser
+
+    def call(self, words: Sequence[str]) -> None:
+        """Parse `words` and run; raises ConfigurationError for an unknown or mistyped option."""
+        self.run(parse(self.parser(words), words))
+
+
+def add_fields(
+    parser: ArgumentParser,
+    config: type,
+    prefix: str = "",
+    skip: Collection[str] = (),
+    title: str = "fields of a config file",
+) -> None:
+    """Add one option per field of the dataclass `config`, with its docstring and default."""
+    group = parser.add_argument_group(title)
+    hints, help_texts = get_type_hints(config), _field_docstrings(config)
+    for field in fields(config):
+        if field.name not in skip:
+            group.add_argument(
+                f"--{prefix}{field.name.replace('_', '-')}",
+                type=hints[field.name],
+                default=_default(field),
+                metavar=metavar(hints[field.name]),
+                help=help_texts[field.name],
+            )
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _field_docstrings(config: type) -> dict[str, str]:
+    from docstring_parser import parse_from_object
+
+    texts = {}
+    for ancestor in reversed(config.__mro__[:-1]):
+        for parameter in parse_from_object(ancestor).params:
+            texts[parameter.arg_name] = (parameter.description or "").replace("%", "%%")
+    return texts
+
+
+def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Parse `words`; a YAML file given by --config comes first, so that what is typed wins.
+
+    Raises ConfigurationError in one sentence, naming the nearest option where one is misspelt.
+    """
+    words = [_known_option(word, parser) for word in words]
+    for path in option_values(words, "config"):
+        _check_keys(path, parser)
+    try:
+        return parser.parse_args(_config_first(words))
+    except ArgumentError as error:
+        raise ConfigurationError(sentence(error, parser)) from error
+
+
+def _known_option(word: str, parser: ArgumentParser) -> str:
+    """Return `word` with its option spelt as the parser knows it (dashes and underscores alike)."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word.partition("=")
+    known = [option for option in parser._option_string_actions if option.startswith("--")]
+    bare = name.removeprefix("--")
+    for spelling in (bare, bare.replace("_", "-"), bare.replace("-", "_")):
+        if f"--{spelling}" in known:
+            return f"--{spelling}{equals}{value}"
+    raise ConfigurationError(f"{parser.prog} has no option {name}.{nearest(name, known)}")
+
+
+def option_values(words: Sequence[str], name: str) -> list[str]:
+    """Return the values that `words` gives to --name, in order."""
+    flag = f"--{name}"
+    pairs = zip_longest(words, words[1:], fillvalue="")
+    return [
+        word.removeprefix(f"{flag}=") if word != flag else following
+        for word, following in pairs
+        if word == flag or word.startswith(f"{flag}=")
+    ]
+
+
+def _config_first(words: Sequence[str]) -> list[str]:
+    files = option_values(words, "config")
+    rest, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == "--config":
+            skip = True
+        elif not word.startswith("--config="):
+            rest.append(word)
+    return [f"--config={file}" for file in files] + rest
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping; raises ConfigurationError where it is none."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{path} is not a YAML file: {reason}.") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold options, one 'name: value' a line.")
+    return content
+
+
+def _check_keys(path: str, parser: ArgumentParser) -> None:
+    known = {action.dest for action in parser._actions} - {"help", "config", "print_config"}
+    for key in _keys(read_yaml(path), known):
+        if key not in known:
+            raise ConfigurationError(f"{path} has an unknown key {key!r}.{nearest(key, known)}")
+
+
+def _keys(content: Mapping[Any, Any], known: Collection[str], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in known:
+            yield from _keys(value, known, f"{name}.")
+        else:
+            yield name

@@ -1,0 +1,109 @@
+"""Commands that train: fit, reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from furina.cli.parsing import add_fields, option_values, read_yaml
+from furina.cli.shared import MAIN_SUITE
+from furina.errors import ConfigurationError, nearest
+
+SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds"}
+"""Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
+
+
+def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the fields of RunConfig, and the options of the method that `words` choose."""
+    from furina.experiment.config import RunConfig
+
+    parser.add_argument("--config", action="config", help="YAML file of these options")
+    parser.add_argument(
+        "--run-dir",
+        type=Path | None,
+        default=None,
+        help="folder of the run, where it is also resumed; runs/METHOD--TASK--seedSEED if none",
+    )
+    add_fields(parser, RunConfig, skip={"adapter", *SCORING})
+    _add_method_options(parser, _method(words, RunConfig.method))
+
+
+def _method(words: Sequence[str], default: str) -> str:
+    """Return the method that the command line, else the YAML file, else `default` names."""
+    files = [read_yaml(path) for path in option_values(words, "config")]
+    named = [str(content["method"]) for content in files if "method" in content]
+    return [default, *named, *option_values(words, "method")][-1]
+
+
+def _add_method_options(parser: ArgumentParser, method: str) -> None:
+    from furina.adapters import methods
+
+    if method == "base":
+        return
+    if method not in methods():
+        known = nearest(method, [*methods(), "base"])
+        raise ConfigurationError(f"Unknown method {method!r}.{known}")
+    add_fields(parser, methods()[method], prefix="adapter.", title=f"options of method {method}")
+
+
+def fit(options: Namespace) -> None:
+    """Fine-tune, or go on where a killed run was, and say what came out."""
+    from furina.experiment.config import RunConfig
+    from furina.experiment.fit import fit as train
+
+    given = options.as_dict()
+    config = RunConfig(**{key: given[key] for key in given if key not in ("config", "run_dir")})
+    run_dir = options.run_dir or Path("runs") / config.name
+    training = train(config, run_dir).training
+    print(f"loss {training.final_loss:.4f} after {training.steps} steps, {training.seconds:.0f} s")
+    print(f"{training.trainable:,} of {training.total:,} parameters were trained")
+    print(f"{run_dir / 'adapter'}: the adapter; next: furina evaluate --adapter-path")
+
+
+def reproduce_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina reproduce`."""
+    parser.add_argument(
+        "suite",
+        nargs="?",
+        type=Path,
+        default=Path("experiments") / MAIN_SUITE,
+        help=f"folder of defaults.yaml and one file per method; experiments/{MAIN_SUITE} if none",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=str,
+        default=["all"],
+        help="only the runs of these methods",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="score all test questions, into a suite of their own"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder that takes the records"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs"
+    )
+
+
+def reproduce(options: Namespace) -> None:
+    """Run what is missing, then regenerate the report and print the suite's tables."""
+    from furina.reporting import print_tables, report
+    from furina.reproduce import reproduce as run_suite
+
+    run_suite(
+        options.suite,
+        methods=options.methods,
+        full=options.full,
+        results=options.results,
+        runs=options.runs,
+    )
+    name = options.suite.resolve().name + ("-full" if options.full else "")
+    readme = Path("README.md") if name == MAIN_SUITE and Path("README.md").exists() else None
+    made = report(options.results, suite=name if readme else None, readme=readme)
+    own = [table for table in made.tables if table.title.startswith(f"{name}: ")]
+    print_tables(own or made.tables, Console())

@@ -1,0 +1,223 @@
+"""Commands that score, time and tabulate: evaluate, latency, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from furina.cli.shared import MAIN_SUITE, add_backbone, add_data_source, require_new
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from furina.data.questions import Question
+    from furina.evaluation.harness import Evaluation
+    from furina.records import Spread, Variant
+
+
+def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina evaluate`."""
+    parser.add_argument("--task", nargs="+", type=str, required=True, help="one or more tasks")
+    parser.add_argument(
+        "--adapter-path",
+        type=Path | None,
+        default=None,
+        help="adapter folder, scored unmerged and, where its method merges, merged; "
+        "without it the plain backbone is scored",
+    )
+    add_backbone(parser)
+    parser.add_argument(
+        "--form",
+        type=Literal["text", "letter"],
+        default="text",
+        help="what the model answers with: the answer's text or its letter",
+    )
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "validation", "test"],
+        default="test",
+        help="which questions of the task",
+    )
+    parser.add_argument(
+        "--size",
+        type=PositiveInt | None,
+        default=None,
+        help="score a fixed random subset of this size",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which subset --size takes")
+    parser.add_argument("--batch-size", type=PositiveInt, default=16, help="choices scored at once")
+    add_data_source(parser)
+    parser.add_argument(
+        "--output",
+        type=Path | None,
+        default=None,
+        help="new folder for scores.json and the outputs of every question",
+    )
+
+
+def evaluate(options: Namespace) -> None:
+    """Score every task and variant, print the table, write the outputs if asked to."""
+    from furina.backbones import load_backbone, load_tokenizer
+    from furina.checkpoint import load
+    from furina.evaluation.harness import evaluate as score
+
+    require_new(options.output)
+    questions = {task: _questions(options, task) for task in dict.fromkeys(options.task)}
+    model = load_backbone(options.backbone, options.dtype)
+    if options.adapter_path is not None:
+        load(options.adapter_path, model)
+    tokenizer = load_tokenizer(options.backbone)
+    done = [
+        (variant, score(model, tokenizer, task, rows, options.form, batch_size=options.batch_size))
+        for variant in _variants(model)
+        for task, rows in questions.items()
+    ]
+    _print(done)
+    if options.output is not None:
+        _write(done, options.output)
+
+
+def _questions(options: Namespace, task: str) -> list[Question]:
+    from furina.data.sources import load_questions
+    from furina.data.splits import test_subset
+
+    rows = load_questions(task, options.split, options.source, options.data_dir)
+    return test_subset(rows, options.size, options.seed)[1]
+
+
+def _variants(model: PreTrainedModel) -> Iterator[Variant]:
+    """Yield the name of each variant while `model` is it."""
+    from furina.inject import is_adapted, state_of
+    from furina.merging import merge
+
+    if not is_adapted(model):
+        yield "base"
+        return
+    yield "unmerged"
+    if state_of(model).config.mergeability().ok:
+        merge(model, keep_base=False)
+        yield "merged"
+
+
+def _print(done: Sequence[tuple[Variant, Evaluation]]) -> None:
+    table = Table("task", "variant", "metric", "score", "questions", "chance")
+    for variant, evaluation in done:
+        for score in evaluation.scores.values():
+            value = f"{score.value:.3f} ± {score.stderr:.3f}"
+            chance = f"{score.chance:.3f}" + (" (not above it)" if score.suspect else "")
+            table.add_row(evaluation.task, variant, score.metric, value, str(score.n), chance)
+    Console().print(table)
+
+
+def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:
+    from furina.storage import atomic_directory, write_json
+
+    with atomic_directory(folder) as temporary:
+        rows = []
+        for variant, evaluation in done:
+            name = f"{evaluation.task}-{variant}.jsonl.gz"
+            evaluation.write_samples(temporary / name)
+            rows += [
+                {"task": evaluation.task, **asdict(record)}
+                for record in evaluation.to_records(variant, name)
+            ]
+        write_json(temporary / "scores.json", rows)
+    print(f"{folder}: scores.json and the outputs of every question")
+
+
+def latency_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina latency`."""
+    parser.add_argument(
+        "--adapter-path",
+        type=Path | None,
+        default=None,
+        help="adapter folder, timed beside the base: unmerged and, where its method merges, merged",
+    )
+    add_backbone(parser)
+    for name, default, text in (
+        ("--prompt-tokens", 100, "tokens of the prompt"),
+        ("--new-tokens", 100, "tokens to generate; generation never stops early"),
+        ("--rounds", 20, "rounds; each times every variant once, in random order"),
+        ("--warmup", 2, "untimed rounds before"),
+        ("--seed", 0, "decides the prompts and the order"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=text)
+
+
+def latency(options: Namespace) -> None:
+    """Time the variants side by side and print medians, quartiles and ratios to the base."""
+    from furina.backbones import load_backbone
+    from furina.checkpoint import load
+    from furina.latency import measure_latency
+
+    model = load_backbone(options.backbone, options.dtype)
+    if options.adapter_path is not None:
+        load(options.adapter_path, model)
+    results = measure_latency(
+        model,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        rounds=options.rounds,
+        warmup=options.warmup,
+        seed=options.seed,
+    )
+    table = Table("variant", "first token, ms", "each token, ms", "total, ms", "total / base")
+    for result in results:
+        spreads = (result.ttft_ms, result.per_token_ms, result.total_ms)
+        ratio = result.ratio_to_base["total_ms"]
+        table.add_row(result.variant, *map(_milliseconds, spreads), f"{ratio.median:.2f}")
+    Console().print(table)
+    print(f"Median (quartiles) of {options.rounds} rounds on {model.device}, batch 1.")
+
+
+def _milliseconds(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.q1:.2f} to {spread.q3:.2f})"
+
+
+def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina report`."""
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder of the records"
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        default=Path("README.md"),
+        help="file whose marked block takes the main table",
+    )
+    parser.add_argument(
+        "--suite", type=str, default=MAIN_SUITE, help="suite whose table that block takes"
+    )
+    parser.add_argument(
+        "--metric",
+        type=str | None,
+        default=None,
+        help="acc or acc_norm; what each record lists first",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a generated file differs"
+    )
+
+
+def report(options: Namespace) -> None:
+    """Print the tables and write (or check) every generated file."""
+    from furina.reporting import print_tables
+    from furina.reporting import report as make
+
+    made = make(
+        options.results,
+        suite=options.suite,
+        readme=options.readme,
+        metric=options.metric,
+        check=options.check,
+    )
+    print_tables(made.tables, Console())
+    state = "are what the records give" if options.check else "are up to date"
+    print(f"{len(made.files)} generated files {state}")

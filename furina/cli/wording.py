@@ -1,0 +1,91 @@
+"""How options are shown and how a wrong value is named: in words, without Python's types."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
+
+from furina.errors import nearest
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    PositiveInt: "a whole number of at least 1",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
+_METAVARS: dict[Any, str] = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}
+_WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":.*?(?:Got|Given) value: (?P<value>.*)$')
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The help text and the default of each option; examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").rstrip(".")
+        if not hasattr(action, "_typehint") or action.required or not action.option_strings:
+            return text
+        return f"{text} [{_shown(action.default).replace('%', '%%')}]"
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, (list, tuple)):
+        return ", ".join(map(str, default))
+    if default is None or isinstance(default, bool):
+        return str(default).lower()
+    return str(default)
+
+
+def metavar(hint: Any) -> str | None:
+    """Return what stands for a value of type `hint` in the help; None where the type is enough."""
+    kind = _without_none(hint)
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) in (list, tuple, Sequence):
+        return "'[A, B]'"
+    return _METAVARS.get(kind, "TEXT")
+
+
+def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
+    """Return the parser's complaint as one sentence: option, value and what is allowed."""
+    text = " ".join(str(error).split())
+    wrong = _WRONG_VALUE.match(text)
+    action = wrong and _action(parser, wrong["key"])
+    if not wrong or action is None:
+        return f"{parser.prog}: {text}" + ("" if text.endswith(".") else ".")
+    hint, value = getattr(action, "_typehint", str), wrong["value"]
+    option = action.option_strings[0] if action.option_strings else action.dest
+    kind = _without_none(hint)
+    if get_origin(kind) is Literal:
+        return f"{option} cannot be {value!r}.{nearest(value, map(str, get_args(kind)))}"
+    return f"{option} must be {_in_words(hint)}, not {value!r}."
+
+
+def _action(parser: ArgumentParser, key: str) -> argparse.Action | None:
+    return next((action for action in parser._actions if action.dest == key), None)
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _without_none(hint: Any) -> Any:
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else []
+    return kinds[0] if len(kinds) == 1 else hint
+
+
+def _in_words(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(map(_in_words, get_args(hint)))
+    if get_origin(hint) in (list, tuple, Sequence):
+        return "a list such as [a, b]"
+    return _WORDS.get(hint, str(hint))

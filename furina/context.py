@@ -1,0 +1,153 @@
+"""What the adapted layers know of the forward they take part in: the padding mask, and no more.
+
+The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record sums over
+real tokens into it. Gradient checkpointing runs layers again in the backward pass, so the
+checkpoint function is wrapped to reopen the `Forward` it was called in: the recomputation sees the
+same mask, however many forwards happened since, and a second record of a layer is ignored.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from furina.errors import ConfigurationError
+
+
+@dataclass
+class Forward:
+    """One forward of the wrapped model and the statistics its layers recorded."""
+
+    mask: Tensor | None
+    records: dict[str, Tensor] = field(default_factory=dict)
+    tokens_without_mask: int = 0
+
+    def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
+        """Return the boolean mask of real tokens as (T, 1), or None when none was given.
+
+        Shape: `inputs` is (..., d) with T vectors. Raises ConfigurationError if T is not the
+        number of positions in the mask.
+        """
+        tokens = inputs.shape[:-1].numel()
+        if self.mask is None:
+            self.tokens_without_mask = tokens
+            return None
+        if self.mask.dim() != 2:
+            raise ConfigurationError(
+                f"The attention mask has shape {tuple(self.mask.shape)}: pass the (batch, sequence) "
+                "padding mask, which says which tokens are real."
+            )
+        if self.mask.numel() != tokens:
+            raise ConfigurationError(
+                f"{layer} saw {tokens} token vectors but the attention mask has "
+                f"{self.mask.numel()} positions; pass a (batch, sequence) mask of the same tokens."
+            )
+        return self.mask.reshape(-1, 1)
+
+    def tokens(self) -> Tensor:
+        """Return the number of real tokens of this forward on this rank, as an integer scalar."""
+        if self.mask is not None:
+            return self.mask.sum()
+        return torch.tensor(self.tokens_without_mask)
+
+
+class ForwardTracker:
+    """Shared by all adapted layers of one model; opened and closed by the model's hooks."""
+
+    def __init__(self) -> None:
+        """Start with no forward seen."""
+        self.active: Forward | None = None
+        self.last: Forward | None = None
+        self.observer: Callable[[str, Tensor], None] | None = None
+        self._training_grad = False
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hook onto `model`'s forward; returns the handles that undo it."""
+        return [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._close, always_call=True),
+        ]
+
+    def recording(self) -> bool:
+        """Return whether layers should compute their statistics now."""
+        if self.active is None:
+            return False
+        if self._training_grad and not torch.is_grad_enabled():
+            raise ConfigurationError(
+                "Reentrant gradient checkpointing cannot carry the auxiliary loss: call "
+                "gradient_checkpointing_enable with use_reentrant=False."
+            )
+        return True
+
+    def record(self, layer: str, statistics: Tensor) -> None:
+        """Keep the first record of `layer`: a recomputation of the same forward counts once."""
+        assert self.active is not None
+        if self.observer is not None:
+            self.observer(layer, statistics.detach())
+        elif layer not in self.active.records:
+            self.active.records[layer] = statistics
+
+    def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.last = None
+        self._training_grad = model.training and torch.is_grad_enabled()
+        if self._training_grad or self.observer is not None:
+            self.active = self.last = Forward(_padding_mask(model, args, kwargs))
+        if self._training_grad:
+            self._follow_checkpointing(model)
+
+    def _close(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self.active = None
+
+    def _follow_checkpointing(self, model: nn.Module) -> None:
+        for module in model.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if checkpoint is not None and not isinstance(checkpoint, _ReopeningCheckpoint):
+                module._gradient_checkpointing_func = _ReopeningCheckpoint(checkpoint, self)  # type: ignore[assignment]
+
+    def detach(self, model: nn.Module) -> None:
+        """Give every module its own checkpoint function back."""
+        for module in model.modules():
+            checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(checkpoint, _ReopeningCheckpoint):
+                module._gradient_checkpointing_func = checkpoint.checkpoint  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last forward's graph out of copies and pickles."""
+        return {**self.__dict__, "active": None, "last": None}
+
+
+@dataclass
+class _ReopeningCheckpoint:
+    """A checkpoint function whose recomputation runs inside the forward that it belongs to."""
+
+    checkpoint: Callable[..., Any]
+    tracker: ForwardTracker
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        forward = self.tracker.active
+
+        def run(*inner: Any) -> Any:
+            outer, self.tracker.active = self.tracker.active, forward
+            try:
+                return function(*inner)
+            finally:
+                self.tracker.active = outer
+
+        return self.checkpoint(run, *args)
+
+
+def _padding_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Find the attention mask among the model's arguments, as booleans."""
+    mask = kwargs.get("attention_mask")
+    if mask is None and args:
+        names = list(inspect.signature(model.forward).parameters)
+        position = names.index("attention_mask") if "attention_mask" in names else len(args)
+        mask = args[position] if position < len(args) else None
+    return None if mask is None else mask != 0

@@ -1,0 +1,179 @@
+"""Batches as a pure function of seed and optimiser step, so a resumed run needs no iterator.
+
+One item is a *window*: the micro-batches of one optimiser step. A micro-batch is a dict of
+`input_ids`, `attention_mask` and `labels`, each (rows, tokens), right-padded. Labels are aligned
+with `input_ids` (the model shifts them) and -100 wherever no answer token stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from furina.data.prompts import Prompt, encode_pair
+from furina.data.questions import Question
+from furina.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, Tensor]
+
+IGNORED = -100
+PAD_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised question; the last `answer_length` of `input_ids` are the answer."""
+
+    input_ids: tuple[int, ...]
+    answer_length: int
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    prompt: Prompt,
+    max_length: int,
+) -> list[Example]:
+    """Tokenise each question with its right answer, once.
+
+    An example longer than `max_length` loses the start of its context, never the answer; how
+    many did is warned about.
+
+    Raises:
+        ConfigurationError: `max_length` leaves no room for the context of some answer.
+    """
+    examples, truncated = [], 0
+    for question in questions:
+        context, answer = encode_pair(tokenizer, prompt.context(question), prompt.target(question))
+        if len(answer) >= max_length:
+            raise ConfigurationError(
+                f"max_length={max_length} is too short: the answer of question {question.id!r} "
+                f"alone has {len(answer)} tokens; raise it."
+            )
+        truncated += len(context) + len(answer) > max_length
+        examples.append(Example(tuple((context + answer)[-max_length:]), len(answer)))
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(questions)} examples are longer than max_length={max_length} "
+            "tokens and lost the start of their context.",
+            stacklevel=2,
+        )
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad examples on the right, to the longest rounded up to a multiple of 8."""
+    longest = max(len(example.input_ids) for example in examples)
+    shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids)
+        attention_mask[row, :length] = 1
+        answer = slice(length - example.answer_length, length)
+        labels[row, answer] = input_ids[row, answer]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class StepBatches(IterableDataset[list[Batch]]):
+    """Iterate over the windows of the current epoch, from the current optimiser step on.
+
+    The rows of step s are entries of a permutation that is seeded by (seed, epoch), where
+    epoch, i = divmod(s, steps per epoch); the last `len(examples) % batch_size` rows of each
+    permutation are left out. A step's rows are sorted by length, dealt out to the ranks
+    (`rows[rank::world_size]`) and cut into micro-batches.
+
+    Nothing of the iteration has to be stored: give `start_step` a callable that tells the number
+    of optimiser steps done, and an iteration after a restart continues there. In a plain loop
+    use `window(step)`.
+
+    Args:
+        examples: the tokenised train questions.
+        batch_size: rows of one optimiser step over all ranks.
+        pad_id: token id of padding.
+        seed: seed of the permutations.
+        micro_batch_size: rows of one forward on one rank; None for all of the rank's rows.
+        start_step: asked for the number of optimiser steps done whenever an iteration begins.
+        rank: index of this process.
+        world_size: number of processes.
+
+    Raises:
+        ConfigurationError: a size is not positive, fewer examples than `batch_size`, or a
+            `batch_size` that the processes cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        micro_batch_size: int | None = None,
+        start_step: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Check the sizes; nothing is collated before it is asked for."""
+        if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1):
+            raise ConfigurationError("batch_size and micro_batch_size must be at least 1.")
+        if len(examples) < batch_size:
+            raise ConfigurationError(
+                f"batch_size={batch_size} is more than the {len(examples)} train questions."
+            )
+        if batch_size % world_size:
+            raise ConfigurationError(
+                f"batch_size={batch_size} cannot be shared evenly by {world_size} processes: "
+                "choose a multiple."
+            )
+        self.examples, self.batch_size, self.pad_id, self.seed = examples, batch_size, pad_id, seed
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.start_step, self.rank, self.world_size = start_step, rank, world_size
+        self._permutation: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Return the number of optimiser steps in an epoch."""
+        return len(self.examples) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Yield the windows from `start_step()` to the end of that step's epoch."""
+        start = self.start_step()
+        for step in range(start, (start // len(self) + 1) * len(self)):
+            yield self.window(step)
+
+    def window(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of optimiser step `step`, counted from 0."""
+        epoch, index = divmod(step, len(self))
+        order = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        # Longest first: a batch that does not fit into memory fails before the work is done.
+        rows = sorted((self.examples[row] for row in order), key=lambda row: -len(row.input_ids))
+        mine, size = rows[self.rank :: self.world_size], self.micro_batch_size
+        return [
+            collate(mine[first : first + size], self.pad_id) for first in range(0, len(mine), size)
+        ]
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._permutation[0] != epoch:
+            digest = hashlib.sha256(f"{self.seed}\n{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            self._permutation = (epoch, order)
+        return self._permutation[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return nothing: the position is the optimiser step, which the trainer keeps."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Accept the empty state; having both methods tells Lightning that resuming is exact."""

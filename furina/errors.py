@@ -1,0 +1,38 @@
+"""Errors a user can act on: each message is one sentence saying what, where and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FurinaError(Exception):
+    """Base of every error the command line prints as one sentence, without a traceback."""
+
+
+class ConfigurationError(FurinaError, ValueError):
+    """An option, target or call does not fit the model or the other options."""
+
+
+class AdapterFileError(FurinaError):
+    """An adapter folder is missing, damaged, foreign or made for another backbone."""
+
+
+class NotMergeableError(FurinaError):
+    """The method has no fixed weight update, so there is nothing exact to merge."""
+
+
+class DataError(FurinaError):
+    """A benchmark's rows are missing, empty or damaged."""
+
+
+class AssetError(FurinaError):
+    """A model or data package is not cached, or could not be fetched and verified."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return " Did you mean 'x'? Known: a, b." for an unknown `name`."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known) or '(none)'}."

@@ -1,0 +1,1 @@
+"""Scores of live models through lm-eval, with every question's outputs kept."""

@@ -1,0 +1,75 @@
+"""The way into lm-eval: a live model as its HFLM, quietly, and nothing of the caller's changed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from furina.errors import ConfigurationError
+from furina.mode import evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SOFTMAX_DTYPE = "float32"
+"""Log-probabilities of a bf16 model would otherwise be rounded to 8 bits and tie."""
+
+
+@contextmanager
+def live_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[Any]:
+    """Yield `model` as lm-eval's HFLM, in eval and inference mode; modes come back afterwards.
+
+    Raises ConfigurationError if the batch size is not a positive integer.
+    """
+    if batch_size < 1:
+        raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
+    with quiet(), evaluation_mode(model), torch.inference_mode():
+        from lm_eval.models.huggingface import HFLM
+
+        # A copy, because HFLM gives a tokenizer without padding token one.
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            backend="causal",
+            batch_size=batch_size,
+            softmax_dtype=SOFTMAX_DTYPE,
+        )
+        assert lm.batch_size == batch_size and not lm.model.training
+        yield lm
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave of lm-eval's talk its errors and one progress bar, and that on terminals only."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    chatty = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
+    bars = [module.tqdm for module in chatty]
+    logger.setLevel(logging.ERROR)
+    for module, bar in zip(chatty, bars, strict=True):
+        scoring = module is lm_eval.models.huggingface
+        module.tqdm = _bar(bar, disable=None if scoring else True)  # None: only on a terminal
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for module, bar in zip(chatty, bars, strict=True):
+            module.tqdm = bar
+
+
+def _bar(tqdm: Callable[..., Any], disable: bool | None) -> Callable[..., Any]:
+    def bar(*args: Any, **options: Any) -> Any:
+        return tqdm(*args, **{**options, "disable": disable})
+
+    return bar

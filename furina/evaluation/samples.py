@@ -1,0 +1,78 @@
+"""Per-question outputs: what a score was made of, kept so that it can be made again."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from furina.errors import ConfigurationError, DataError, nearest
+from furina.storage import write_bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question as scored: the log-likelihood of every choice, and what follows from them.
+
+    `loglikelihoods` are natural logarithms of P(choice | prompt); `lengths` the choices' characters
+    without the leading space, by which acc_norm divides; `answer` the index of the right choice.
+    `prediction` and `correct` are by metric. `prompt_sha256` hashes the text before the choice.
+    """
+
+    id: str
+    prompt_sha256: str
+    answer: int
+    loglikelihoods: tuple[float, ...]
+    lengths: tuple[int, ...]
+    prediction: dict[str, int]
+    correct: dict[str, bool]
+
+    def is_correct(self, metric: str) -> bool:
+        """Return whether the answer is right by `metric`; ConfigurationError if it has no such."""
+        if metric not in self.correct:
+            raise ConfigurationError(
+                f"Question {self.id} has no metric {metric!r}.{nearest(metric, self.correct)}"
+            )
+        return self.correct[metric]
+
+
+def predict(loglikelihoods: Sequence[float], lengths: Sequence[int], metric: str) -> int:
+    """Return the first best choice: by log-likelihood (acc) or per character (acc_norm)."""
+    if metric == "acc":
+        scores = list(loglikelihoods)
+    elif metric == "acc_norm":
+        scores = [value / length for value, length in zip(loglikelihoods, lengths, strict=True)]
+    else:
+        raise ConfigurationError(
+            f"Unknown metric {metric!r}.{nearest(metric, ['acc', 'acc_norm'])}"
+        )
+    return scores.index(max(scores))
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write gzipped JSON lines atomically; equal samples give equal bytes."""
+    lines = [json.dumps(asdict(sample), ensure_ascii=False, allow_nan=False) for sample in samples]
+    write_bytes(Path(path), gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read what `write_samples` wrote; raises DataError if it is missing or damaged."""
+    try:
+        text = gzip.decompress(Path(path).read_bytes()).decode()
+        return [_sample(json.loads(line)) for line in text.rstrip("\n").split("\n")]
+    except FileNotFoundError as error:
+        raise DataError(f"There are no per-question outputs at {path}: evaluate first.") from error
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error) as error:
+        raise DataError(
+            f"{path} is not a whole file of per-question outputs ({error}): evaluate again."
+        ) from error
+
+
+def _sample(row: dict[str, object]) -> Sample:
+    if unknown := row.keys() ^ {field.name for field in fields(Sample)}:
+        raise ValueError(f"missing or unknown keys {sorted(unknown)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Sample(**values)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""One experiment from its typed config: fine-tune, score, merge, time, record."""

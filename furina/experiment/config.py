@@ -1,0 +1,122 @@
+"""The typed description of one run; a YAML file under `experiments/` holds its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from furina.errors import ConfigurationError, nearest
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers; two equal configs give equal results.
+
+    Attributes:
+        suite: folder of the record under results/.
+        backbone: name of a fetched model, a local Hugging Face folder, or a hub id.
+        method: fine-tuning method, or base for the untouched backbone.
+        adapter: options of the method.
+        targets: linears to adapt: names, last parts of names, or globs; the method's seven if none.
+        task: benchmark that is trained and scored.
+        form: what the model answers with: the answer's text or its letter.
+        steps: optimiser steps.
+        batch_size: questions of one optimiser step.
+        micro_batch_size: questions of one forward; all of the step's if none.
+        learning_rate: peak learning rate.
+        weight_decay: AdamW's decay of the low-rank matrices.
+        warmup_steps: optimiser steps of linear warm-up.
+        schedule: course of the learning rate after the warm-up.
+        gradient_clip: largest global gradient norm; no clipping if none.
+        lora_plus_ratio: learning rate of B over that of A (LoRA+).
+        seed: decides the initial adapter, the order of the questions and the dropout.
+        dtype: number format of the backbone's weights.
+        attention: transformers' attention implementation; its own choice if none.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        max_length: longest example in tokens; a longer one loses the start of its context.
+        validation_size: train questions that are held out.
+        validation_interval: optimiser steps between validation losses; only at the end if none.
+        checkpoint_interval: optimiser steps between resumable checkpoints.
+        test_size: size of the fixed test subset; all questions if none.
+        test_seed: which subset that is.
+        source: where questions come from.
+        data_dir: local data folder.
+        eval_batch_size: choices scored at once.
+        latency_rounds: interleaved timing rounds; no timing if 0.
+    """
+
+    suite: str = "scratch"
+    backbone: str = "smollm2-135m-instruct"
+    method: str = "furina"
+    adapter: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] | None = None
+    task: str = "arc_easy"
+    form: Literal["text", "letter"] = "text"
+    steps: int = 60
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    gradient_clip: float | None = 1.0
+    lora_plus_ratio: float = 1.0
+    seed: int = 0
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    attention: str | None = None
+    gradient_checkpointing: bool = False
+    max_length: int = 512
+    validation_size: int = 250
+    validation_interval: int | None = None
+    checkpoint_interval: int = 20
+    test_size: int | None = 500
+    test_seed: int = 0
+    source: Literal["auto", "hub", "wheel", "folder"] = "auto"
+    data_dir: str | None = None
+    eval_batch_size: int = 16
+    latency_rounds: int = 5
+
+    def __post_init__(self) -> None:
+        """Check what no other part checks; raises ConfigurationError naming the field."""
+        for name in ("steps", "batch_size", "checkpoint_interval", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("validation_size", "latency_rounds", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
+        if self.is_base and (self.adapter or self.targets):
+            raise ConfigurationError(
+                "method base trains nothing: options of an adapter and targets would be ignored."
+            )
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the untouched backbone."""
+        return self.method == "base"
+
+    @property
+    def name(self) -> str:
+        """Return the run's name, which its files bear."""
+        return f"{self.method}--{self.task}--seed{self.seed}"
+
+    def updated(self, changes: Mapping[str, Any]) -> RunConfig:
+        """Return a copy with `changes`; options of the adapter are merged into it.
+
+        Raises ConfigurationError for an unknown field, with the nearest right one.
+        """
+        known = [item.name for item in fields(self)]
+        for key in changes:
+            if key not in known:
+                raise ConfigurationError(f"There is no run option {key!r}.{nearest(key, known)}")
+        adapter = {**self.adapter, **changes.get("adapter", {})}
+        if changes.get("method", self.method) != self.method:
+            adapter = dict(changes.get("adapter", {}))
+        targets = changes.get("targets", self.targets)
+        return replace(
+            self, **{**changes, "adapter": adapter, "targets": tuple(targets) if targets else None}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}

@@ -1,0 +1,193 @@
+"""Fine-tune as a config says; a killed run goes on where its last checkpoint stands."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from furina.auxiliary import record_selection
+from furina.backbones import load_backbone, load_tokenizer
+from furina.checkpoint import load, save
+from furina.data.module import ChoiceDataModule
+from furina.errors import ConfigurationError
+from furina.experiment.config import RunConfig
+from furina.inject import adapt, describe, state_of
+from furina.records import Training, codec, peak_memory_bytes
+from furina.storage import write_json
+from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint, gradient_ratio
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("furina")
+
+RATIO_WINDOWS = 3
+"""Optimiser steps after the last one on whose batches the gradient ratio is measured."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fine-tuned model, the questions it was trained and validated on, and what it cost."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: ChoiceDataModule
+    training: Training
+
+
+def fit(config: RunConfig, run_dir: Path) -> Fitted:
+    """Fine-tune into `run_dir`: `adapter/`, `training.json`, `config.json` and CSV logs.
+
+    A finished run is loaded, an interrupted one resumed bit for bit. Raises ConfigurationError if
+    `run_dir` belongs to another config.
+    """
+    if config.is_base:
+        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
+    claim(config, run_dir)
+    tokenizer = load_tokenizer(config.backbone)
+    model = load_backbone(config.backbone, config.dtype, attention=config.attention)
+    data = _data(config, tokenizer)
+    finished = run_dir / "training.json"
+    if finished.exists():
+        load(run_dir / "adapter", model)
+        data.setup("fit")
+        training: Training = codec.decode(
+            Training, json.loads(finished.read_text(encoding="utf-8")), str(finished)
+        )
+        return Fitted(model, tokenizer, data, training)
+    adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    history = _train(config, run_dir, model, data)
+    training = _summary(config, model, data, history)
+    save(model, run_dir / "adapter")
+    write_json(finished, asdict(training))
+    (run_dir / "last.ckpt").unlink(missing_ok=True)
+    return Fitted(model, tokenizer, data, training)
+
+
+def claim(config: RunConfig, run_dir: Path) -> None:
+    """Write the config into `run_dir`, or check that it is the one already there."""
+    file = run_dir / "config.json"
+    own = json.loads(json.dumps(config.to_dict()))
+    if not file.exists():
+        write_json(file, own)
+        return
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    different = sorted(key for key in {**saved, **own} if saved.get(key) != own.get(key))
+    if different:
+        raise ConfigurationError(
+            f"{run_dir} holds a run with other settings ({', '.join(different)}): choose another "
+            "--run-dir, or delete that folder."
+        )
+
+
+def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChoiceDataModule:
+    return ChoiceDataModule(
+        tokenizer,
+        config.task,
+        prompt_form=config.form,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        validation_size=config.validation_size,
+        seed=config.seed,
+        source=config.source,
+        data_dir=config.data_dir,
+        max_length=config.max_length,
+    )
+
+
+def _train(
+    config: RunConfig, run_dir: Path, model: PreTrainedModel, data: ChoiceDataModule
+) -> LossHistory:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+
+    module = FinetuneModule(
+        model,
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        schedule=config.schedule,
+        total_steps=config.steps,
+        gradient_clip=config.gradient_clip,
+        lora_plus_ratio=config.lora_plus_ratio,
+        seed=config.seed,
+    )
+    resume = ResumeCheckpoint(run_dir / "last.ckpt", config.checkpoint_interval)
+    history = LossHistory()
+    with warnings.catch_warnings():
+        # One process that tokenised everything beforehand has nothing for workers to do.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        trainer = Trainer(
+            max_steps=config.steps,
+            val_check_interval=config.validation_interval or config.steps,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=CSVLogger(run_dir, name="", version="logs"),
+            callbacks=[history, TQDMProgressBar(refresh_rate=5), resume],
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return history
+
+
+def _summary(
+    config: RunConfig, model: PreTrainedModel, data: ChoiceDataModule, history: LossHistory
+) -> Training:
+    counts = describe(model)
+    return Training(
+        steps=config.steps,
+        seconds=history.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        trainable=counts.trainable,
+        trainable_without_router=counts.trainable_without_router,
+        total=counts.total,
+        final_loss=history.training[-1][1],
+        loss_curve=tuple(history.training),
+        validation_curve=tuple(history.validation),
+        gradient_ratio=_gradient_ratio(config, model, data),
+        selection=_selection(model, data),
+    )
+
+
+def _gradient_ratio(
+    config: RunConfig, model: PreTrainedModel, data: ChoiceDataModule
+) -> float | None:
+    """Return the median ‖∇aux‖/‖∇task‖ over the batches that would have come next."""
+    if not state_of(model).config.has_auxiliary_loss:
+        return None
+    batches = data.train_dataloader()
+    ratios = [
+        gradient_ratio(model, batches.window(step))["ratio"]
+        for step in range(config.steps, config.steps + RATIO_WINDOWS)
+    ]
+    known = [ratio for ratio in ratios if ratio is not None]
+    return median(known) if known else None
+
+
+@torch.inference_mode()
+def _selection(model: PreTrainedModel, data: ChoiceDataModule) -> dict[str, float] | None:
+    """Return the held-out top-K share as a mean over the adapted linears."""
+    loaders: list[Any] = data.val_dataloader()
+    if not state_of(model).config.records_selection or not loaders:
+        return None
+    model.eval()
+    with record_selection(model) as record:
+        for batch in loaders[0]:
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            model(**inputs, use_cache=False, logits_to_keep=1)
+    return {"top_k_share": record.mean_top_k_share()}

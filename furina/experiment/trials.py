@@ -1,0 +1,79 @@
+"""Short runs that decide the defaults, scored on questions held out of train; test is not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from furina.backbones import load_backbone, load_tokenizer
+from furina.data.sources import load_questions
+from furina.data.splits import split_train
+from furina.evaluation.harness import evaluate
+from furina.experiment.config import RunConfig
+from furina.experiment.fit import Fitted, fit
+from furina.records import SearchRecord, SelectionRecord, provenance
+from furina.training import DivergedError
+
+
+def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord:
+    """Fine-tune and score on the held-out train questions; a diverged trial has no score."""
+    fitted, seconds = None, 0.0
+    try:
+        if not config.is_base:
+            fitted = fit(config, run_dir)
+            seconds = fitted.training.seconds
+        value, stderr = _held_out_score(config, fitted)
+    except DivergedError:
+        value, stderr = None, None
+    return SearchRecord(
+        method=config.method,
+        task=config.task,
+        form=config.form,
+        learning_rate=0.0 if config.is_base else config.learning_rate,
+        magnitude_multiplier=config.adapter.get("magnitude_lr_multiplier"),
+        steps=0 if config.is_base else config.steps,
+        seed=config.seed,
+        metric="acc",
+        value=value,
+        stderr=stderr,
+        n=config.validation_size,
+        seconds=seconds,
+        command=command,
+        provenance=provenance(),
+    )
+
+
+def selection_trial(config: RunConfig, run_dir: Path, command: str) -> SelectionRecord:
+    """Fine-tune and measure how concentrated expert selection is on held-out questions."""
+    training = fit(config, run_dir).training
+    assert training.selection is not None and training.final_loss is not None
+    return SelectionRecord(
+        method=config.method,
+        task=config.task,
+        seed=config.seed,
+        coefficient=config.adapter["selection_coefficient"],
+        reduction=config.adapter["selection_reduction"],
+        top_k=config.adapter["top_k"],
+        steps=config.steps,
+        top_k_share=training.selection["top_k_share"],
+        final_loss=training.final_loss,
+        gradient_ratio=training.gradient_ratio,
+        command=command,
+        provenance=provenance(),
+    )
+
+
+def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, float]:
+    if fitted is None:
+        model = load_backbone(config.backbone, config.dtype, attention=config.attention)
+        tokenizer = load_tokenizer(config.backbone)
+        rows = load_questions(config.task, "train", config.source, config.data_dir)
+        questions = split_train(rows, config.validation_size, config.seed)[1]
+    else:
+        model, tokenizer = fitted.model, fitted.tokenizer
+        questions = fitted.data.validation_questions
+    evaluation = evaluate(
+        *(model, tokenizer, config.task, questions, config.form),
+        batch_size=config.eval_batch_size,
+    )
+    score = evaluation.scores["acc"]
+    return score.value, score.stderr

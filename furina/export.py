@@ -1,0 +1,103 @@
+"""Plain formats out of an adapted model: a merged Hugging Face folder, and one PEFT LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from furina.errors import ConfigurationError, NotMergeableError
+from furina.inject import state_of
+from furina.merging import is_merged, merge, unmerge
+from furina.storage import atomic_directory, write_json
+
+
+class Saveable(Protocol):
+    """A tokenizer, as far as exporting needs it."""
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Write the files to a folder."""
+
+
+def export_merged(
+    model: PreTrainedModel, path: str | Path, tokenizer: Saveable | None = None
+) -> None:
+    """Write the merged model as a plain folder that `from_pretrained` loads without furina.
+
+    The model is left as it was, merged or not. Raises NotMergeableError or FurinaError.
+    """
+    was_merged = is_merged(model)
+    if not was_merged:
+        merge(model)
+    try:
+        with atomic_directory(Path(path)) as folder:
+            model.save_pretrained(str(folder))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+    finally:
+        if not was_merged:
+            unmerge(model)
+
+
+@torch.no_grad()
+def export_peft(model: nn.Module, path: str | Path) -> int:
+    """Write the adapter as one PEFT LoRA for `PeftModel.from_pretrained`; returns its rank.
+
+    The factors are in fp32 with scale 1: B̃ (k, R) and A (R, d), R = N·r for FURINA. Raises
+    NotMergeableError if the method has no fixed low-rank update.
+    """
+    state = state_of(model)
+    mergeable = state.config.mergeability()
+    if not mergeable.ok:
+        raise NotMergeableError(f"Method {state.config.name} is no LoRA: {mergeable.reason}.")
+    tensors, ranks = {}, set()
+    for name, layer in state.layers.items():
+        factors = layer.factors()
+        if factors is None:
+            raise NotMergeableError(
+                f"The update of {state.config.name} is not low-rank, so no LoRA equals it: "
+                "export the merged model."
+            )
+        b, a = (factor.to("cpu", torch.float32).contiguous() for factor in factors)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ConfigurationError(f"{name} has NaN or infinite entries: it was not exported.")
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        ranks.add(a.shape[0])
+    assert len(ranks) == 1, "all linears of a method have one rank"
+    rank = ranks.pop()
+    with atomic_directory(Path(path)) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", _peft_config(model, rank))
+    return rank
+
+
+def _peft_config(model: nn.Module, rank: int) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", ""),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": _peft_targets(model),
+    }
+
+
+def _peft_targets(model: nn.Module) -> list[str]:
+    """Return last name parts where they select just the adapted linears, else full names."""
+    adapted = set(state_of(model).layers)
+    suffixes = {name.rpartition(".")[2] for name in adapted}
+    selected = {
+        name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes
+    }
+    return sorted(suffixes if selected == adapted else adapted)

@@ -1,0 +1,238 @@
+"""Time greedy generation of a model's variants: fixed lengths, batch 1, interleaved and paired.
+
+Every round times each variant once, on the same prompt, in a new random order, so that a slow
+minute of the machine falls on all of them. Variants are ways of wiring one live model, entered
+and left around each measurement.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from furina.errors import ConfigurationError
+from furina.inject import is_adapted, state_of
+from furina.merging import is_merged
+from furina.mode import evaluation_mode
+from furina.records import Latency, Spread, Variant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Enter = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which the live model is the variant."""
+
+BASE = "base"
+
+
+class Timing(NamedTuple):
+    """One generation, in milliseconds: to the first token, per later token (median), in all."""
+
+    ttft_ms: float
+    per_token_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """One variant's timings, round by round, and how they compare with the base model's.
+
+    Spreads are in milliseconds; `ratio_to_base` holds the spread of each round's time over the
+    base's in that round, by the name of the time, and nothing if no base was timed.
+    """
+
+    variant: str
+    prompt_tokens: int
+    new_tokens: int
+    rounds: tuple[Timing, ...]
+    ttft_ms: Spread
+    per_token_ms: Spread
+    total_ms: Spread
+    ratio_to_base: dict[str, Spread]
+
+    def to_record(self, variant: Variant) -> Latency:
+        """Return what a run's record keeps."""
+        return Latency(
+            variant=variant,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            ttft_ms=self.ttft_ms,
+            per_token_ms=self.per_token_ms,
+            total_ms=self.total_ms,
+        )
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    variants: Mapping[str, Enter] | None = None,
+    *,
+    prompt_tokens: int = 100,
+    new_tokens: int = 100,
+    rounds: int = 20,
+    warmup: int = 2,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[LatencyResult]:
+    """Time `rounds` generations of each variant of `model` after `warmup` untimed ones.
+
+    Prompts are random tokens, new in each round and the same for all variants; exactly
+    `new_tokens` tokens are generated, whatever they are. `variants` defaults to
+    `adapter_variants(model)`. Seconds are taken from `clock`, after the device has finished. The
+    model is timed in eval mode; its modes and wiring come back, and the prompts' generator is its
+    own.
+
+    Raises ConfigurationError for fewer than one round, prompt token or two new tokens, and if the
+    tokens do not fit the model.
+    """
+    _check(model, prompt_tokens, new_tokens, rounds, warmup)
+    enters = adapter_variants(model) if variants is None else dict(variants)
+    order, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    timings: dict[str, list[Timing]] = {name: [] for name in enters}
+    with evaluation_mode(model), torch.inference_mode():
+        for number in range(warmup + rounds):
+            prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
+            for name in order.sample(list(enters), len(enters)):
+                with enters[name]():
+                    _, timing = generate(model, prompt.to(model.device), new_tokens, clock)
+                if number >= warmup:
+                    timings[name].append(timing)
+    base = timings.get(BASE)
+    return [_result(name, prompt_tokens, new_tokens, own, base) for name, own in timings.items()]
+
+
+def generate(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, clock: Callable[[], float]
+) -> tuple[Tensor, Timing]:
+    """Decode greedily with a key-value cache, without an early stop, and time every token.
+
+    Shape: `prompt` is (1, P); the tokens returned are (1, `new_tokens`).
+    """
+    from transformers import DynamicCache
+
+    cache, tokens, inputs = DynamicCache(config=model.config), [], prompt
+    _finish(model.device)
+    times = [clock()]
+    for _ in range(new_tokens):
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inputs = output.logits[:, -1:].argmax(dim=-1)
+        _finish(model.device)
+        times.append(clock())
+        tokens.append(inputs)
+    steps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
+    total = 1e3 * (times[-1] - times[0])
+    return torch.cat(tokens, dim=1), Timing(steps[0], statistics.median(steps[1:]), total)
+
+
+def adapter_variants(model: nn.Module) -> dict[str, Enter]:
+    """Return the wirings of an adapted model: base, unmerged, and merged if the method merges.
+
+    They share the live model's modules; only the merged weights are made, once, so memory holds
+    one copy of the adapted linears more. A model without an adapter has only its base.
+
+    Raises ConfigurationError if the adapter is merged now.
+    """
+    if not is_adapted(model):
+        return {BASE: nullcontext}
+    state = state_of(model)
+    if is_merged(model):
+        raise ConfigurationError("The adapter is merged: call furina.unmerge before timing.")
+    layers = state.layers
+    variants: dict[str, Mapping[str, nn.Module]] = {
+        BASE: {name: layer.base for name, layer in layers.items()},
+        "unmerged": dict(layers),
+    }
+    if state.config.mergeability().ok:
+        variants["merged"] = {
+            name: _linear(layer.merged_weight(), layer.base.bias) for name, layer in layers.items()
+        }
+    return {name: partial(_wired, model, modules) for name, modules in variants.items()}
+
+
+@contextmanager
+def _wired(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` in place of the model's own of those names for a while."""
+    own = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
+
+
+def _linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check(
+    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, rounds: int, warmup: int
+) -> None:
+    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1 or warmup < 0:
+        raise ConfigurationError(
+            "Latency needs at least 1 prompt token, 2 new tokens and 1 round, and no negative "
+            f"warm-up: got {prompt_tokens}, {new_tokens}, {rounds} and {warmup}."
+        )
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and prompt_tokens + new_tokens > room:
+        raise ConfigurationError(
+            f"{prompt_tokens} + {new_tokens} tokens do not fit the model's {room} positions: "
+            "time fewer."
+        )
+
+
+def _result(
+    name: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    own: Sequence[Timing],
+    base: Sequence[Timing] | None,
+) -> LatencyResult:
+    ttft, per_token, total = (_spread(column) for column in zip(*own, strict=True))
+    return LatencyResult(
+        variant=name,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=tuple(own),
+        ttft_ms=ttft,
+        per_token_ms=per_token,
+        total_ms=total,
+        ratio_to_base={} if base is None else _ratios(own, base),
+    )
+
+
+def _ratios(own: Sequence[Timing], base: Sequence[Timing]) -> dict[str, Spread]:
+    """Divide round by round: what slowed the machine down in a round cancels."""
+    pairs = list(zip(own, base, strict=True))
+    return {
+        name: _spread([getattr(mine, name) / getattr(theirs, name) for mine, theirs in pairs])
+        for name in Timing._fields
+    }
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    """Return the median and the quartiles, interpolated linearly."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, q1, q3, len(values))

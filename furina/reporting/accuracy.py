@@ -1,0 +1,124 @@
+"""Accuracy cells: scores over seeds, and the gain over the base model paired over questions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from furina.records import RecordError, Score
+from furina.reporting import differences
+from furina.reporting.cells import Cell, missing
+from furina.reporting.differences import Difference
+from furina.reporting.notes import NO_RECORD, NO_RESULT, ONE_MODEL
+from furina.reporting.suites import Run, Suite, read_correct
+
+NO_SCORE = "not scored in this variant"
+NO_BASE_SCORE = "the base model was not scored on this task"
+UNPAIRED = "unpaired: per-question outputs are missing, so the two standard errors are combined"
+
+
+def scores(suite: Suite, method: str, task: str, variant: str) -> list[tuple[Run, Score]]:
+    """Return the scores of a cell, one per seed; the base model's stand in for "unmerged"."""
+    wanted = "base" if method == "base" and variant == "unmerged" else variant
+    pairs = ((run, run.score(wanted, suite.metric)) for run in suite.select(method, task))
+    return [(run, score) for run, score in pairs if score]
+
+
+def absence(suite: Suite, method: str, task: str, otherwise: str) -> str:
+    """Return why a cell is empty: `otherwise` where its run succeeded."""
+    if method == "base":
+        return ONE_MODEL
+    if suite.select(method, task):
+        return otherwise
+    failed = any((f.record.method, f.record.task) == (method, task) for f in suite.failures)
+    return NO_RESULT if failed else NO_RECORD
+
+
+def accuracy(suite: Suite, method: str, task: str, variant: str) -> Cell:
+    """Return the accuracy in percent with its standard error, as a mean over seeds."""
+    found = [score for _, score in scores(suite, method, task, variant)]
+    if not found:
+        base_missing = method == "base" and variant == "unmerged"
+        reason = NO_RECORD if base_missing else absence(suite, method, task, NO_SCORE)
+        return missing(reason)
+    values = [100 * score.value for score in found]
+    stderr = 100 * statistics.fmean(score.stderr for score in found)
+    deviation = differences.stdev(values)
+    text = f"{statistics.fmean(values):.1f} ± {stderr:.1f}"
+    if deviation is not None:
+        text += f" (sd {deviation:.1f}, {len(found)} seeds)"
+    numbers = {
+        "": statistics.fmean(values),
+        "stderr": stderr,
+        "sd over seeds": deviation,
+        "seeds": len(found),
+        "n": found[0].n,
+    }
+    return Cell(text, numbers, _chance_notes(found))
+
+
+def _chance_notes(found: Sequence[Score]) -> tuple[str, ...]:
+    suspects = sum(score.suspect for score in found)
+    if not suspects:
+        return ()
+    which = "" if suspects == len(found) else f" in {suspects} of {len(found)} seeds"
+    return (
+        f"not more than two standard errors above chance ({100 * found[0].chance:.1f} %){which}",
+    )
+
+
+def gain(suite: Suite, method: str, task: str, variant: str = "unmerged") -> Difference | None:
+    """Return the gain over base as a fraction, paired over questions where outputs exist.
+
+    With several seeds a question counts by its mean over seeds. None without both scores.
+    """
+    treated = scores(suite, method, task, variant)
+    control = scores(suite, "base", task, "unmerged")
+    if not treated or not control:
+        return None
+    ours, theirs = _correct(treated), _correct(control)
+    if ours is None or theirs is None:
+        first, second = (_mean_score(pairs) for pairs in (treated, control))
+        return differences.of_scores(*first, *second)
+    if ours.keys() != theirs.keys():
+        raise RecordError(
+            f"The per-question outputs of {treated[0][0].path} and {control[0][0].path} are of "
+            "different questions, so they cannot be paired; run one of them again."
+        )
+    return differences.paired(ours, theirs)
+
+
+def _mean_score(pairs: Sequence[tuple[Run, Score]]) -> tuple[float, float]:
+    value = statistics.fmean(score.value for _, score in pairs)
+    return value, statistics.fmean(score.stderr for _, score in pairs)
+
+
+def _correct(pairs: Sequence[tuple[Run, Score]]) -> dict[str, float] | None:
+    """Return each question's mean correctness over the runs, None if one has no outputs."""
+    outputs = [read_correct(run, score) for run, score in pairs]
+    known = [output for output in outputs if output is not None]
+    if len(known) < len(outputs):
+        return None
+    for (run, _), output in zip(pairs, known, strict=True):
+        if output.keys() != known[0].keys():
+            raise RecordError(
+                f"The per-question outputs of {pairs[0][0].path} and {run.path} are of "
+                "different questions, so they cannot be averaged; run one of them again."
+            )
+    return {key: statistics.fmean(output[key] for output in known) for key in known[0]}
+
+
+def gain_cell(suite: Suite, method: str, task: str) -> Cell:
+    """Return the gain over base in points and in standard errors."""
+    if method == "base":
+        return missing(ONE_MODEL)
+    if not scores(suite, method, task, "unmerged"):
+        return missing(absence(suite, method, task, NO_SCORE))
+    difference = gain(suite, method, task)
+    if difference is None:
+        return missing(NO_BASE_SCORE)
+    points = f"{100 * difference.value:+.1f}"
+    text = points if difference.z is None else f"{points} ({difference.z:+.1f} s.e.)"
+    stderr = None if difference.stderr is None else 100 * difference.stderr
+    numbers = {"": 100 * difference.value, "stderr": stderr, "in stderr": difference.z}
+    return Cell(text, numbers, () if difference.paired else (UNPAIRED,))

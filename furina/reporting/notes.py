@@ -1,0 +1,10 @@
+"""The sentences of the footnotes that more than one table uses."""
+
+from __future__ import annotations
+
+ONE_MODEL = "the base model has no adapter: nothing is trained and there is one model to score"
+ONE_SEED = "one seed: the spread over seeds is unknown"
+NO_RECORD = "no record"
+NO_RESULT = "its run diverged or failed, see below"
+DIRTY = "from a working tree with uncommitted changes"
+NO_COMMIT = "from outside a git checkout: the commit is unknown"

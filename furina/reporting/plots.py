@@ -1,0 +1,208 @@
+"""Figures from records: colour-blind safe, and byte for byte the same from the same records."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from furina.records import Spread
+from furina.reporting.accuracy import scores
+from furina.reporting.suites import Suite
+
+# Okabe and Ito's colours, black kept for the base model.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "furina",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "figure.dpi": 100,
+    "savefig.dpi": 150,
+}
+WINDOW = 9
+COLUMNS = 3
+Point = tuple[Spread, float, float]
+Curve = Sequence[tuple[int, float]]
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        yield
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG without a date, so that equal figures are equal bytes."""
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as PNG, for looking at: its bytes depend on the machine's fonts."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _colours(suite: Suite) -> dict[str, tuple[str, str]]:
+    """Return each method's colour and marker."""
+    looks = {"base": ("black", "*")}
+    for i, method in enumerate(method for method in suite.methods if method != "base"):
+        turn, colour = divmod(i, len(COLOURS))
+        looks[method] = COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)]
+    return looks
+
+
+def _panels(suite: Suite, height: float) -> tuple[Figure, list[Axes]]:
+    count = len(suite.tasks)
+    columns, rows = min(count, COLUMNS), math.ceil(count / COLUMNS)
+    size = 3.6 * max(columns, 2) + 0.4, height * rows
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+
+
+def accuracy_latency(suite: Suite) -> Figure | None:
+    """Return accuracy against latency, a panel per task, None where nothing was timed.
+
+    Hollow markers are unmerged models, filled ones merged; an arrow joins the two of a method.
+    """
+    timed = [t for run in suite.runs if run.succeeded for t in run.record.latency]
+    if not timed:
+        return None
+    with _style():
+        figure, panels = _panels(suite, 3.3)
+        for task, axes in zip(suite.tasks, panels, strict=True):
+            axes.set_title(task, fontsize=10)
+            axes.set_xlabel(
+                f"time for {timed[0].prompt_tokens} tokens in, {timed[0].new_tokens} out, ms"
+            )
+            for method, look in _colours(suite).items():
+                _draw_method(axes, suite, method, task, look)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.margins(0.15)
+        panels[0].set_ylabel(f"accuracy ({suite.metric}), %")
+        _legend(figure, suite)
+    return figure
+
+
+def _draw_method(axes: Axes, suite: Suite, method: str, task: str, look: tuple[str, str]) -> None:
+    colour, marker = look
+    points = {variant: _point(suite, method, task, variant) for variant in ("unmerged", "merged")}
+    for variant, point in points.items():
+        if point is None:
+            continue
+        time, value, stderr = point
+        hollow = variant == "unmerged" and method != "base"
+        axes.errorbar(
+            time.median,
+            value,
+            xerr=[[time.median - time.q1], [time.q3 - time.median]],
+            yerr=stderr,
+            fmt=marker,
+            color=colour,
+            markerfacecolor="white" if hollow else colour,
+            markeredgecolor=colour if hollow else "white",
+            markersize=13 if method == "base" else 8,
+            elinewidth=0.8,
+            zorder=3,
+        )
+    unmerged, merged = points["unmerged"], points["merged"]
+    if method == "base" and unmerged:
+        axes.axhline(unmerged[1], color="black", linewidth=0.8, linestyle=":", zorder=1)
+        axes.axvline(unmerged[0].median, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    elif unmerged and merged:
+        arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7, "linewidth": 1}
+        ends = (merged[0].median, merged[1]), (unmerged[0].median, unmerged[1])
+        axes.annotate("", *ends, arrowprops=arrow)
+
+
+def _point(suite: Suite, method: str, task: str, variant: str) -> Point | None:
+    """Return (total time, accuracy in %, its standard error) of one model on one task."""
+    found = [score for _, score in scores(suite, method, task, variant)]
+    times = _times(suite, method, "base" if method == "base" else variant)
+    if not found or not times:
+        return None
+    middle = Spread(
+        statistics.median(t.median for t in times),
+        statistics.median(t.q1 for t in times),
+        statistics.median(t.q3 for t in times),
+        sum(t.n for t in times),
+    )
+    value = statistics.fmean(score.value for score in found)
+    return middle, 100 * value, 100 * statistics.fmean(score.stderr for score in found)
+
+
+def _times(suite: Suite, method: str, variant: str) -> list[Spread]:
+    methods = suite.methods if method == "base" else [method]
+    runs = [run for name in methods for run in suite.select(name)]
+    return [t.total_ms for run in runs for t in run.record.latency if t.variant == variant]
+
+
+def _legend(figure: Figure, suite: Suite) -> None:
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=method)
+        for method, (colour, marker) in _colours(suite).items()
+        if method in suite.methods
+    ]
+    for name, face in (("unmerged", "white"), ("merged", "#777777")):
+        handles.append(
+            Line2D([], [], linestyle="", marker="o", color="#777777", mfc=face, label=name)
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+def loss_curves(suite: Suite) -> Figure | None:
+    """Return the training loss by step, a panel per task, None where nothing was trained.
+
+    Thin lines are single steps, thick ones their running mean over WINDOW steps.
+    """
+    if not any(run.record.training for run in suite.runs):
+        return None
+    with _style():
+        figure, panels = _panels(suite, 3.0)
+        for task, axes in zip(suite.tasks, panels, strict=True):
+            axes.set_title(task, fontsize=10)
+            axes.set_xlabel("optimiser step")
+            for method, (colour, _) in _colours(suite).items():
+                for i, curve in enumerate(_curves(suite, method, task)):
+                    _draw_curve(axes, curve, colour, "_" if i else method)
+            if axes.lines:
+                axes.legend()
+        panels[0].set_ylabel("training loss, nats per answer token")
+    return figure
+
+
+def _curves(suite: Suite, method: str, task: str) -> list[Curve]:
+    records = [run.record for run in suite.runs]
+    trained = [r.training for r in records if (r.method, r.task) == (method, task) and r.training]
+    return [training.loss_curve for training in trained if training.loss_curve]
+
+
+def _draw_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
+    steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
+    half = WINDOW // 2
+    smooth = [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
+    axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.35)
+    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name)

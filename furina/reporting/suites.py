@@ -1,0 +1,160 @@
+"""Read a suite's records and refuse to tabulate what cannot be compared."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from furina.records import RecordError, RunRecord, Score
+
+# These may differ between the seeds of one row without changing what the row measures.
+FREE_KEYS = {"seed", "name", "checkpoint_interval", "validation_interval", "data_dir", "source"}
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record and the file it came from."""
+
+    path: Path
+    record: RunRecord
+
+    @property
+    def succeeded(self) -> bool:
+        """Tell whether its numbers may enter a table."""
+        return self.record.status == "success"
+
+    def score(self, variant: str, metric: str) -> Score | None:
+        """Return the score of one variant by one metric, None where it was not taken."""
+        scores = self.record.evaluations
+        return next((s for s in scores if (s.variant, s.metric) == (variant, metric)), None)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The comparable runs of one folder; `metric` is what its tables show."""
+
+    name: str
+    metric: str
+    runs: tuple[Run, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """Return the methods: base first, then by trainable parameters."""
+        return list(dict.fromkeys(r.record.method for r in sorted(self.runs, key=_method_order)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Return the tasks by name."""
+        return sorted({run.record.task for run in self.runs})
+
+    def select(self, method: str, task: str | None = None) -> list[Run]:
+        """Return the successful runs of one method, by task and seed."""
+        return [
+            run
+            for run in self.runs
+            if run.succeeded and run.record.method == method and task in (None, run.record.task)
+        ]
+
+    @property
+    def failures(self) -> list[Run]:
+        """Return the runs that diverged or failed."""
+        return [run for run in self.runs if not run.succeeded]
+
+
+def _method_order(run: Run) -> tuple[bool, float, str]:
+    training = run.record.training
+    size = training.trainable if training else float("inf")
+    return run.record.method != "base", size, run.record.method
+
+
+def read_folder(folder: Path, read: Callable[[Path], R]) -> dict[Path, R]:
+    """Return the records of a folder by file, in file-name order."""
+    return {path: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def load_suite(folder: Path, metric: str | None = None) -> Suite:
+    """Read the suite of `folder`; raises RecordError naming two files that cannot be compared.
+
+    The metric defaults to the one each record lists first.
+    """
+    runs = tuple(Run(path, r) for path, r in read_folder(folder, RunRecord.read).items())
+    if not runs:
+        raise RecordError(f"There are no run records in {folder}; run `furina reproduce` first.")
+    _check_unique(runs)
+    _check_comparable(runs, metric)
+    scored = [run.record.evaluations[0].metric for run in runs if run.record.evaluations]
+    return Suite(folder.name, metric or next(iter(scored), "acc"), runs)
+
+
+def _check_unique(runs: Iterable[Run]) -> None:
+    seen: dict[Hashable, Path] = {}
+    for run in runs:
+        key = (run.record.method, run.record.task, run.record.seed)
+        if key in seen:
+            raise RecordError(
+                f"{seen[key]} and {run.path} both hold {key[0]} on {key[1]}, seed {key[2]}; "
+                "keep one of them."
+            )
+        seen[key] = run.path
+
+
+def _check_comparable(runs: Iterable[Run], metric: str | None) -> None:
+    seen: dict[Hashable, tuple[Path, Hashable]] = {}
+    for run in runs:
+        for what, scope, value in _identity(run, metric):
+            path, other = seen.setdefault((what, scope), (run.path, value))
+            if value != other:
+                raise RecordError(
+                    f"{path} and {run.path} cannot share a table: {what} is {other!r} in the "
+                    f"first and {value!r} in the second; keep them in two suites or run one again."
+                )
+
+
+def _identity(run: Run, metric: str | None) -> Iterable[tuple[str, Hashable, Hashable]]:
+    """Yield (what, scope, value): within a scope, every run must have the same value."""
+    record = run.record
+    yield "the backbone's hash", "", record.backbone.sha256
+    yield "the test subset", record.task, record.data.test_subset
+    yield "the test rows' hash", record.task, record.data.test_sha256
+    if record.evaluations:
+        yield "the metric", "", metric or record.evaluations[0].metric
+    for score in record.evaluations:
+        yield "the prompt form", "", score.prompt_form
+        yield "the prompt version", "", score.prompt_version
+        yield "the lm-eval version", "", score.lm_eval
+        yield "the task version", record.task, score.task_version
+        yield "the number of questions", record.task, score.n
+    for latency in record.latency:
+        yield "the number of prompt tokens", "", latency.prompt_tokens
+        yield "the number of new tokens", "", latency.new_tokens
+    if run.succeeded:
+        cell = (record.method, record.task)
+        for key, setting in record.config.items():
+            if key not in FREE_KEYS:
+                yield f"the setting {key}", cell, json.dumps(setting, sort_keys=True)
+
+
+def read_correct(run: Run, score: Score) -> dict[str, float] | None:
+    """Return 1 or 0 per question id from a score's samples, None where there is no such file."""
+    path = run.path.parent / score.samples if score.samples else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        correct = {str(row["id"]): float(row["correct"][score.metric]) for row in rows}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise RecordError(
+            f"{path} is not a file of per-question outputs ({error!r}); run {run.path} again."
+        ) from error
+    if not math.isclose(sum(correct.values()), score.value * score.n) or len(correct) != score.n:
+        raise RecordError(f"{path} does not give the score in {run.path}; run its cell again.")
+    return correct

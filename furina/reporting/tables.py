@@ -1,0 +1,114 @@
+"""The main table: one row per method, accuracy and cost, unmerged and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from furina.reporting import costs
+from furina.reporting.accuracy import accuracy, gain_cell
+from furina.reporting.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.notes import DIRTY, NO_COMMIT, NO_RESULT, ONE_MODEL, ONE_SEED
+from furina.reporting.suites import Run, Suite
+
+VARIANTS = ("unmerged", "merged")
+
+
+def main_table(suite: Suite) -> Table:
+    """Return the suite's main table: a row per method, a group of columns per task and cost."""
+    rows = [_row(suite, method) for method in suite.methods]
+    return build("main", f"{suite.name}: accuracy and cost", rows, _remarks(suite))
+
+
+def _row(suite: Suite, method: str) -> Row:
+    runs = suite.select(method)
+    row: Row = {("", "method"): label(method, *_tree_notes(runs))}
+    row["", "seeds"] = _seeds(method, runs)
+    row["", "trainable"] = costs.trainable(method, runs)
+    for task in suite.tasks:
+        group = f"{task} {suite.metric}, %"
+        for variant in VARIANTS:
+            row[group, variant] = accuracy(suite, method, task, variant)
+        row[group, "gain"] = gain_cell(suite, method, task)
+    for group, spread in costs.TIMES.items():
+        for variant in VARIANTS:
+            row[group, variant] = costs.time(suite, method, variant, spread)
+    row.update(costs.training(method, runs))
+    return row
+
+
+def _tree_notes(runs: Iterable[Run]) -> list[str]:
+    states = {run.record.provenance.dirty for run in runs}
+    return [note for state, note in ((True, DIRTY), (None, NO_COMMIT)) if state in states]
+
+
+def _seeds(method: str, runs: Sequence[Run]) -> Cell:
+    if method == "base":
+        return missing(ONE_MODEL)
+    counts = {task: 0 for task in sorted(run.record.task for run in runs)}
+    for run in runs:
+        counts[run.record.task] += 1
+    if not counts:
+        return missing(NO_RESULT)
+    fewest, most = min(counts.values()), max(counts.values())
+    text = str(most) if fewest == most else f"{fewest} to {most}"
+    return Cell(text, {"": fewest}, (ONE_SEED,) if fewest == 1 else ())
+
+
+def _remarks(suite: Suite) -> tuple[str, ...]:
+    remarks = [
+        "Accuracy: ± one standard error over the questions; unmerged and merged are two "
+        "separate scorings of two models. Gain: unmerged minus base in points, paired over "
+        "questions, and in standard errors of that difference."
+    ]
+    remarks += [_task_remark(suite, task) for task in suite.tasks]
+    remarks += [*_latency_remark(suite), _conditions(suite)]
+    remarks.append(
+        "Training: minutes are the mean of a run without evaluation, memory is the highest peak."
+    )
+    return tuple(remark for remark in remarks if remark) + _failure_remarks(suite)
+
+
+def _task_remark(suite: Suite, task: str) -> str:
+    runs = [run for run in suite.runs if run.record.task == task and run.record.evaluations]
+    if not runs:
+        return ""
+    score, data = runs[0].record.evaluations[0], runs[0].record.data
+    return f"{task}: {score.n} questions ({data.test_subset}), chance {100 * score.chance:.1f} %."
+
+
+def _latency_remark(suite: Suite) -> list[str]:
+    timed = [latency for run in suite.runs for latency in run.record.latency]
+    if not timed:
+        return []
+    return [
+        f"Latency: median, batch 1, {timed[0].prompt_tokens} tokens in and "
+        f"{timed[0].new_tokens} out; × is the ratio to the base model timed in the same run."
+    ]
+
+
+def _conditions(suite: Suite) -> str:
+    records = [run.record for run in suite.runs]
+    machines = dict.fromkeys(
+        f"{h.accelerator or h.cpu}, {h.cores} cores, {h.threads} threads"
+        for h in (record.provenance.hardware for record in records)
+    )
+    commits = dict.fromkeys((record.provenance.commit or "unknown")[:10] for record in records)
+    scored = [score for record in records for score in record.evaluations]
+    prompt = (
+        f", prompt form {scored[0].prompt_form} version {scored[0].prompt_version}, "
+        f"lm-eval {scored[0].lm_eval}"
+        if scored
+        else ""
+    )
+    return (
+        f"Backbone {records[0].backbone.name} (sha256 {records[0].backbone.sha256[:12]}){prompt}; "
+        f"commit {', '.join(commits)}; on {'; '.join(machines)}."
+    )
+
+
+def _failure_remarks(suite: Suite) -> tuple[str, ...]:
+    return tuple(
+        f"No result: {run.record.method} on {run.record.task}, seed {run.record.seed} "
+        f"{run.record.status}{f': {run.record.error}' if run.record.error else ''}."
+        for run in suite.failures
+    )

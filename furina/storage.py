@@ -1,0 +1,130 @@
+"""Files appear whole or not at all: write beside the target, flush to disk, rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from furina.errors import FurinaError
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a missing folder or a forbidden path into one sentence about `path`."""
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the command again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
+        errno.EACCES: "permission denied; choose a folder you may write to",
+        errno.EROFS: "the file system is read-only; choose another folder",
+        errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+        errno.EEXIST: "a part of the path is a file, not a folder; choose another path",
+        errno.EISDIR: "there is a folder of that name; choose another path",
+        errno.EFBIG: "the file is larger than this system allows; choose another disk",
+        errno.EIO: "the disk reports an input/output error; choose another disk",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in reasons:
+            raise
+        raise FurinaError(f"Cannot write {path}: {reasons[error.errno]}.") from error
+    except SafetensorError as error:  # the writer's way to say that the disk is full
+        raise FurinaError(f"Cannot write {path}: {error}; free some space and try again.") from error
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` atomically, making the folder; raises FurinaError on a full disk."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 `text` to `path` atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON atomically; NaN and infinity are refused (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` that becomes `path` on success and vanishes on an error.
+
+    An older folder at `path` is replaced only once the new one is complete. Raises FurinaError if
+    that would lose a file which the new folder does not have.
+    """
+    path = Path(path).resolve()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            _flush(temporary)
+            _refuse_to_lose_files(temporary, path)
+            _swap(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _refuse_to_lose_files(new: Path, path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FurinaError(f"Cannot write the folder {path}: there is a file of that name.")
+    files = [file.relative_to(path) for file in sorted(path.rglob("*")) if not file.is_dir()]
+    foreign = [str(file) for file in files if not (new / file).exists()]
+    if foreign:
+        raise FurinaError(
+            f"Cannot replace {path}: it holds {len(foreign)} other files, such as {foreign[0]}; "
+            "choose another folder, or delete it first."
+        )
+
+
+def _swap(new: Path, path: Path) -> None:
+    old = new.with_name(new.name + ".old")
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hexadecimal sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,20 @@
+"""Fine-tuning with Lightning: one module for all methods, exact resume, answer-only loss."""
+
+from furina.training.checkpointing import AtomicCheckpointIO, CheckpointError, ResumeCheckpoint
+from furina.training.divergence import DivergedError
+from furina.training.gradients import gradient_ratio
+from furina.training.history import LossHistory
+from furina.training.loss import answer_logits, answer_loss
+from furina.training.module import FinetuneModule
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "DivergedError",
+    "FinetuneModule",
+    "LossHistory",
+    "ResumeCheckpoint",
+    "answer_logits",
+    "answer_loss",
+    "gradient_ratio",
+]

@@ -1,0 +1,60 @@
+"""How strongly the auxiliary loss pulls, compared with the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from furina.auxiliary import auxiliary_loss
+from furina.inject import state_of
+from furina.training.loss import answer_loss, select_answers
+
+
+def gradient_ratio(
+    model: nn.Module, micro_batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float | None]:
+    """Return ‖∇aux‖, ‖∇task‖ and their ratio, as `auxiliary`, `task` and `ratio`.
+
+    The norms are over the parameters that the auxiliary loss is meant to shape (for FURINA the
+    routed experts' A and B), of the token-weighted losses of one optimiser step, in training mode.
+    `ratio` is None where it is undefined: a method without such a loss, or no task gradient yet
+    (v = 0). Gradients, mode and random state of the model are left as they were.
+    """
+    parameters = [
+        p for layer in state_of(model).layers.values() for p in layer.auxiliary_parameters()
+    ]
+    if not parameters or not state_of(model).config.has_auxiliary_loss:
+        return {"auxiliary": 0.0, "task": 0.0, "ratio": None}
+    window = [select_answers(batch) for batch in micro_batches]
+    answers = sum(len(batch.targets) for batch in window)
+    tokens = sum(batch.real_tokens for batch in window)
+    task = [torch.zeros_like(p) for p in parameters]
+    auxiliary = [torch.zeros_like(p) for p in parameters]
+    with _training_mode(model), torch.random.fork_rng():
+        for batch in window:
+            loss, n = answer_loss(model, batch)
+            pull = auxiliary_loss(model) * (batch.real_tokens / tokens)
+            _add(auxiliary, torch.autograd.grad(pull, parameters, retain_graph=True))
+            _add(task, torch.autograd.grad(loss * (n / answers), parameters))
+    norms = [torch.nn.utils.get_total_norm(gradients).item() for gradients in (auxiliary, task)]
+    ratio = norms[0] / norms[1] if norms[1] > 0 else None
+    return {"auxiliary": norms[0], "task": norms[1], "ratio": ratio}
+
+
+def _add(totals: list[Tensor], gradients: Sequence[Tensor]) -> None:
+    for total, gradient in zip(totals, gradients, strict=True):
+        total += gradient
+
+
+@contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

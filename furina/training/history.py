@@ -1,0 +1,97 @@
+"""What a run looked like, step by step, kept across kills and resumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+
+class LossHistory(pl.Callback):
+    """Record every step's loss, every validation loss and the time spent in training.
+
+    It is part of the checkpoint, so a resumed run has the whole history and no step twice, where a
+    logger's file starts again. Losses stay on the device until they are asked for.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._training: list[tuple[int, Tensor | float]] = []
+        self._validation: list[tuple[int, Tensor | float]] = []
+        self._seconds = 0.0
+        self._started: float | None = None
+
+    @property
+    def training(self) -> list[tuple[int, float]]:
+        """(optimiser step, loss) of every step, counted from 1."""
+        plain = _plain(self._training)
+        self._training = [*plain]
+        return plain
+
+    @property
+    def validation(self) -> list[tuple[int, float]]:
+        """(optimiser steps done, validation loss) of every validation."""
+        plain = _plain(self._validation)
+        self._validation = [*plain]
+        return plain
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds in training, validation excluded, over all resumed parts."""
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self._seconds + running
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Keep the step's loss."""
+        assert isinstance(outputs, Mapping)
+        self._training.append((trainer.global_step, outputs["loss"]))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the validation loss and go on counting."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            loss = trainer.callback_metrics["validation/loss"]
+            self._validation.append((trainer.global_step, loss))
+            self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._pause()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything recorded so far, as plain numbers."""
+        return {
+            "training": self.training,
+            "validation": self.validation,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._training = list(state_dict["training"])
+        self._validation = list(state_dict["validation"])
+        self._seconds = state_dict["seconds"]
+
+    def _pause(self) -> None:
+        self._seconds, self._started = self.seconds, None
+
+
+def _plain(losses: list[tuple[int, Tensor | float]]) -> list[tuple[int, float]]:
+    return [(step, float(loss)) for step, loss in losses]

@@ -1,0 +1,296 @@
+"""The LightningModule that fine-tunes any adapted causal LM; it knows no method by name."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics.aggregation import RunningMean, SumMetric
+
+from furina.auxiliary import auxiliary_loss
+from furina.errors import ConfigurationError
+from furina.inject import (
+    adapter_parameters,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    parameter_groups,
+    state_of,
+)
+from furina.training.checkpointing import require_same
+from furina.training.divergence import DivergenceWatch
+from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers
+from furina.training.preconditions import refuse_ignored_options, require_trainable
+from furina.training.schedule import Schedule, learning_rate_factor, schedule_length, step_seed
+from furina.training.window import Share, shares
+
+RUNNING_WINDOW = 20
+"""Optimiser steps averaged in `train/loss_running`."""
+
+
+class FinetuneModule(pl.LightningModule):
+    """Train the adapter of `model` on the answer tokens, plus its method's auxiliary loss.
+
+    One Lightning batch is one optimiser step: a list of micro-batches, or a single one, each a dict
+    of `input_ids`, `attention_mask` and `labels` (-100 except on the answer). Over a step's
+    micro-batches m and over all ranks it minimises
+
+        L = Σ_m (n_m / Σ n) L_task,m + Σ_m (t_m / Σ t) L_aux,m
+
+    with n answer tokens and t real tokens, so neither padding nor the cut into micro-batches
+    changes a token's weight in the task loss. Dropout depends on `seed`, step and rank alone.
+
+    ```python
+    module = FinetuneModule(furina.adapt(model, "furina", rank=8), learning_rate=2e-4)
+    Trainer(max_steps=100).fit(module, data)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        schedule: Schedule = "linear",
+        total_steps: int | None = None,
+        gradient_clip: float | None = 1.0,
+        lora_plus_ratio: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        """Wrap an adapted model.
+
+        `total_steps` is the length of the schedule, by default the Trainer's own; `gradient_clip`
+        bounds the global norm of the gradient, None leaves it alone.
+        Raises ConfigurationError if the model is not adapted or a setting is out of range.
+        """
+        super().__init__()
+        state_of(model)
+        _require(learning_rate > 0, "learning_rate", learning_rate, "positive")
+        _require(weight_decay >= 0, "weight_decay", weight_decay, "0 or larger")
+        _require(warmup_steps >= 0, "warmup_steps", warmup_steps, "0 or larger")
+        _require(lora_plus_ratio > 0, "lora_plus_ratio", lora_plus_ratio, "positive")
+        clips = gradient_clip is None or gradient_clip > 0
+        _require(clips, "gradient_clip", gradient_clip, "positive, or None for no clipping")
+        learning_rate_factor(schedule, 0, 1)
+        self.save_hyperparameters(ignore=["model"])
+        self.automatic_optimization = False
+        self.model = model
+        self._watch = DivergenceWatch()
+        self._resumed: dict[str, Any] = {}
+        self._running_loss = RunningMean(RUNNING_WINDOW, nan_strategy="disable")
+        self._running_loss.sync_on_compute = False
+        self._running_loss.persistent(True)
+        self._validation_loss = SumMetric(nan_strategy="disable")
+        self._validation_hits = SumMetric(nan_strategy="disable")
+        self._validation_tokens = SumMetric(nan_strategy="disable")
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Refuse Trainer options that would be ignored; adds no callback."""
+        refuse_ignored_options(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Silence Lightning's word that a hook of this module, not the data module's, is used."""
+        warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
+
+    def on_fit_start(self) -> None:
+        """Switch the model to training mode, which `from_pretrained` leaves in eval mode."""
+        require_trainable(self.model)
+        self.model.train()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return AdamW over the adapter's groups, with its state in their dtype, and a schedule."""
+        names = ("learning_rate", "weight_decay", "lora_plus_ratio")
+        groups = parameter_groups(self.model, *(self.hparams[name] for name in names))
+        device = groups[0]["params"][0].device
+        optimizer = AdamW(groups, fused=device.type in ("cpu", "cuda"))
+        factor = functools.partial(
+            learning_rate_factor,
+            self.hparams["schedule"],
+            total_steps=self._settings()["total_steps"],
+            warmup_steps=self.hparams["warmup_steps"],
+        )
+        scheduler = LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        """Refuse to go on from a checkpoint of a run with other settings."""
+        if self._resumed:
+            require_same("run", self._resumed, self._settings())
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Locate the answer tokens while the batch is still on the CPU."""
+        return _located(batch) if self.trainer.training else select_answers(batch)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Do one optimiser step over the micro-batches of `batch`; returns the step's loss."""
+        done = self.trainer.global_step
+        torch.manual_seed(step_seed(self.hparams["seed"], done, self.global_rank))
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LambdaLR)
+        optimizer.zero_grad()
+        window, parts = _located(batch), []
+        for micro, share in zip(window, self._shares(window), strict=True):
+            with self._gradient_sync(micro is window[-1]):
+                parts.append(self._backward(micro, share))
+        norm = self._clip()
+        loss = self._log_step(functools.reduce(torch.add, parts), norm, scheduler)
+        self._watch.note(done + 1, loss, norm)
+        if loss.device.type == "cpu" or self._logs_now():
+            self._watch.check()
+        optimizer.step()
+        scheduler.step()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add a micro-batch to the token-weighted validation loss and accuracy."""
+        logits, targets = answer_logits(self.model, batch)
+        self._validation_loss.update(mean_nll(logits, targets) * len(targets))
+        self._validation_hits.update((logits.argmax(-1) == targets).sum())
+        self._validation_tokens.update(len(targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all answer tokens of the validation set, on all ranks."""
+        tokens = self._validation_tokens.compute()
+        loss, accuracy = (
+            metric.compute() / tokens for metric in (self._validation_loss, self._validation_hits)
+        )
+        self.log("validation/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("validation/accuracy", accuracy, sync_dist=True)
+        for metric in (self._validation_loss, self._validation_hits, self._validation_tokens):
+            metric.reset()
+
+    def on_train_end(self) -> None:
+        """Report a divergence that no logging step has looked at."""
+        self._watch.check()
+
+    def state_dict(  # type: ignore[override]
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return the adapter's tensors only; the backbone is frozen and has a file of its own."""
+        state = {} if destination is None else destination
+        for name, tensor in adapter_state_dict(self.model).items():
+            state[f"{prefix}model.{name}"] = tensor
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Copy the adapter's tensors, always strictly; raises ConfigurationError on a mismatch."""
+        state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+        load_adapter_state_dict(self.model, state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the settings, the adapter's config and the running loss; never save NaN weights."""
+        self._watch.check()
+        checkpoint["furina"] = {
+            "adapter": _adapter_config(self.model),
+            "settings": self._settings(),
+            "running_loss": self._running_loss.state_dict(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another adapter's checkpoint; restore the running loss."""
+        if "furina" not in checkpoint:
+            raise ConfigurationError("The checkpoint was not written by furina's FinetuneModule.")
+        saved = checkpoint["furina"]
+        require_same("adapter", saved["adapter"], _adapter_config(self.model))
+        self._resumed = saved["settings"]
+        self._running_loss.load_state_dict(saved["running_loss"])
+        self._running_loss._num_vals_seen = checkpoint["global_step"]
+        self._running_loss._update_count = checkpoint["global_step"]
+
+    def _shares(self, window: list[AnswerBatch]) -> list[Share]:
+        if self.trainer.world_size == 1:
+            return shares(window, None)
+        return shares(window, lambda counts: self._sum_over_ranks(counts.to(self.device)))
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Let the ranks exchange gradients in the last backward of a step only."""
+        strategy = self.trainer.strategy
+        if last or not isinstance(strategy, ParallelStrategy):
+            return nullcontext()
+        block: AbstractContextManager[None] = strategy.block_backward_sync()
+        return block
+
+    def _backward(self, micro: AnswerBatch, share: Share) -> Tensor:
+        """Add a micro-batch's gradient; returns its part of [task loss, accuracy, auxiliary]."""
+        logits, targets = answer_logits(self.model, micro)
+        task = share.task * mean_nll(logits, targets)
+        auxiliary = share.auxiliary * auxiliary_loss(self.model)
+        # DDP averages over the ranks but the loss is their sum; the auxiliary loss's own all-reduce
+        # has put that factor into its gradient already.
+        self.manual_backward(self.trainer.world_size * task + auxiliary)
+        hits = (logits.argmax(-1) == targets).sum() * (share.task / max(len(targets), 1))
+        return torch.stack([task.detach(), hits, auxiliary.detach()])
+
+    def _clip(self) -> Tensor:
+        """Clip the global gradient norm; returns the norm before that."""
+        parameters = list(adapter_parameters(self.model).values())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.hparams["gradient_clip"] is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.hparams["gradient_clip"], norm)
+        return norm
+
+    def _log_step(self, sums: Tensor, norm: Tensor, scheduler: LambdaLR) -> Tensor:
+        """Log the step's figures, over all ranks; returns the step's loss."""
+        task, accuracy = self._sum_over_ranks(sums[:2]).unbind()
+        loss = task + sums[2]
+        self._running_loss.update(loss)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict(
+            {
+                "train/loss_task": task,
+                "train/loss_auxiliary": sums[2],
+                "train/loss_running": self._running_loss.compute(),
+                "train/accuracy": accuracy,
+                "train/gradient_norm": norm,
+                "train/learning_rate": scheduler.get_last_lr()[0],
+            }
+        )
+        return loss
+
+    def _logs_now(self) -> bool:
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.trainer.global_step + 1) % max(interval, 1) == 0
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with the one that wrote the checkpoint."""
+        own = dict(self.hparams)
+        total = schedule_length(own["schedule"], own["total_steps"], self.trainer)
+        return {**own, "total_steps": total}
+
+
+def _located(batch: Any) -> list[AnswerBatch]:
+    """Return the window's micro-batches with their answers located, whether they were or not."""
+    window = [batch] if isinstance(batch, Mapping | AnswerBatch) else batch
+    return [micro if isinstance(micro, AnswerBatch) else select_answers(micro) for micro in window]
+
+
+def _adapter_config(model: nn.Module) -> dict[str, Any]:
+    state = state_of(model)
+    return {"method": state.config.name, **state.config.to_dict(), "targets": list(state.targets)}
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigurationError(f"{name}={value!r} must be {allowed}.")

@@ -1,0 +1,169 @@
+"""Batches are a pure function of seed and step, and hold each row once, answer and all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from furina.backbones import tiny_tokenizer
+from furina.data.batches import Example, StepBatches, collate, encode_examples
+from furina.data.prompts import Prompt, encode_pair
+from furina.errors import ConfigurationError
+
+PAD = 0
+
+
+def _examples(count):
+    return [Example(tuple([100 + n] * (3 + n % 13)), 1 + n % 2) for n in range(count)]
+
+
+def _batches(count=50, batch_size=8, **options):
+    return StepBatches(_examples(count), batch_size, PAD, **{"seed": 3} | options)
+
+
+def _rows(window):
+    """List the example numbers of a window; every token of example n is 100 + n."""
+    return [int(row[0]) - 100 for batch in window for row in batch["input_ids"]]
+
+
+def _equal(window, other):
+    return len(window) == len(other) and all(
+        torch.equal(batch[key], twin[key])
+        for batch, twin in zip(window, other, strict=True)
+        for key in batch | twin
+    )
+
+
+def test_an_example_is_the_encoded_pair(own_questions, tokenizer):
+    prompt = Prompt("text")
+    for example, question in zip(
+        encode_examples(tokenizer, own_questions, prompt, 512), own_questions, strict=True
+    ):
+        context, answer = encode_pair(tokenizer, prompt.context(question), prompt.target(question))
+        assert example == Example(tuple(context + answer), len(answer))
+
+
+def test_truncation_drops_the_start_of_the_context_and_is_counted(own_questions, tokenizer):
+    whole = encode_examples(tokenizer, own_questions, Prompt("text"), 512)
+    longest = max(len(example.input_ids) for example in whole)
+    with pytest.warns(UserWarning, match=f"1 of {len(whole)} examples are longer than max_length"):
+        cut = encode_examples(tokenizer, own_questions, Prompt("text"), longest - 1)
+    assert [c.answer_length for c in cut] == [w.answer_length for w in whole]
+    assert [c.input_ids for c in cut] == [w.input_ids[-(longest - 1) :] for w in whole]
+
+
+def test_an_answer_is_never_cut(own_questions, tokenizer):
+    with pytest.raises(ConfigurationError, match=r"max_length=3 is too short: the answer"):
+        encode_examples(tokenizer, own_questions, Prompt("text"), 3)
+
+
+def test_a_micro_batch_masks_padding_and_labels_only_the_answer():
+    batch = collate([Example((5, 6, 7, 8), 2), Example((9, 10), 1)], PAD)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 0, 0, 0, 0], [9, 10, 0, 0, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 4 + [0] * 4, [1] * 2 + [0] * 6]
+    ignored = [-100] * 4
+    assert batch["labels"].tolist() == [
+        [-100, -100, 7, 8, *ignored],
+        [-100, 10, -100, -100, *ignored],
+    ]
+
+
+@pytest.mark.parametrize(("length", "width"), [(7, 8), (8, 8), (9, 16)])
+def test_width_is_the_longest_rounded_up_to_a_multiple_of_eight(length, width):
+    batch = collate([Example((1,) * length, 1), Example((1, 2), 1)], PAD)
+    assert {tensor.shape for tensor in batch.values()} == {(2, width)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    count=st.integers(8, 60), size=st.integers(1, 8), micro=st.integers(1, 9), seed=st.integers()
+)
+def test_an_epoch_holds_each_row_at_most_once_and_all_that_fit(count, size, micro, seed):
+    batches = _batches(count, size, micro_batch_size=micro, seed=seed)
+    windows = list(batches)
+    rows = [row for window in windows for row in _rows(window)]
+    assert len(windows) == len(batches) == count // size
+    assert len(rows) == len(set(rows)) == count // size * size
+    assert all(len(batch["labels"]) <= micro for window in windows for batch in window)
+
+
+def test_a_step_does_not_depend_on_what_was_read_before():
+    fresh, used = _batches(), _batches()
+    for step in (17, 3, 0, 30, 17):
+        used.window(step)
+    assert all(_equal(fresh.window(step), used.window(step)) for step in range(20))
+
+
+def test_steps_do_not_depend_on_the_global_generator():
+    torch.manual_seed(1)
+    first = _batches().window(4)
+    torch.manual_seed(2)
+    assert _equal(first, _batches().window(4))
+    state = torch.get_rng_state()
+    _batches().window(5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_epochs_and_seeds_differ():
+    orders = [
+        [row for step in range(6) for row in _rows(_batches(seed=seed).window(6 * epoch + step))]
+        for seed in (3, 4)
+        for epoch in (0, 1)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 6, 7, 13])
+def test_an_iteration_begins_at_the_step_it_is_told_and_ends_with_the_epoch(done):
+    batches = _batches(start_step=lambda: done)
+    windows = list(batches)
+    assert len(windows) == len(batches) - done % len(batches)
+    assert all(_equal(w, batches.window(done + n)) for n, w in enumerate(windows))
+
+
+def test_the_step_is_asked_for_when_the_first_window_is_wanted():
+    done = 0
+    batches = _batches(start_step=lambda: done)
+    iterator = iter(batches)
+    done = 4
+    assert _equal(next(iterator), batches.window(4))
+
+
+def test_micro_batches_hold_the_rows_of_the_whole_step():
+    whole = _batches(batch_size=8).window(2)
+    cut = _batches(batch_size=8, micro_batch_size=3).window(2)
+    assert [len(batch["labels"]) for batch in cut] == [3, 3, 2]
+    assert _rows(cut) == _rows(whole)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_step_without_loss_and_in_equal_parts(world_size):
+    alone = _batches(micro_batch_size=2 * world_size).window(2)
+    parts = [
+        _batches(micro_batch_size=2, rank=rank, world_size=world_size).window(2)
+        for rank in range(world_size)
+    ]
+    assert {len(part) for part in parts} == {len(alone)}
+    for index, batch in enumerate(alone):
+        together = sorted(row for part in parts for row in _rows([part[index]]))
+        assert together == sorted(_rows([batch]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"micro_batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 51}, "batch_size=51 is more than the 50 train questions"),
+        ({"world_size": 3}, "batch_size=8 cannot be shared evenly by 3 processes"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        _batches(**options)
+
+
+def test_the_tiny_tokenizer_pads_with_its_own_token():
+    assert tiny_tokenizer().pad_token_id == PAD

@@ -1,0 +1,162 @@
+"""The data module serves a plain Trainer, and continues a run exactly where it stopped."""
+
+from __future__ import annotations
+
+import warnings
+
+import lightning
+import pytest
+import torch
+
+from furina.data.module import ChoiceDataModule
+from furina.data.questions import overlap
+from furina.errors import ConfigurationError
+
+
+class Recorder(lightning.LightningModule):
+    """A one-weight model that notes which tokens each step was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.automatic_optimization = False
+        self.seen, self.validated = [], 0
+
+    def training_step(self, window, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for batch in window:
+            self.manual_backward(self.weight * batch["attention_mask"].sum())
+        optimizer.step()
+        self.seen.append([batch["input_ids"].tolist() for batch in window])
+
+    def validation_step(self, batch, index):
+        self.validated += len(batch["labels"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@pytest.fixture
+def rows(tmp_path, write_rows):
+    """Write 40 train questions of the public format and return their folder."""
+    choices = {"text": ["one", "two", "three"], "label": ["A", "B", "C"]}
+    made = [
+        {"id": f"q{n}", "question": f"Case {'x' * (n % 7)} {n}?", "choices": choices}
+        | {"answerKey": "ABC"[n % 3]}
+        for n in range(40)
+    ]
+    write_rows(tmp_path / "arc_easy" / "train.jsonl.gz", made)
+    return tmp_path
+
+
+@pytest.fixture
+def data(rows, tokenizer):
+    def data(**options):
+        defaults = {"batch_size": 4, "micro_batch_size": 2, "validation_size": 10, "seed": 5}
+        return ChoiceDataModule(tokenizer, "arc_easy", data_dir=rows, **defaults | options)
+
+    return data
+
+
+def _fit(data, folder, max_steps, **options):
+    model = Recorder()
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=1,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*bottleneck.*")
+        warnings.filterwarnings("ignore", ".*across ranks is zero.*")
+        warnings.filterwarnings("ignore", ".*isinstance.treespec.*", FutureWarning)
+        warnings.filterwarnings("error", ".*not resumable.*")
+        warnings.filterwarnings("error", ".*IterableDataset.*")
+        trainer.fit(model, datamodule=data, **options)
+    trainer.save_checkpoint(folder / f"{max_steps}.ckpt")
+    return model
+
+
+def test_questions_are_split_encoded_and_disjoint(data):
+    module = data()
+    module.setup()
+    assert (len(module.train_questions), len(module.validation_questions)) == (30, 10)
+    assert overlap(module.train_questions, module.validation_questions) == []
+    assert len(module.train_dataloader()) == 7
+
+
+def test_setup_reads_once(data, monkeypatch):
+    module = data()
+    module.setup("fit")
+    monkeypatch.setattr("furina.data.module.load_questions", lambda *_: pytest.fail("read again"))
+    module.setup("validate")
+
+
+def test_a_trainer_sees_the_windows_of_its_steps_over_epochs(data, tmp_path):
+    module = data()
+    model = _fit(module, tmp_path, max_steps=16)
+    batches = module.train_dataloader()
+    assert model.seen == [
+        [batch["input_ids"].tolist() for batch in batches.window(step)] for step in range(16)
+    ]
+    assert [len(window) for window in model.seen] == [2] * 16
+
+
+def test_validation_covers_the_held_out_questions_once(data, tmp_path):
+    model = _fit(data(), tmp_path, max_steps=7)
+    assert model.validated == 10 + 2  # and one micro-batch in the sanity check
+
+
+def test_validation_can_be_left_out(data, tmp_path):
+    module = data(validation_size=0)
+    assert _fit(module, tmp_path, max_steps=2).validated == 0
+    assert module.val_dataloader() == []
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(data, tmp_path, stop):
+    whole = _fit(data(), tmp_path, max_steps=16)
+    _fit(data(), tmp_path, max_steps=stop)
+    rest = _fit(data(), tmp_path, max_steps=16, ckpt_path=tmp_path / f"{stop}.ckpt")
+    assert rest.seen == whole.seen[stop:]
+
+
+def test_the_seed_decides_the_split_and_the_order(data):
+    modules = [data(seed=seed) for seed in (5, 5, 6)]
+    for module in modules:
+        module.setup()
+    first, same, other = ([q.id for q in m.validation_questions] for m in modules)
+    assert first == same != other
+
+
+def test_training_reads_the_text_that_evaluation_asks(data, tokenizer):
+    module = data(prompt_form="letter")
+    module.setup()
+    window = module.train_dataloader().window(0)
+    texts = {
+        module.prompt.context(question) + module.prompt.target(question)
+        for question in module.train_questions
+    }
+    for batch in window:
+        for ids, mask, labels in zip(*batch.values(), strict=True):
+            text = tokenizer.decode(ids[mask.bool()])
+            assert text in texts
+            assert text.endswith(tokenizer.decode(labels[labels != -100]))
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused(rows, tokenizer):
+    tokenizer.pad_token = None
+    with pytest.raises(ConfigurationError, match=r"no pad token: set tokenizer.pad_token"):
+        ChoiceDataModule(tokenizer, "arc_easy", data_dir=rows)
+
+
+def test_unknown_names_are_refused_at_once(tokenizer):
+    with pytest.raises(ConfigurationError, match="no task 'arc'"):
+        ChoiceDataModule(tokenizer, "arc")
+    with pytest.raises(ConfigurationError, match="no prompt form 'words'"):
+        ChoiceDataModule(tokenizer, "arc_easy", prompt_form="words")

@@ -1,0 +1,121 @@
+"""Prompts are fixed byte for byte, and tokenised as lm-eval tokenises them."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from furina.assets import is_cached
+from furina.backbones import load_backbone, load_tokenizer, tiny_tokenizer
+from furina.data.prompts import VERSION, Prompt, encode_pair
+from furina.data.questions import Question
+from furina.errors import ConfigurationError
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = Question("1", "Where does °C = 0?", ("on ice", "in fire", "at sea"), 2)
+
+
+def test_the_text_form_is_these_bytes():
+    prompt = Prompt("text")
+    assert prompt.context(QUESTION).encode() == b"Question: Where does \xc2\xb0C = 0?\nAnswer:"
+    assert prompt.continuation(QUESTION, 0).encode() == b" on ice"
+    assert prompt.target(QUESTION).encode() == b" at sea"
+    assert VERSION == 1
+
+
+def test_the_letter_form_is_these_bytes():
+    prompt = Prompt("letter")
+    assert prompt.context(QUESTION).encode() == (
+        b"Question: Where does \xc2\xb0C = 0?\nA. on ice\nB. in fire\nC. at sea\nAnswer:"
+    )
+    assert prompt.continuation(QUESTION, 1).encode() == b" B"
+    assert prompt.target(QUESTION).encode() == b" C"
+
+
+def test_an_unknown_form_suggests_the_nearest():
+    with pytest.raises(
+        ConfigurationError, match=r"no prompt form 'letters'. Did you mean 'letter'"
+    ):
+        Prompt("letters")
+
+
+def test_an_empty_context_is_refused(tokenizer):
+    with pytest.raises(ConfigurationError, match="context is empty"):
+        encode_pair(tokenizer, "", " a")
+
+
+def _harness(tokenizer, model=None):
+    from lm_eval.models.huggingface import HFLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = model or load_backbone("tiny-llama", "float32")
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+
+
+TOKENIZERS = {
+    "no bos": lambda: tiny_tokenizer(has_bos=False),
+    "bos not added": tiny_tokenizer,
+    "bos added": lambda: tiny_tokenizer(adds_bos=True),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def harness(request):
+    return _harness(TOKENIZERS[request.param]())
+
+
+CASES = [
+    ("Question: the end?\nAnswer:", " in the answer"),
+    ("ends with spaces  ", "in"),
+    ("ends in Ques", "tion"),  # a merge across the border
+    ("<s>Question", " the"),  # the text brings its own BOS
+    ("</s>Question", " the"),
+    ("Answ", "er"),
+    ("   ", "a"),
+]
+
+
+@pytest.mark.parametrize(("context", "continuation"), CASES)
+def test_pairs_are_encoded_as_the_harness_does(harness, context, continuation):
+    expected = harness._encode_pair(context, continuation)
+    assert encode_pair(harness.tokenizer, context, continuation) == expected
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    context=st.text(st.sampled_from("Questionanswer th\n <s>/é"), min_size=1, max_size=20),
+    continuation=st.text(st.sampled_from("Questionanswer th\n <s>/é"), min_size=1, max_size=9),
+)
+def test_any_pair_is_encoded_as_the_harness_does(harness, context, continuation):
+    expected = harness._encode_pair(context, continuation)
+    assert encode_pair(harness.tokenizer, context, continuation) == expected
+
+
+@pytest.mark.parametrize("form", ["text", "letter"])
+def test_there_is_one_bos_if_the_tokenizer_adds_it_and_none_otherwise(form):
+    for adds_bos in (True, False):
+        tokenizer = tiny_tokenizer(adds_bos=adds_bos)
+        prompt = Prompt(form)
+        context, answer = encode_pair(tokenizer, prompt.context(QUESTION), prompt.target(QUESTION))
+        assert (context + answer).count(tokenizer.bos_token_id) == int(adds_bos)
+        text = tokenizer.decode(context + answer, skip_special_tokens=True)
+        assert text == prompt.context(QUESTION) + prompt.target(QUESTION)
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not is_cached(MODEL), reason=f"{MODEL} is not cached: run `furina assets`")
+def test_the_real_tokenizer_encodes_pairs_as_the_harness_does_and_adds_no_bos():
+    harness = _harness(load_tokenizer(MODEL))
+    for form in ("text", "letter"):
+        context, answer = Prompt(form).context(QUESTION), Prompt(form).target(QUESTION)
+        pair = encode_pair(harness.tokenizer, context, answer)
+        assert pair == harness._encode_pair(context, answer)
+        assert harness.tokenizer.bos_token_id not in pair[0] + pair[1]
+    for context, answer in CASES:
+        assert encode_pair(harness.tokenizer, context, answer) == harness._encode_pair(
+            context, answer
+        )

@@ -1,0 +1,51 @@
+"""Questions refuse nonsense, and their hash sees every field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from furina.data.questions import Question, chance_level, data_hash, overlap
+from furina.errors import DataError
+
+QUESTION = Question("1", "Which one flies?", ("a stone", "a bird"), 1)
+
+
+def test_letters_name_the_choices_in_order():
+    assert replace(QUESTION, choices=("a", "b", "c", "d", "e")).letters == tuple("ABCDE")
+
+
+@pytest.mark.parametrize(
+    "change", [{"answer": 2}, {"answer": -1}, {"choices": ("only",), "answer": 0}]
+)
+def test_a_question_without_a_valid_answer_is_refused(change):
+    with pytest.raises(DataError, match="Question '1' has"):
+        replace(QUESTION, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": "2"}, {"stem": "Which?"}, {"choices": ("a", "b")}, {"answer": 0}]
+)
+def test_the_hash_changes_with_every_field(change):
+    assert data_hash([replace(QUESTION, **change)]) != data_hash([QUESTION])
+
+
+def test_the_hash_depends_on_the_order():
+    other = replace(QUESTION, id="2")
+    assert data_hash([QUESTION, other]) != data_hash([other, QUESTION])
+
+
+def test_the_hash_is_that_of_the_published_results():
+    expected = "a14bf461ed7ef6928d6c3405f3da8db150ef09812046d618f9a60913374b9a5c"
+    assert data_hash([QUESTION]) == expected
+
+
+def test_overlap_ignores_case_and_spacing_but_not_words():
+    same = replace(QUESTION, id="2", stem="which  ONE flies? ")
+    assert overlap([QUESTION], [same]) == [QUESTION]
+    assert overlap([QUESTION], [replace(same, stem="Which one swims?")]) == []
+
+
+def test_chance_is_the_mean_over_questions():
+    assert chance_level([QUESTION, replace(QUESTION, choices=("a", "b", "c", "d"))]) == 0.375

@@ -1,0 +1,216 @@
+"""Tiny random backbones with asymmetric sides, and adapters moved well away from their start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
+
+from furina.adapters import AdapterConfig, AdapterLinear, methods
+from furina.adapters.base import _REGISTRY, configure
+from furina.context import ForwardTracker
+from furina.errors import NotMergeableError
+from furina.inject import state_of
+
+torch.set_num_threads(1)
+
+VOCABULARY = 48
+SIDES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """Return a Llama whose q, k, v, o, gate and down projections have six different shapes."""
+    return _build(LlamaForCausalLM, LlamaConfig(**SIDES, head_dim=8), dtype, seed)
+
+
+def tiny_qwen2(dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """Return a Qwen2 with non-zero biases on q, k and v."""
+    return _build(Qwen2ForCausalLM, Qwen2Config(**SIDES), dtype, seed)
+
+
+BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {"llama": tiny_llama, "qwen2": tiny_qwen2}
+
+
+def _build(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = kind(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.2)
+    for parameter in model.parameters():  # as a loader does: rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def tokens(batch: int = 3, length: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Return random input ids with right padding, its mask, and labels on real tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, length - 2 * row :] = 0
+    ids = ids.masked_fill(mask == 0, 0)
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def task_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the model's own next-token loss."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def perturb(model: nn.Module, target: float = 0.2, seed: int = 0) -> dict[str, float]:
+    """Move every adapter parameter; return each linear's |ΔW|/|W|, all within 0.1 to 0.3.
+
+    For a method that has no ΔW the parameters are moved and the ratios are missing.
+    """
+    layers = state_of(model).layers
+    return {
+        name: ratio
+        for index, (name, layer) in enumerate(layers.items())
+        if (ratio := perturb_layer(layer, target, seed + index)) is not None
+    }
+
+
+def perturb_layer(layer: AdapterLinear, target: float = 0.2, seed: int = 0) -> float | None:
+    """Add noise to every entry and shrink everything but A until |ΔW|/|W| is about `target`."""
+    generator = torch.Generator().manual_seed(seed)
+    trained = [(n, p) for n, p in layer.named_parameters() if not n.startswith("base.")]
+    start = {name: parameter.detach().clone() for name, parameter in trained}
+    noise = {
+        name: _rms(value) * torch.randn(value.shape, generator=generator).to(value)
+        for name, value in start.items()
+    }
+    for size in (0.5, 0.3, 0.2, 0.1, 0.05):
+        scale = 1.0
+        for _ in range(4):
+            for name, parameter in trained:
+                factor = 1.0 if name.startswith("lora_A") else scale
+                parameter.data.copy_((start[name] + size * noise[name]) * factor)
+            try:
+                ratio = _ratio(layer)
+            except NotMergeableError:
+                return None
+            if 0.1 <= ratio <= 0.3:
+                return ratio
+            scale *= target / ratio
+    raise AssertionError(f"{layer.name}: no perturbation has |ΔW|/|W| near {target}")
+
+
+def _rms(value: Tensor) -> float:
+    return value.square().mean().sqrt().item() or 0.5
+
+
+def _ratio(layer: AdapterLinear) -> float:
+    weight = layer.pristine_weight.to(torch.float64)
+    return (layer.delta().norm() / weight.norm()).item()
+
+
+def small(method: str, **options: Any) -> AdapterConfig:
+    """Return `method` with its defaults, but a small odd rank and no dropout."""
+    known = methods()[method].__dataclass_fields__
+    defaults = {"dropout": 0.0} | ({"rank": 3} if "rank" in known else {})
+    return configure(method, defaults | options)
+
+
+def variants(method: str) -> Iterator[AdapterConfig]:
+    """Yield `method` with every combination of its switches: booleans and named choices.
+
+    Derived from the config's fields, so that a new method or switch is covered by itself.
+    """
+    from typing import Literal, get_args, get_origin, get_type_hints
+
+    hints = get_type_hints(methods()[method])
+    choices = {
+        name: get_args(hints[name]) if get_origin(hints[name]) is Literal else (False, True)
+        for name in methods()[method].__dataclass_fields__
+        if get_origin(hints[name]) is Literal or hints[name] is bool
+    }
+    for values in product(*choices.values()):
+        yield small(method, **dict(zip(choices, values, strict=True)))
+
+
+def layer_of(
+    config: AdapterConfig,
+    in_features: int = 11,
+    out_features: int = 7,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    seed: int = 0,
+) -> AdapterLinear:
+    """Return one adapted linear alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+        return config.build(base.requires_grad_(False), "linear", ForwardTracker())
+
+
+@contextmanager
+def registered(name: str, config: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:
+    """Register a method for one test only."""
+    config.name = name
+    _REGISTRY[name] = config
+    try:
+        yield config
+    finally:
+        del _REGISTRY[name]
+
+
+def fingerprint(model: nn.Module) -> dict[str, object]:
+    """Return everything that adapting changes: identities, bytes, flags, modes and hooks."""
+    seen: dict[str, object] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        seen[f"module {name}"] = (id(module), type(module), module.training)
+        seen[f"hooks {name}"] = (len(module._forward_pre_hooks), len(module._forward_hooks))
+        seen[f"attributes {name}"] = sorted(module.__dict__)
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+        seen[name] = (id(tensor), tensor.dtype, tensor.requires_grad, tensor.data_ptr())
+        seen[f"bytes {name}"] = raw(tensor)
+    return seen
+
+
+def raw(tensor: Tensor) -> bytes:
+    """Return a tensor's bytes."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def ulp_distance(actual: Tensor, exact: Tensor) -> Tensor:
+    """Return |actual − exact| in units in the last place of `actual`'s dtype at `exact`."""
+    info = torch.finfo(actual.dtype)
+    exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1
+    spacing = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+    return (actual.to(torch.float64) - exact).abs() / spacing
+
+
+def additivity_error(layer: AdapterLinear, seed: int = 0, count: int = 50) -> float:
+    """Return max |g(x+y) − g(x) − g(y)| relative to max |g(x+y)|, with g(x) = f(x) − f(0)."""
+    generator = torch.Generator().manual_seed(seed)
+    width = layer.base.in_features
+    x, y = torch.randn(2, count, width, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        origin = layer(torch.zeros(1, width, dtype=torch.float64))
+        together = layer(x + y) - origin
+        apart = layer(x) - origin + layer(y) - origin
+    return ((together - apart).abs().max() / together.abs().max()).item()

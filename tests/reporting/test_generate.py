@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from furina.records import RecordError, RunRecord
+from furina.reporting import OutdatedReportError, plots, report
+from furina.reporting.paper import paper_table
+from furina.reporting.readme import BEGIN, END, fill
+from tests.records import fakes
+
+PAPER = Path(__file__).parents[2] / "results" / "paper"
+
+
+@pytest.fixture
+def whole(results: Path) -> Path:
+    """A results folder with every kind of record, and a README beside it."""
+    trials = [
+        fakes.search_record("lora", "arc_easy", 2e-4, 0.61),
+        fakes.search_record("lora", "arc_easy", 5e-4, 0.64),
+    ]
+    for trial in trials:
+        trial.write(results / "search" / trial.file_name)
+    for seed in range(3):
+        for coefficient in (0.0, 0.01):
+            run = fakes.selection_record(seed, coefficient, 0.36 + 4 * coefficient + 0.01 * seed)
+            run.write(results / "selection" / run.file_name)
+    shutil.copytree(PAPER, results / "paper", ignore=shutil.ignore_patterns("tables"))
+    (results.parent / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    return results
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the drawing, which is most of a report's time."""
+    monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>\n")
+
+
+def readme(results: Path) -> Path:
+    return results.parent / "README.md"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_table_is_written_in_three_forms_and_every_figure_as_svg(whole: Path) -> None:
+    report(whole, readme=readme(whole))
+    written = {str(p.relative_to(whole)) for p in whole.rglob("*/tables/*")}
+    tables = [f"quickstart/tables/{name}" for name in ("main", "latency", "merge")]
+    tables += ["search/tables/search", "selection/tables/selection", "paper/tables/paper_main"]
+    assert written == {f"{table}.{end}" for table in tables for end in ("md", "csv", "tex")}
+    figures = {path.name for path in whole.rglob("figures/*")}
+    assert figures == {"accuracy_latency.svg", "loss_curves.svg"}
+
+
+def test_a_second_report_changes_no_byte_and_passes_the_check(whole: Path) -> None:
+    report(whole, readme=readme(whole))
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+    report(whole, readme=readme(whole))
+    after = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in whole.rglob("*") if p.is_file()}
+    assert before == after
+    report(whole, readme=readme(whole), check=True)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_check_lists_every_differing_missing_and_stale_file_and_writes_nothing(
+    whole: Path,
+) -> None:
+    report(whole, readme=readme(whole))
+    edited = whole / "quickstart" / "tables" / "main.md"
+    edited.write_text(edited.read_text().replace("base", "Base", 1))
+    deleted = whole / "search" / "tables" / "search.csv"
+    deleted.unlink()
+    stale = whole / "quickstart" / "tables" / "old.tex"
+    stale.write_text("")
+    readme(whole).write_text(readme(whole).read_text().replace("| lora |", "| LoRA |"))
+    state = {p: p.read_bytes() for p in whole.parent.rglob("*") if p.is_file()}
+    with pytest.raises(OutdatedReportError) as caught:
+        report(whole, readme=readme(whole), check=True)
+    listed = str(caught.value)
+    for path in (edited, deleted, stale, readme(whole)):
+        assert str(path) in listed
+    assert str(whole / "quickstart" / "tables" / "main.csv") not in listed
+    assert state == {p: p.read_bytes() for p in whole.parent.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_check_fails_when_a_record_changed(whole: Path) -> None:
+    report(whole, readme=readme(whole))
+    path = whole / "quickstart" / "lora--arc_easy--seed0.json"
+    record = RunRecord.read(path)
+    assert record.training
+    replace(record, training=replace(record.training, seconds=1.0)).write(path)
+    with pytest.raises(OutdatedReportError, match=r"main\.csv"):
+        report(whole, readme=readme(whole), check=True)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_removes_tables_that_have_no_records_any_more(whole: Path) -> None:
+    report(whole)
+    shutil.rmtree(whole / "search")
+    (whole / "search" / "tables").mkdir(parents=True)
+    stale = whole / "search" / "tables" / "search.md"
+    stale.write_text("old")
+    report(whole)
+    assert not stale.exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_files_in_results_are_left_alone(whole: Path) -> None:
+    kept = [whole / "LOG.md", whole / "quickstart" / "notes.md", whole / "paper" / "main.csv"]
+    for path in kept[:2]:
+        path.write_text("mine")
+    before = [path.read_bytes() for path in kept]
+    report(whole)
+    assert [path.read_bytes() for path in kept] == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_readme_gets_the_main_table_and_apart_the_papers(whole: Path) -> None:
+    report(whole, readme=readme(whole))
+    text = readme(whole).read_text()
+    ours, papers = text.split("**In the paper:")
+    assert text.startswith("# Title\n\n")
+    assert text.endswith("\n\nAfter.\n")
+    assert "old" not in text
+    assert "| furina | 1" in ours
+    assert "| FURINA | 85.3 |" in papers
+    assert "85.3" not in ours
+    assert "no cell here compares" in papers
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_suite_of_the_readme_must_be_said_where_there_are_two(whole: Path) -> None:
+    shutil.copytree(whole / "quickstart", whole / "second")
+    with pytest.raises(RecordError, match="Say which suite the README shows"):
+        report(whole, readme=readme(whole))
+    report(whole, readme=readme(whole), suite="second")
+    with pytest.raises(RecordError, match="Did you mean 'second'"):
+        report(whole, readme=readme(whole), suite="secnd")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_two_suites_may_have_other_prompts(whole: Path) -> None:
+    for task in fakes.TASKS:
+        record = fakes.run_record("base", task, samples=False)
+        scores = tuple(replace(score, prompt_form="letter") for score in record.evaluations)
+        fakes.write_run(whole / "letters", replace(record, evaluations=scores))
+    report(whole)
+
+
+def test_a_results_folder_without_records_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="furina reproduce"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+@pytest.mark.usefixtures("undrawn")
+def test_a_readme_without_its_two_marks_is_an_error_and_stays_as_it_is(
+    text: str, whole: Path
+) -> None:
+    readme(whole).write_text(text)
+    with pytest.raises(RecordError, match="must hold one line"):
+        report(whole, readme=readme(whole))
+    assert readme(whole).read_text() == text
+    assert not (whole / "quickstart" / "tables").exists()
+
+
+def test_a_missing_readme_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="does not exist"):
+        fill(tmp_path / "README.md", "x")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_broken_record_is_an_error_before_anything_is_written(whole: Path) -> None:
+    (whole / "quickstart" / "lora--arc_easy--seed0.json").write_text("{")
+    with pytest.raises(RecordError, match="not valid JSON"):
+        report(whole)
+    assert not list(whole.rglob("tables"))
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*.csv")), ids=lambda path: path.stem)
+def test_every_file_of_the_papers_numbers_is_a_table(path: Path) -> None:
+    assert not paper_table(path).frame.empty
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have lines under the header"),
+        ("a,b\n1,2\n", "must have lines under the header"),
+        ("source,table,row,column,value,unit\n", "must have lines"),
+        ("source,table,row,column,value,unit\ns,t,r,c,x,%\n", "'x' is not a number"),
+        ("source,table,row,column,value,unit\ns,t,r,c,1,%\ns,t,r,c,2,%\n", "twice"),
+    ],
+)
+def test_a_damaged_file_of_the_papers_numbers_is_one_sentence(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "main.csv").write_text(text)
+    with pytest.raises(RecordError, match=message):
+        paper_table(tmp_path / "main.csv")
+
+
+def test_the_papers_means_of_three_are_the_means_of_its_three_backbones() -> None:
+    for row in paper_table(PAPER / "main.csv").frame.to_dict("records"):
+        *backbones, mean = (cell.numbers[""] for cell in list(row.values())[1:])
+        if None not in backbones:
+            assert sum(backbones) / 3 == pytest.approx(mean, abs=0.051)
+
+
+IMPORTS = """
+import sys
+from pathlib import Path
+from furina.reporting import report
+report(Path(sys.argv[1]))
+heavy = {"torch", "lightning", "transformers", "lm_eval", "datasets"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+
+
+def test_a_report_is_made_without_importing_torch(whole: Path) -> None:
+    command = [sys.executable, "-c", IMPORTS, str(whole)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

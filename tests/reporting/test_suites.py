@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from furina.records import RecordError, RunRecord
+from furina.reporting.suites import load_suite, read_correct
+from tests.records import fakes
+
+Edit = Callable[[RunRecord], RunRecord]
+
+
+def rescored(**changes: object) -> Edit:
+    def edit(record: RunRecord) -> RunRecord:
+        scores = tuple(replace(score, **changes) for score in record.evaluations)  # type: ignore[arg-type]
+        return replace(record, evaluations=scores)
+
+    return edit
+
+
+def retimed(**changes: int) -> Edit:
+    def edit(record: RunRecord) -> RunRecord:
+        times = tuple(replace(latency, **changes) for latency in record.latency)  # type: ignore[arg-type]
+        return replace(record, latency=times)
+
+    return edit
+
+
+MIXTURES: dict[str, Edit] = {
+    "the prompt form is": rescored(prompt_form="letter"),
+    "the prompt version is": rescored(prompt_version="2"),
+    "the metric is": rescored(metric="acc_norm"),
+    "the lm-eval version is": rescored(lm_eval="0.4.12"),
+    "the task version is": rescored(task_version="0"),
+    "the number of questions is": rescored(n=50),
+    "the test subset is": lambda r: replace(r, data=replace(r.data, test_subset="full")),
+    "the test rows' hash is": lambda r: replace(r, data=replace(r.data, test_sha256="0" * 64)),
+    "the backbone's hash is": lambda r: replace(r, backbone=replace(r.backbone, sha256="0" * 64)),
+    "the number of prompt tokens is": retimed(prompt_tokens=50),
+    "the number of new tokens is": retimed(new_tokens=50),
+}
+
+
+@pytest.mark.parametrize("what", MIXTURES)
+def test_a_mixture_in_one_table_is_an_error_that_names_both_files(what: str, folder: Path) -> None:
+    path = fakes.write_run(folder, MIXTURES[what](fakes.run_record("lora", "openbookqa")))
+    with pytest.raises(RecordError, match=what) as caught:
+        load_suite(folder)
+    named = [other.name for other in folder.glob("*.json") if str(other) in str(caught.value)]
+    assert path.name in named
+    assert len(named) == 2
+
+
+@pytest.mark.parametrize(("key", "setting"), [("learning_rate", 1e-3), ("adapter", {"rank": 8})])
+def test_two_seeds_of_one_row_with_other_settings_are_an_error(
+    key: str, setting: object, seeded: Path
+) -> None:
+    record = fakes.run_record("lora", "openbookqa", 2)
+    fakes.write_run(seeded, replace(record, config={**record.config, key: setting}))
+    with pytest.raises(RecordError, match=f"the setting {key} is .* in the first and"):
+        load_suite(seeded)
+
+
+def test_methods_and_tasks_may_have_settings_of_their_own(folder: Path) -> None:
+    record = fakes.run_record("lora", "openbookqa")
+    fakes.write_run(folder, replace(record, config={**record.config, "learning_rate": 1e-3}))
+    assert load_suite(folder).methods == ["base", "lora", "furina"]
+
+
+def test_two_files_of_one_cell_and_seed_are_an_error_that_names_both(folder: Path) -> None:
+    fakes.run_record("lora", "arc_easy").write(folder / "copy.json")
+    with pytest.raises(RecordError, match=r"copy\.json and .*lora--arc_easy--seed0\.json"):
+        load_suite(folder)
+
+
+def test_a_folder_without_records_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="no run records"):
+        load_suite(tmp_path)
+
+
+def test_a_second_metric_is_shown_only_when_asked_for(folder: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        record = RunRecord.read(path)
+        second = tuple(replace(score, metric="acc_norm") for score in record.evaluations)
+        replace(record, evaluations=record.evaluations + second).write(path)
+    assert load_suite(folder).metric == "acc"
+    assert load_suite(folder, "acc_norm").metric == "acc_norm"
+
+
+def test_only_successful_runs_are_selected_and_the_others_listed(folder: Path) -> None:
+    record = replace(fakes.run_record("lora", "openbookqa"), status="failed", error="killed")
+    fakes.write_run(folder, record)
+    suite = load_suite(folder)
+    assert [run.record.task for run in suite.select("lora")] == ["arc_easy"]
+    assert [run.record.error for run in suite.failures] == ["killed"]
+
+
+def test_per_question_outputs_are_read_by_metric(folder: Path) -> None:
+    run = load_suite(folder).select("lora", "arc_easy")[0]
+    score = run.score("unmerged", "acc")
+    assert score
+    found = read_correct(run, score)
+    assert found
+    assert sum(found.values()) / len(found) == pytest.approx(score.value)
+
+
+def test_a_record_without_its_per_question_outputs_gives_none(folder: Path) -> None:
+    run = load_suite(folder).select("lora", "arc_easy")[0]
+    score = run.score("unmerged", "acc")
+    assert score
+    assert score.samples
+    assert read_correct(run, replace(score, samples=None)) is None
+    (folder / score.samples).unlink()
+    assert read_correct(run, score) is None
+
+
+@pytest.mark.parametrize("damage", [b"text", b"\x1f\x8b\x08\x00"])
+def test_damaged_per_question_outputs_are_one_sentence(damage: bytes, folder: Path) -> None:
+    run = load_suite(folder).select("lora", "arc_easy")[0]
+    score = run.score("unmerged", "acc")
+    assert score
+    assert score.samples
+    (folder / score.samples).write_bytes(damage)
+    with pytest.raises(RecordError, match="not a file of per-question outputs"):
+        read_correct(run, score)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 599])
+def test_per_question_outputs_of_another_score_are_an_error(kept: int, folder: Path) -> None:
+    run = load_suite(folder).select("lora", "arc_easy")[0]
+    score = run.score("unmerged", "acc")
+    assert score
+    assert score.samples
+    answers = fakes.correct("lora", "arc_easy", 0)
+    fakes.write_samples(folder / score.samples, "acc", answers[:kept])
+    with pytest.raises(RecordError, match="does not give the score"):
+        read_correct(run, score)

@@ -1,0 +1,184 @@
+"""Backbones load by name, tiny ones are the same everywhere, and the hash sees every weight."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from furina.assets import is_cached
+from furina.backbones import (
+    TINY,
+    backbone_hash,
+    load_backbone,
+    load_tokenizer,
+    tiny_tokenizer,
+)
+from furina.errors import AssetError, ConfigurationError
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Say so, and fail on any attempt to leave the machine."""
+
+    def connect(*_):
+        pytest.fail("tried to reach the network")
+
+    monkeypatch.setenv("FURINA_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_model_is_the_same_every_time_and_disturbs_no_generator(name):
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = load_backbone(name, "float32")
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert backbone_hash(load_backbone(name, "float32")) == backbone_hash(first)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_model_has_grouped_queries_and_no_square_mlp(name):
+    model = load_backbone(name, "float32")
+    layer = model.model.layers[0]
+    assert layer.self_attn.k_proj.weight.shape == (32, 64)
+    assert layer.mlp.up_proj.weight.shape == (160, 64)
+    assert not model.training
+
+
+def test_the_two_tiny_models_differ_in_what_a_method_must_handle():
+    llama, qwen = (load_backbone(name, "float32") for name in TINY)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    assert qwen.lm_head.weight is not qwen.model.embed_tokens.weight
+    assert llama.model.layers[0].self_attn.q_proj.bias is None
+    assert qwen.model.layers[0].self_attn.q_proj.bias.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_tiny_model_has_the_same_weights_rounded_once_in_every_dtype(dtype):
+    exact = load_backbone("tiny-qwen2", "float32")
+    model = load_backbone("tiny-qwen2", dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    for name, value in exact.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.to(getattr(torch, dtype)))
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_tiny_model_reads_its_tokenizer_and_generates(name):
+    model, tokenizer = load_backbone(name), load_tokenizer(name)
+    assert len(tokenizer) <= model.config.vocab_size
+    inputs = tokenizer(["the answer", "in"], return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert output.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["Question: the Answer in 1999?\n", "°C — 漢字 🙂", "  two  spaces "]
+)
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_tokenizer_keeps_every_text(name, text):
+    tokenizer = load_tokenizer(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode()) or not any(piece in text for piece in ("the", "in"))
+
+
+def test_a_bos_is_there_only_when_the_tokenizer_adds_it():
+    assert tiny_tokenizer(has_bos=False).bos_token_id is None
+    assert 1 not in tiny_tokenizer().encode("the")
+    assert tiny_tokenizer(adds_bos=True).encode("the")[0] == 1
+
+
+def test_a_saved_tiny_backbone_loads_as_a_folder(tmp_path):
+    model, tokenizer = load_backbone("tiny-llama", "float32"), load_tokenizer("tiny-llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_backbone(str(tmp_path), "float32")
+    assert backbone_hash(again) == backbone_hash(model)
+    assert not again.training
+    text = "Question: the end?"
+    assert load_tokenizer(str(tmp_path)).encode(text) == tokenizer.encode(text)
+
+
+def test_a_tokenizer_without_a_pad_token_gets_its_end_token(tmp_path):
+    tokenizer = load_tokenizer("tiny-llama")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    load_backbone("tiny-llama").config.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id is None
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == loaded.eos_token_id
+
+
+def test_the_hash_sees_one_changed_weight_and_the_dtype():
+    model = load_backbone("tiny-llama", "float32")
+    before = backbone_hash(model)
+    assert backbone_hash(load_backbone("tiny-llama", "bfloat16")) != before
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5].add_(1e-6)
+    assert backbone_hash(model) != before
+
+
+def test_attention_implementation_is_passed_on():
+    assert load_backbone("tiny-llama", attention="eager").config._attn_implementation == "eager"
+
+
+def test_an_unknown_name_suggests_the_nearest(offline):
+    with pytest.raises(ConfigurationError, match=f"'smollm2-135m'.*Did you mean '{MODEL}'"):
+        load_backbone("smollm2-135m")
+    with pytest.raises(ConfigurationError, match=r"'tiny-lama'.*Did you mean 'tiny-llama'"):
+        load_tokenizer("tiny-lama")
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path):
+    for name in (str(tmp_path), str(tmp_path / "missing"), "./missing"):
+        with pytest.raises(ConfigurationError, match="is no model folder"):
+            load_backbone(name)
+
+
+def test_a_damaged_folder_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="Cannot load backbone"):
+        load_backbone(str(tmp_path))
+    load_backbone("tiny-llama").config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="Cannot load backbone"):
+        load_backbone(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ConfigurationError, match="Cannot load backbone"):
+        load_backbone(str(tmp_path))
+
+
+def test_an_unknown_dtype_suggests_the_nearest():
+    with pytest.raises(ConfigurationError, match=r"no dtype 'bfloat'. Did you mean 'bfloat16'"):
+        load_backbone("tiny-llama", "bfloat")
+
+
+def test_an_asset_that_is_not_cached_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("FURINA_CACHE_DIR", str(tmp_path))
+    with pytest.raises(AssetError, match=f"{MODEL} is not cached in .* run `furina assets`"):
+        load_backbone(MODEL)
+
+
+@pytest.mark.assets
+@pytest.mark.skipif(not is_cached(MODEL), reason=f"{MODEL} is not cached: run `furina assets`")
+def test_the_real_model_continues_a_sentence(offline):
+    model, tokenizer = load_backbone(MODEL), load_tokenizer(MODEL)
+    assert isinstance(model, type(AutoModelForCausalLM.from_config(model.config)))
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0])

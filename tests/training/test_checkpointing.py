@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from training_helpers import fit, tiny
+
+import furina
+from furina.errors import ConfigurationError, FurinaError
+from furina.training import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    DivergedError,
+    FinetuneModule,
+    ResumeCheckpoint,
+)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> FinetuneModule:
+    module = FinetuneModule(tiny(), 1e-3)
+    fit(module, tmp_path, max_steps=2, callbacks=[ResumeCheckpoint(tmp_path / "last.ckpt", 2)])
+    return module
+
+
+def test_checkpoint_holds_the_adapter_its_optimiser_and_progress_but_no_backbone(
+    trained: FinetuneModule, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    adapter = furina.adapter_state_dict(trained.model)
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in adapter}
+    assert {"optimizer_states", "lr_schedulers", "loops", "furina"} < set(checkpoint)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+    moments = 2 * size
+    names_and_progress = 200_000
+    assert (tmp_path / "last.ckpt").stat().st_size < size + moments + names_and_progress
+    backbone = sum(p.numel() * p.element_size() for p in trained.model.parameters()) - size
+    assert backbone > names_and_progress
+
+
+def test_a_plain_model_checkpoint_of_lightning_holds_the_adapter_only_too(
+    tmp_path: Path,
+) -> None:
+    module = FinetuneModule(tiny(), 1e-3)
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="step")
+    fit(module, tmp_path, max_steps=1, callbacks=[saver])
+    state = torch.load(tmp_path / "step.ckpt", weights_only=True)["state_dict"]
+    assert len(state) == len(furina.adapter_state_dict(module.model))
+
+
+def test_loading_into_another_shape_of_adapter_is_one_sentence(trained: FinetuneModule) -> None:
+    with pytest.raises(ConfigurationError, match="not those of this adapter"):
+        FinetuneModule(tiny("lora"), 1e-3).load_state_dict(trained.state_dict())
+
+
+def test_killed_write_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def fail(source: Any, target: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+
+
+def test_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(FurinaError, match="disk is full"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+class Foreign:
+    """Something that only a free unpickler would make."""
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", pickle.dumps(Foreign())])
+def test_damaged_or_foreign_checkpoints_are_never_unpickled(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged or was not written"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_object_inside_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": Foreign()}, path)
+    with pytest.raises(CheckpointError):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_asking_for_free_unpickling_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="weights_only=True"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+
+
+def test_leftovers_of_killed_writes_are_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".last.ckpt.abcd"
+    leftover.write_bytes(b"half")
+    callback = ResumeCheckpoint(tmp_path / "last.ckpt", 1)
+    fit(FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=1, callbacks=[callback])
+    assert not leftover.exists()
+    assert callback.latest() == tmp_path / "last.ckpt"
+
+
+def test_interval_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="at least 1"):
+        ResumeCheckpoint(tmp_path / "last.ckpt", 0)
+
+
+def test_diverged_state_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = FinetuneModule(tiny(), 1e-3)
+    module._watch.note(7, torch.tensor(float("nan")))
+    with pytest.raises(DivergedError, match="step 7"):
+        module.on_save_checkpoint({})

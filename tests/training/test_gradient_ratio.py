@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from training_helpers import tiny, windows
+
+import furina
+from furina.training import answer_loss, gradient_ratio
+
+
+def routed(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    named = furina.adapter_parameters(model).items()
+    return [p for name, p in named if name.endswith(("lora_A", "lora_B"))]
+
+
+def test_ratio_is_that_of_the_two_gradients_on_routed_factors() -> None:
+    model, window = tiny(), windows(1)[0]
+    figures = gradient_ratio(model, window)
+    loss, _ = answer_loss(model, window[0])
+    norms = [
+        torch.stack([g.norm() for g in torch.autograd.grad(part, routed(model), retain_graph=True)])
+        .norm()
+        .item()
+        for part in (furina.auxiliary_loss(model), loss)
+    ]
+    assert figures["auxiliary"] == pytest.approx(norms[0], rel=1e-4)
+    assert figures["task"] == pytest.approx(norms[1], rel=1e-4)
+    assert figures["ratio"] == pytest.approx(norms[0] / norms[1], rel=1e-4)
+
+
+def test_measuring_leaves_gradients_mode_and_random_state_alone() -> None:
+    model = tiny(dropout=0.1).eval()
+    random_state = torch.get_rng_state()
+    gradient_ratio(model, windows(1, micro_batch_size=3)[0])
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_measuring_works_under_gradient_checkpointing() -> None:
+    plain, checkpointed = tiny(), tiny()
+    checkpointed.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    window = windows(1, micro_batch_size=3)[0]
+    assert gradient_ratio(checkpointed, window) == pytest.approx(
+        gradient_ratio(plain, window), rel=1e-5
+    )
+
+
+def test_ratio_is_undefined_without_an_auxiliary_loss_or_before_v_moved() -> None:
+    window = windows(1)[0]
+    assert gradient_ratio(tiny("lora"), window)["ratio"] is None
+    start = tiny()
+    with torch.no_grad():
+        for name, parameter in furina.adapter_parameters(start).items():
+            if name.endswith("magnitude"):
+                parameter.zero_()
+            elif name.endswith("lora_B"):
+                parameter[:, :4] = 0
+    assert gradient_ratio(start, window)["auxiliary"] == 0
