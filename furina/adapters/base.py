@@ -151,8 +151,8 @@ class AdapterLinear(nn.Module, ABC):
         b, a = factors
         return b @ a
 
-    def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the auxiliary loss is meant to shape."""
+    def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+        """Return the parts of parameters that the auxiliary loss is meant to shape."""
         return []
 
     def adapter_tensors(self) -> dict[str, Tensor]:

@@ -330,9 +330,10 @@ class FurinaLinear(AdapterLinear):
             a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
         return b, a
 
-    def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Return A and B, whose routed experts the selection loss specialises."""
-        return [self.lora_A, self.lora_B] if self.config.num_routed_experts else []
+    def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+        """Return the routed experts' rows of A and columns of B, which the loss specialises."""
+        routed = slice(self.shared_rank, None)
+        return [(self.lora_A, (routed,)), (self.lora_B, (slice(None), routed))]
 
     def _must_record(self) -> bool:
         wanted = self.tracker.observer is not None or self.config.has_auxiliary_loss

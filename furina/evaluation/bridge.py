@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ SOFTMAX_DTYPE = "float32"
 def live_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[Any]:
-    """Yield `model` as lm-eval's HFLM, in eval and inference mode; modes come back afterwards.
+    """Yield `model` as lm-eval's HFLM, in eval and inference mode.
+
+    Modes and Python's random state, from which lm-eval draws task ids, come back afterwards.
 
     Raises ConfigurationError if the batch size is not a positive integer.
     """
@@ -42,7 +45,11 @@ def live_model(
             softmax_dtype=SOFTMAX_DTYPE,
         )
         assert lm.batch_size == batch_size and not lm.model.training
-        yield lm
+        state = random.getstate()
+        try:
+            yield lm
+        finally:
+            random.setstate(state)
 
 
 @contextmanager

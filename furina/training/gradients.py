@@ -18,16 +18,16 @@ def gradient_ratio(
 ) -> dict[str, float | None]:
     """Return ‖∇aux‖, ‖∇task‖ and their ratio, as `auxiliary`, `task` and `ratio`.
 
-    The norms are over the parameters that the auxiliary loss is meant to shape (for FURINA the
-    routed experts' A and B), of the token-weighted losses of one optimiser step, in training mode.
-    `ratio` is None where it is undefined: a method without such a loss, or no task gradient yet
-    (v = 0). Gradients, mode and random state of the model are left as they were.
+    The norms are over the parts of parameters that the auxiliary loss is meant to shape (for FURINA
+    the routed experts' A and B), of the token-weighted losses of one optimiser step, in training
+    mode. `ratio` is None where it is undefined: a method without such a loss, or no task gradient
+    yet (v = 0). Gradients, mode and random state of the model are left as they were.
     """
-    parameters = [
-        p for layer in state_of(model).layers.values() for p in layer.auxiliary_parameters()
-    ]
-    if not parameters or not state_of(model).config.has_auxiliary_loss:
+    state = state_of(model)
+    if not state.config.has_auxiliary_loss:
         return {"auxiliary": 0.0, "task": 0.0, "ratio": None}
+    slices = [part for layer in state.layers.values() for part in layer.auxiliary_slices()]
+    parameters = [parameter for parameter, _ in slices]
     window = [select_answers(batch) for batch in micro_batches]
     answers = sum(len(batch.targets) for batch in window)
     tokens = sum(batch.real_tokens for batch in window)
@@ -39,7 +39,12 @@ def gradient_ratio(
             pull = auxiliary_loss(model) * (batch.real_tokens / tokens)
             _add(auxiliary, torch.autograd.grad(pull, parameters, retain_graph=True))
             _add(task, torch.autograd.grad(loss * (n / answers), parameters))
-    norms = [torch.nn.utils.get_total_norm(gradients).item() for gradients in (auxiliary, task)]
+    norms = [
+        torch.nn.utils.get_total_norm(
+            [total[index] for total, (_, index) in zip(totals, slices, strict=True)]
+        ).item()
+        for totals in (auxiliary, task)
+    ]
     ratio = norms[0] / norms[1] if norms[1] > 0 else None
     return {"auxiliary": norms[0], "task": norms[1], "ratio": ratio}
 
