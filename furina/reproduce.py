@@ -1,6 +1,6 @@
 """Run every cell of a suite that has no record yet.
 
-A suite is a folder: `defaults.yaml` for what all runs share, and one YAML file per method beside it.
+A suite is a folder: `defaults.yaml` for what all runs share, and beside it one YAML file per method.
 Adding a method to a table is adding its file.
 """
 
@@ -23,6 +23,7 @@ from furina.experiment.config import RunConfig
 from furina.storage import write_text
 
 Study = Literal["cells", "search", "selection"]
+Sweep = dict[str, list[Any]] | list[dict[str, Any]]
 DEFAULTS = "defaults.yaml"
 
 
@@ -47,8 +48,9 @@ def read_suite(path: Path) -> Suite:
     """Read the suite in folder `path`.
 
     `defaults.yaml` holds the study, and RunConfig fields that each other file overrides. A `sweep`
-    in either maps fields ("task", "adapter.rank") to lists of values: the file stands for all their
-    combinations. Raises ConfigurationError for anything unknown or missing.
+    in either maps fields ("task", "adapter.rank") to lists of values, for all their combinations,
+    or is a list of mappings from fields to values. A file's own sweep wins over the defaults'.
+    Raises ConfigurationError for anything unknown or missing.
     """
     path = Path(path)
     shared = dict(_read(path / DEFAULTS))
@@ -118,15 +120,21 @@ def _located(path: Path) -> Iterator[None]:
         raise ConfigurationError(f"{path}: {error}") from error
 
 
-def _expand(
-    defaults: RunConfig, shared_sweep: dict[str, Any], content: dict[str, Any]
-) -> list[RunConfig]:
-    sweep = {**shared_sweep, **content.pop("sweep", {})}
+def _expand(defaults: RunConfig, shared_sweep: Sweep, content: dict[str, Any]) -> list[RunConfig]:
+    own_points = _points(content.pop("sweep", {}))
     fixed = defaults.updated(content)
-    return [
-        _with(fixed, dict(zip(sweep, values, strict=True)))
-        for values in itertools.product(*sweep.values())
+    runs = [
+        _with(fixed, {**shared, **own})
+        for shared, own in itertools.product(_points(shared_sweep), own_points)
     ]
+    return [run for index, run in enumerate(runs) if run not in runs[:index]]
+
+
+def _points(sweep: Sweep) -> list[dict[str, Any]]:
+    """Return the points of a sweep: all combinations of a mapping's lists, or a list as it is."""
+    if isinstance(sweep, list):
+        return sweep
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
 def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:

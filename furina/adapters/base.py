@@ -14,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cache
+from types import NoneType
 from typing import (
     Any,
     ClassVar,
@@ -62,13 +64,10 @@ class AdapterConfig(ABC):
 
     def __post_init__(self) -> None:
         """Check the options; raises ConfigurationError naming the field."""
-        hints = get_type_hints(type(self))
-        for option in fields(self):
-            value, hint = getattr(self, option.name), hints[option.name]
-            if get_origin(hint) is Literal:
-                self.require(value in get_args(hint), option.name, f"one of {get_args(hint)}")
-            if isinstance(value, float):
-                self.require(math.isfinite(value), option.name, "finite")
+        for option, choices in _choices(type(self)).items():
+            self.require(getattr(self, option) in choices, option, f"one of {choices}")
+        for option, value in self.to_dict().items():
+            self.require(not isinstance(value, float) or math.isfinite(value), option, "finite")
         self.require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
 
     @abstractmethod
@@ -113,6 +112,13 @@ class AdapterConfig(ABC):
 
 
 C = TypeVar("C", bound=AdapterConfig)
+
+
+@cache
+def _choices(config: type[AdapterConfig]) -> dict[str, tuple[Any, ...]]:
+    """Return {option: allowed values} of the options that are a Literal."""
+    hints = get_type_hints(config).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 class AdapterLinear(nn.Module, ABC):
@@ -273,6 +279,9 @@ def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
 def _typed(config: type[C], options: Mapping[str, Any]) -> C:
     from jsonargparse import ArgumentError, ArgumentParser
 
+    for option, hint in get_type_hints(config).items():
+        if option in options and options[option] is None and NoneType not in get_args(hint):
+            raise ConfigurationError(f"Method {config.name}: {option} cannot be empty (null).")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config, "options")
     try:

@@ -122,12 +122,13 @@ def export(options: Namespace) -> None:
 
 
 def _export(options: Namespace, form: str) -> None:
-    from furina.backbones import load_backbone, load_tokenizer
     from furina.checkpoint import load, read_adapter_config
-    from furina.export import export_merged, export_peft
 
     read_adapter_config(options.adapter_dir)
     require_new(options.out_dir)
+    from furina.backbones import load_backbone, load_tokenizer
+    from furina.export import export_merged, export_peft
+
     model = load(options.adapter_dir, load_backbone(options.backbone, options.dtype))
     if form == "merged":
         export_merged(model, options.out_dir, load_tokenizer(options.backbone))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -68,6 +69,7 @@ def _default(field: Field[Any]) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
+@cache
 def _field_docstrings(config: type) -> dict[str, str]:
     from docstring_parser import parse_from_object
 
@@ -129,13 +131,24 @@ def _config_first(words: Sequence[str]) -> list[str]:
     return [f"--config={file}" for file in files] + rest
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: one of the values would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping; raises ConfigurationError where it is none."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{path} is not a YAML file: {reason}.") from error
+        raise ConfigurationError(f"{path} cannot be read as YAML: {reason}.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold options, one 'name: value' a line.")
     return content
@@ -143,15 +156,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def _check_keys(path: str, parser: ArgumentParser) -> None:
     known = {action.dest for action in parser._actions} - {"help", "config", "print_config"}
-    for key in _keys(read_yaml(path), known):
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    for key in _keys(read_yaml(path)):
+        if key in groups:
+            raise ConfigurationError(f"{path}: {key} must hold options, one 'name: value' a line.")
         if key not in known:
-            raise ConfigurationError(f"{path} has an unknown key {key!r}.{nearest(key, known)}")
+            group = key.rpartition(".")[0]
+            near = [name for name in known if name.rpartition(".")[0] == group] or known
+            raise ConfigurationError(f"{path} has an unknown key {key!r}.{nearest(key, near)}")
 
 
-def _keys(content: Mapping[Any, Any], known: Collection[str], prefix: str = "") -> Iterator[str]:
+def _keys(content: Mapping[Any, Any]) -> Iterator[str]:
     for key, value in content.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name not in known:
-            yield from _keys(value, known, f"{name}.")
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{option}" for option in value)
         else:
-            yield name
+            yield str(key)

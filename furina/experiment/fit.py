@@ -19,6 +19,7 @@ from furina.data.module import ChoiceDataModule
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.inject import adapt, describe, state_of
+from furina.mode import evaluation_mode
 from furina.records import Training, codec, peak_memory_bytes
 from furina.storage import write_json
 from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint, gradient_ratio
@@ -185,8 +186,7 @@ def _selection(model: PreTrainedModel, data: ChoiceDataModule) -> dict[str, floa
     loaders: list[Any] = data.val_dataloader()
     if not state_of(model).config.records_selection or not loaders:
         return None
-    model.eval()
-    with record_selection(model) as record:
+    with evaluation_mode(model), record_selection(model) as record:
         for batch in loaders[0]:
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             model(**inputs, use_cache=False, logits_to_keep=1)

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from furina.errors import ConfigurationError
-from furina.inject import adapter_parameters, state_of
+from furina.inject import state_of
 
 
 def refuse_ignored_options(trainer: pl.Trainer) -> None:
@@ -29,12 +29,6 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raise ConfigurationError if the adapter is merged or its parameters are below fp32."""
+    """Raise ConfigurationError if the adapter is merged, so that the forward leaves it out."""
     if any(layer.merged for layer in state_of(model).layers.values()):
         raise ConfigurationError("The adapter is merged: call furina.unmerge before training.")
-    for name, parameter in adapter_parameters(model).items():
-        if parameter.element_size() < 4:
-            raise ConfigurationError(
-                f"{name} is {parameter.dtype} but adapters train in fp32: load the backbone in the "
-                "low dtype and leave Trainer(precision) at '32-true' or 'bf16-mixed'."
-            )
