@@ -1,9 +1,9 @@
 """FURINA: a router-free mixture of LoRA experts that merges into its backbone, and its baselines.
 
-    model = furina.adapt(model, "furina", rank=16, num_experts=8)
-    ...                                  # train model; add furina.auxiliary_loss(model)
-    furina.save(model, "adapter")        # config + safetensors
-    furina.merge(model)                  # a plain model again, at zero extra cost
+model = furina.adapt(model, "furina", rank=16, num_experts=8)
+...                                  # train model; add furina.auxiliary_loss(model)
+furina.save(model, "adapter")        # config + safetensors
+furina.merge(model)                  # a plain model again, at zero extra cost
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _HOME = {
     "training.module": ("FinetuneModule",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used: `furina --help` needs neither torch nor Lightning."""
+    """Import a public name where it is first used: `furina --help` needs no torch."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'furina' has no attribute {name!r}")
     return getattr(importlib.import_module(f"furina.{_MODULE_OF[name]}"), name)

@@ -76,7 +76,8 @@ def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
     total = local.detach().clone()
     distributed.all_reduce(total)
     scaled = world * local
-    return list((scaled + (total - scaled.detach())).split([part.numel() for part in parts]))
+    summed = scaled + (total - scaled.detach())
+    return list(torch.split(summed, [part.numel() for part in parts]))
 
 
 @dataclass
@@ -97,7 +98,9 @@ class SelectionRecord:
 
     def activity_share(self) -> dict[str, Tensor]:
         """Return each linear's P_i, the experts' mean shares of activity. Shape: (R,)."""
-        return {name: sums[1 : 1 + len(sums) // 2] / self.tokens for name, sums in self.sums.items()}
+        return {
+            name: sums[1 : 1 + len(sums) // 2] / self.tokens for name, sums in self.sums.items()
+        }
 
 
 @contextmanager

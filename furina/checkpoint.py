@@ -178,7 +178,9 @@ def _backbone(model: nn.Module) -> dict[str, str]:
         "model_type": str(getattr(config, "model_type", type(model).__name__)),
         "name": str(getattr(config, "_name_or_path", "")),
         "dtype": str(layer.base.weight.dtype).removeprefix("torch."),
-        "fingerprint": fingerprint({name: l.pristine_weight for name, l in state.layers.items()}),
+        "fingerprint": fingerprint(
+            {name: layer.pristine_weight for name, layer in state.layers.items()}
+        ),
     }
 
 
@@ -199,8 +201,8 @@ def _check_same_backbone(
     if check_weights and fingerprint(weights) != saved["backbone"].get("fingerprint"):
         raise AdapterFileError(
             f"The adapter in {path} was trained on other weights than this model's "
-            f"({_backbone_name(saved)}): load that backbone, or pass check_backbone=False if you "
-            "mean it."
+            f"({_backbone_name(saved)}): load that backbone (from "
+            "Python, check_backbone=False loads it all the same)."
         )
 
 

@@ -39,8 +39,8 @@ class Forward:
             return None
         if self.mask.dim() != 2:
             raise ConfigurationError(
-                f"The attention mask has shape {tuple(self.mask.shape)}: pass the (batch, sequence) "
-                "padding mask, which says which tokens are real."
+                f"The attention mask has shape {tuple(self.mask.shape)}: pass the (batch, "
+                "sequence) padding mask, which says which tokens are real."
             )
         if self.mask.numel() != tokens:
             raise ConfigurationError(
@@ -141,9 +141,7 @@ class _ReopeningCheckpoint:
         return self.checkpoint(run, *args)
 
 
-def _padding_mask(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _padding_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Find the attention mask among the model's arguments, as booleans."""
     mask = kwargs.get("attention_mask")
     if mask is None and args:

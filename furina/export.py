@@ -97,7 +97,5 @@ def _peft_targets(model: nn.Module) -> list[str]:
     """Return last name parts where they select just the adapted linears, else full names."""
     adapted = set(state_of(model).layers)
     suffixes = {name.rpartition(".")[2] for name in adapted}
-    selected = {
-        name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes
-    }
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes if selected == adapted else adapted)

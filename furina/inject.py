@@ -67,7 +67,8 @@ def adapt(
     config = _config(method, options)
     if is_adapted(model):
         raise ConfigurationError(
-            f"The model already has a {state_of(model).config.name} adapter: call furina.remove first."
+            f"The model already has a {state_of(model).config.name} adapter: call furina.remove "
+            "first."
         )
     patterns = _patterns(targets)
     names = _matching_linears(model, patterns)
@@ -83,9 +84,7 @@ def adapt(
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    state = AdaptedState(
-        config, patterns, layers, tracker, tracker.attach(model), trainable
-    )
+    state = AdaptedState(config, patterns, layers, tracker, tracker.attach(model), trainable)
     model.__dict__[_STATE] = state
     summary = describe(model)
     logger.info(
@@ -122,7 +121,9 @@ def is_adapted(model: nn.Module) -> bool:
 def state_of(model: nn.Module) -> AdaptedState:
     """Return what `adapt` left on `model`; raises ConfigurationError if it is not adapted."""
     if not is_adapted(model):
-        raise ConfigurationError("The model has no adapter: call furina.adapt or furina.load first.")
+        raise ConfigurationError(
+            "The model has no adapter: call furina.adapt or furina.load first."
+        )
     state: AdaptedState = model.__dict__[_STATE]
     return state
 
@@ -239,13 +240,11 @@ def _matches(name: str, target: str) -> bool:
 
 def _matching_linears(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
+    could = f"linears that could match end in: {', '.join(_linear_suffixes(modules))}."
     for target in targets:
         if not any(_matches(name, target) for name in modules):
-            raise ConfigurationError(
-                f"Target {target!r} matches no module; {could}"
-            )
+            raise ConfigurationError(f"Target {target!r} matches no module; {could}")
     matched = [name for name in modules if any(_matches(name, target) for target in targets)]
-    could = f"linears that could match end in: {', '.join(_linear_suffixes(modules))}."
     module_uses = Counter(id(module) for module in modules.values())
     weight_uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in matched:

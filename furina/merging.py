@@ -27,7 +27,8 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     it the copy is saved and unmerging is an error.
 
     Raises NotMergeableError with the reason for a method without a fixed update, and
-    ConfigurationError if merged already or if a merged weight is not finite; nothing is changed then.
+    ConfigurationError if merged already or if a merged weight is not finite; nothing is changed
+    then.
     """
     state = state_of(model)
     mergeable = state.config.mergeability()

@@ -1,6 +1,6 @@
 """Run every cell of a suite that has no record yet.
 
-A suite is a folder: `defaults.yaml` for what all runs share, and beside it one YAML file per method.
+A suite is a folder: `defaults.yaml` for what all runs share, and beside it a YAML file per method.
 Adding a method to a table is adding its file.
 """
 
@@ -12,18 +12,19 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, FurinaError, nearest
 from furina.experiment.config import RunConfig
-from furina.storage import write_text
+from furina.storage import sha256_file, write_text
 
 Study = Literal["cells", "search", "selection"]
-Sweep = dict[str, list[Any]] | list[dict[str, Any]]
+Point = dict[str, Any]
 DEFAULTS = "defaults.yaml"
 
 
@@ -32,16 +33,24 @@ class Suite:
     """Runs that belong in one table.
 
     `study` is "cells" (fine-tune, score, merge, time), "search" (score on held-out train questions)
-    or "selection" (expert selection on held-out train questions).
+    or "selection" (expert selection on held-out train questions). `full` is whether all test
+    questions are scored.
     """
 
     path: Path
     study: Study
     runs: tuple[RunConfig, ...] = field(repr=False)
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return self.path.resolve().name
 
     def command(self, config: RunConfig) -> str:
         """Return the command that runs one of its runs again."""
-        return shlex.join(["furina", "reproduce", str(self.path), "--methods", config.method])
+        words = ["furina", "reproduce", str(self.path), "--methods", config.method]
+        return shlex.join(words + ["--full"] * self.full)
 
 
 def read_suite(path: Path) -> Suite:
@@ -49,8 +58,9 @@ def read_suite(path: Path) -> Suite:
 
     `defaults.yaml` holds the study, and RunConfig fields that each other file overrides. A `sweep`
     in either maps fields ("task", "adapter.rank") to lists of values, for all their combinations,
-    or is a list of mappings from fields to values. A file's own sweep wins over the defaults'.
-    Raises ConfigurationError for anything unknown or missing.
+    or is a list of mappings from fields to values. What a file says itself, in its sweep or
+    outside it, wins over the defaults' sweep. Raises ConfigurationError for anything unknown or
+    missing.
     """
     path = Path(path)
     shared = dict(_read(path / DEFAULTS))
@@ -59,14 +69,19 @@ def read_suite(path: Path) -> Suite:
         known = nearest(str(study), get_args(Study))
         raise ConfigurationError(f"{path / DEFAULTS} has an unknown study {study!r}.{known}")
     with _located(path / DEFAULTS):
-        defaults = RunConfig().updated({"suite": path.name, **shared})
+        if "adapter" in shared and "method" not in shared:
+            raise ConfigurationError("options of an adapter belong where the method is named.")
+        defaults = RunConfig().updated({"suite": path.resolve().name, **shared})
+        shared_points = _points(sweep)
     runs: list[RunConfig] = []
     for file in sorted(path.glob("*.yaml")):
         if file.name != DEFAULTS:
             with _located(file):
-                runs += _expand(defaults, sweep, _read(file))
+                runs += _expand(defaults, shared_points, _read(file))
     if not runs:
         raise ConfigurationError(f"{path} holds no runs: add one YAML file per method.")
+    if study == "cells":
+        _require_unique_cells(path, runs)
     return Suite(path, study, tuple(runs))
 
 
@@ -85,17 +100,19 @@ def reproduce(
     stop the others: it is reported at the end with FurinaError.
     """
     suite = read_suite(path)
-    chosen = _choose(suite, methods, full)
+    suite = _choose(suite, methods, full)
     files, failures = [], []
-    for number, config in enumerate(chosen, start=1):
-        print(f"[{number}/{len(chosen)}] {_title(config)}", flush=True)
+    for number, config in enumerate(suite.runs, start=1):
+        print(f"[{number}/{len(suite.runs)}] {_title(config)}", flush=True)
         try:
             files.append(_run(suite, config, results, runs))
         except FurinaError as error:
             failures.append(f"{_title(config)}: {error}")
             print(f"  failed: {error}", flush=True)
     if failures:
-        raise FurinaError(f"{len(failures)} of {len(chosen)} runs failed: {'; '.join(failures)}")
+        raise FurinaError(
+            f"{len(failures)} of {len(suite.runs)} runs failed: {'; '.join(failures)}"
+        )
     return files
 
 
@@ -120,21 +137,40 @@ def _located(path: Path) -> Iterator[None]:
         raise ConfigurationError(f"{path}: {error}") from error
 
 
-def _expand(defaults: RunConfig, shared_sweep: Sweep, content: dict[str, Any]) -> list[RunConfig]:
+def _expand(defaults: RunConfig, shared: list[Point], content: dict[str, Any]) -> list[RunConfig]:
     own_points = _points(content.pop("sweep", {}))
     fixed = defaults.updated(content)
+    said = {*content, *(f"adapter.{option}" for option in content.get("adapter", {}))}
     runs = [
-        _with(fixed, {**shared, **own})
-        for shared, own in itertools.product(_points(shared_sweep), own_points)
+        _with(fixed, {key: value for key, value in point.items() if key not in said} | own)
+        for point, own in itertools.product(shared, own_points)
     ]
+    for run in runs:
+        get_task(run.task)
+        run.adapter_config()
     return [run for index, run in enumerate(runs) if run not in runs[:index]]
 
 
-def _points(sweep: Sweep) -> list[dict[str, Any]]:
+def _points(sweep: object) -> list[Point]:
     """Return the points of a sweep: all combinations of a mapping's lists, or a list as it is."""
-    if isinstance(sweep, list):
+    if isinstance(sweep, list) and sweep and all(isinstance(point, dict) for point in sweep):
         return sweep
+    if not isinstance(sweep, dict) or not all(v and isinstance(v, list) for v in sweep.values()):
+        raise ConfigurationError(
+            "sweep must map fields to lists of values, or be a list of mappings from fields to "
+            "values."
+        )
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def _require_unique_cells(path: Path, runs: list[RunConfig]) -> None:
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            raise ConfigurationError(
+                f"{path} has more than one run of {_title(run)}, and a table holds one: keep one, "
+                "or move the others into a suite of their own."
+            )
 
 
 def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
@@ -144,7 +180,11 @@ def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return config.updated({**fields, "adapter": options})
 
 
-def _choose(suite: Suite, methods: Sequence[str], full: bool) -> list[RunConfig]:
+def _choose(suite: Suite, methods: Sequence[str], full: bool) -> Suite:
+    if full and suite.study != "cells":
+        raise ConfigurationError(
+            f"{suite.path} is a study of held-out train questions: --full would be ignored."
+        )
     known = list(dict.fromkeys(run.method for run in suite.runs))
     for method in methods:
         if method not in known and method != "all":
@@ -155,7 +195,7 @@ def _choose(suite: Suite, methods: Sequence[str], full: bool) -> list[RunConfig]
     runs = [run for run in suite.runs if run.method in wanted]
     if full:
         runs = [run.updated({"test_size": None, "suite": f"{run.suite}-full"}) for run in runs]
-    return runs
+    return replace(suite, runs=tuple(runs), full=full)
 
 
 def _title(config: RunConfig) -> str:
@@ -164,14 +204,23 @@ def _title(config: RunConfig) -> str:
 
 def _run(suite: Suite, config: RunConfig, results: Path, runs: Path) -> Path:
     """Run one cell unless `runs` says it is finished; returns the record's file."""
-    run_dir = runs / suite.path.name / _folder_name(config)
-    done = run_dir / "record.txt"
-    if done.exists() and (results / done.read_text(encoding="utf-8").strip()).exists():
+    run_dir = runs / suite.name / _folder_name(config)
+    done = run_dir / "record.sha256"
+    if finished := _finished(done, results):
         print("  finished before: skipped", flush=True)
-        return results / done.read_text(encoding="utf-8").strip()
+        return finished
     file = _STUDIES[suite.study](suite, config, run_dir, results)
-    write_text(done, f"{file.relative_to(results)}\n")
+    write_text(done, f"{sha256_file(file)}  {file.relative_to(results)}\n")
     return file
+
+
+def _finished(done: Path, results: Path) -> Path | None:
+    """Return the record that `done` names, if it is still this run's own and not a later one's."""
+    if not done.exists():
+        return None
+    digest, name = done.read_text(encoding="utf-8").strip().split("  ", 1)
+    file = results / name
+    return file if file.exists() and sha256_file(file) == digest else None
 
 
 def _folder_name(config: RunConfig) -> str:

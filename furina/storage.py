@@ -38,7 +38,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         raise FurinaError(f"Cannot write {path}: {reasons[error.errno]}.") from error
     except SafetensorError as error:  # the writer's way to say that the disk is full
-        raise FurinaError(f"Cannot write {path}: {error}; free some space and try again.") from error
+        raise FurinaError(
+            f"Cannot write {path}: {error}; free some space and try again."
+        ) from error
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from furina.adapters import AdapterConfig, AdapterLinear, methods
-from furina.adapters.base import _REGISTRY, configure
+from furina.adapters.base import _REGISTRY
 from furina.context import ForwardTracker
 from furina.errors import NotMergeableError
-from furina.inject import state_of
+from furina.inject import adapt, state_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 torch.set_num_threads(1)
 
@@ -39,15 +39,42 @@ SIDES = {
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """Return a Llama whose q, k, v, o, gate and down projections have six different shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     return _build(LlamaForCausalLM, LlamaConfig(**SIDES, head_dim=8), dtype, seed)
 
 
 def tiny_qwen2(dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """Return a Qwen2 with non-zero biases on q, k and v."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     return _build(Qwen2ForCausalLM, Qwen2Config(**SIDES), dtype, seed)
 
 
 BACKBONES: dict[str, Callable[..., PreTrainedModel]] = {"llama": tiny_llama, "qwen2": tiny_qwen2}
+
+
+class Chain(nn.Module):
+    """Two linears with a tanh between: the smallest model that has more than one linear."""
+
+    def __init__(self, sides: tuple[int, int, int] = (11, 7, 5), bias: bool = True) -> None:
+        super().__init__()
+        self.first = nn.Linear(sides[0], sides[1], bias=bias)
+        self.second = nn.Linear(sides[1], sides[2], bias=bias)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        second: Tensor = self.second(self.first(x).tanh())
+        return second
+
+
+def chain(
+    config: AdapterConfig, dtype: torch.dtype = torch.float64, bias: bool = True, seed: int = 0
+) -> Chain:
+    """Return an adapted `Chain`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Chain(bias=bias).to(dtype)
+    return adapt(model, config, targets=["first", "second"], seed=seed)
 
 
 def _build(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -107,7 +134,8 @@ def perturb_layer(layer: AdapterLinear, target: float = 0.2, seed: int = 0) -> f
         for _ in range(4):
             for name, parameter in trained:
                 factor = 1.0 if name.startswith("lora_A") else scale
-                parameter.data.copy_((start[name] + size * noise[name]) * factor)
+                with torch.no_grad():
+                    parameter.copy_((start[name] + size * noise[name]) * factor)
             try:
                 ratio = _ratio(layer)
             except NotMergeableError:
@@ -131,24 +159,26 @@ def small(method: str, **options: Any) -> AdapterConfig:
     """Return `method` with its defaults, but a small odd rank and no dropout."""
     known = methods()[method].__dataclass_fields__
     defaults = {"dropout": 0.0} | ({"rank": 3} if "rank" in known else {})
-    return configure(method, defaults | options)
+    return methods()[method](**(defaults | options))
 
 
-def variants(method: str) -> Iterator[AdapterConfig]:
-    """Yield `method` with every combination of its switches: booleans and named choices.
+def variants(method: str, together: int = 2) -> Iterator[AdapterConfig]:
+    """Yield `method` with every set of at most `together` switches off their default.
 
-    Derived from the config's fields, so that a new method or switch is covered by itself.
+    The switches are the config's booleans and named choices, so that those of a new method are
+    covered by themselves.
     """
-    from typing import Literal, get_args, get_origin, get_type_hints
-
     hints = get_type_hints(methods()[method])
     choices = {
         name: get_args(hints[name]) if get_origin(hints[name]) is Literal else (False, True)
         for name in methods()[method].__dataclass_fields__
         if get_origin(hints[name]) is Literal or hints[name] is bool
     }
+    default = small(method)
     for values in product(*choices.values()):
-        yield small(method, **dict(zip(choices, values, strict=True)))
+        options = dict(zip(choices, values, strict=True))
+        if sum(getattr(default, name) != value for name, value in options.items()) <= together:
+            yield small(method, **options)
 
 
 def layer_of(
@@ -200,7 +230,7 @@ def ulp_distance(actual: Tensor, exact: Tensor) -> Tensor:
     """Return |actual − exact| in units in the last place of `actual`'s dtype at `exact`."""
     info = torch.finfo(actual.dtype)
     exponent = torch.frexp(exact.abs().clamp(min=info.tiny)).exponent - 1
-    spacing = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+    spacing = info.eps * torch.exp2(exponent.to(torch.float64))
     return (actual.to(torch.float64) - exact).abs() / spacing
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -16,6 +18,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from furina.cli.commands import COMMANDS
+from furina.cli.parsing import parse
+from furina.reproduce import read_suite
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -118,17 +124,23 @@ def test_the_readme_keeps_to_150_lines() -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=relative)
 def test_an_experiment_starts_with_the_command_that_runs_it(path: Path) -> None:
-    first = path.read_text().splitlines()[0]
-    assert re.match(r"# (furina|make) ", first), first
-    assert relative(path) in first or first.startswith("# make "), first
+    program, name, *words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
+    assert (program, name) == ("furina", "reproduce")
+    options = parse(COMMANDS[name].parser(words), words)
+    assert options.suite == path.parent.relative_to(ROOT)
+    method = yaml.safe_load(path.read_text()).get("method", "all")
+    assert options.methods == [method]
 
 
 def test_no_two_experiments_are_equal() -> None:
-    contents: dict[str, str] = {}
-    for path in EXPERIMENTS:
-        content = yaml.safe_dump(yaml.safe_load(path.read_text()), sort_keys=True)
-        assert content not in contents, f"{relative(path)} equals {contents[content]}"
-        contents[content] = relative(path)
+    owners: dict[str, str] = {}
+    for folder in sorted({path.parent for path in EXPERIMENTS}):
+        suite = read_suite(folder)
+        for number, config in enumerate(suite.runs):
+            run = {**config.to_dict(), "suite": None, "study": suite.study}
+            key, owner = json.dumps(run, sort_keys=True), f"{relative(folder)} run {number}"
+            assert key not in owners, f"{owner} equals {owners[key]}"
+            owners[key] = owner
 
 
 def test_layers_hold() -> None:

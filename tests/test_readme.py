@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from furina.assets import ASSETS
 from furina.backbones import load_backbone, load_tokenizer
@@ -92,7 +91,6 @@ def test_the_commands_run_in_their_order(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     assert {line.split()[1] for line in commands("furina")} > {"fit", "evaluate", "merge", "export"}
     for line in commands("furina"):
         status = main(shlex.split(line)[1:])

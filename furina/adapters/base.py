@@ -135,7 +135,7 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """Float64 beside a float64 weight, fp32 beside every other: small updates must not round away."""
+        """Float64 beside a float64 weight, else fp32: small updates must not round away."""
         wide = self.base.weight.dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
@@ -185,7 +185,8 @@ class AdapterLinear(nn.Module, ABC):
         """The backbone's own W, whether merged or not. Shape: (O, I)."""
         if self._merged and self._pristine is None:
             raise ConfigurationError(
-                f"{self.name} was merged with keep_base=False, so W is gone: load the backbone again."
+                f"{self.name} was merged with keep_base=False, so W is gone: load the backbone "
+                "again."
             )
         return self.base.weight.detach() if self._pristine is None else self._pristine
 

@@ -24,7 +24,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     threshold = min(round(p * _LEVELS), _LEVELS - 1)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     dropped = draws.view(torch.int16)[: x.numel()].view(x.shape) < threshold - _LEVELS // 2
-    result: Tensor = _Drop.apply(x, dropped, _LEVELS / (_LEVELS - threshold))
+    scale = _LEVELS / (_LEVELS - threshold)
+    result: Tensor = _Drop.apply(x, dropped, scale)  # type: ignore[no-untyped-call]
     return result
 
 

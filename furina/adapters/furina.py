@@ -10,8 +10,8 @@ No k×d product is ever formed in training:
     d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ        (furina.md section 1, with a
     |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i      Cholesky factor for stability)
 
-Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S routed,
-r rank of one expert.
+Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
+routed, r rank of one expert.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FurinaConfig(AdapterConfig):
     """Apply the scale to the routed experts too; by default v alone scales them."""
     magnitude: Literal["shared", "per_expert"] = "shared"
     """One v (k,) for all routed experts, or one per expert (R, k) (paper table 4)."""
-    magnitude_lr_multiplier: float = 1.0
+    magnitude_lr_multiplier: float = 20.0
     """Factor on v's learning rate: v lives on the scale of |W|, A and B on 1/√d."""
     start: Literal["zero_magnitude", "zero_b", "subtract"] = "zero_magnitude"
     """How the start equals the base: v = 0 with random B; B = 0 with v = 1; or v = |W|_row / R
@@ -150,7 +150,7 @@ class FurinaConfig(AdapterConfig):
         Shape: each statistic is (1 + 2R,), see `FurinaLinear.selection_statistics`.
         """
         r = self.num_routed_experts
-        share, p, count = (torch.stack(list(statistics)) / tokens).split([1, r, r], dim=1)
+        share, p, count = torch.split(torch.stack(list(statistics)) / tokens, [1, r, r], dim=1)
         divergence = 1 - share[:, 0]
         balance = r * (count / self.top_k * p).sum(1)
         loss = divergence + balance
@@ -175,9 +175,8 @@ def directions(config: FurinaConfig, a: Tensor, b: Tensor, v: Tensor | None) -> 
     if v is None:
         return Directions(shared, shared.new_zeros(b.shape[0], 0, r))
     routed = b[:, shared_rank:].reshape(b.shape[0], -1, r)
-    norm: Tensor = ExpertRowNorm.apply(
-        a[shared_rank:].view(-1, r, a.shape[1]), routed, config.eps
-    )
+    experts = a[shared_rank:].view(-1, r, a.shape[1])
+    norm: Tensor = ExpertRowNorm.apply(experts, routed, config.eps)  # type: ignore[no-untyped-call]
     routed = routed / (norm.detach() if config.detach_norm else norm)[..., None]
     v = v * config.scale if config.scale_routed else v
     v = v[:, None, None] if v.dim() == 1 else v.t()[..., None]
@@ -221,6 +220,9 @@ class ExpertRowNorm(torch.autograd.Function):
 class FurinaLinear(AdapterLinear):
     """A linear with S shared and R self-routed low-rank experts, stacked shared first."""
 
+    start_A: Tensor
+    start_B: Tensor
+
     def __init__(
         self, base: nn.Linear, name: str, tracker: ForwardTracker, config: FurinaConfig
     ) -> None:
@@ -263,7 +265,7 @@ class FurinaLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + B̃ A dropout(x). Shape: (..., I) → (..., O)."""
-        y = self.base(x)
+        y: Tensor = self.base(x)
         x = dropout(x, self.config.dropout, self.training)
         h = functional.linear(x, self.lora_A.to(x.dtype))
         if torch.is_grad_enabled() or self._must_record():
@@ -344,7 +346,10 @@ class FurinaLinear(AdapterLinear):
         return functional.linear(h, self.start_B.to(x.dtype))
 
     def _inference_b(self, dtype: torch.dtype) -> Tensor:
-        """Return B̃ in `dtype`, kept between forwards until a parameter changes."""
+        """Return B̃ in `dtype`, kept between forwards until a parameter changes.
+
+        Autograd does not count writes through `.data`: call `model.eval()` after such a write.
+        """
         tensors = (self.lora_A, self.lora_B, getattr(self, "magnitude", self.lora_A))
         if any(tensor.grad is not None for tensor in tensors):
             # A step may come, and fused optimisers leave no trace in `_version`.

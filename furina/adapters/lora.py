@@ -83,14 +83,11 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B A dropout(x). Shape: (..., I) → (..., O)."""
-        y = self.base(x)
-        h = functional.linear(
-            dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)
-        )
+        y: Tensor = self.base(x)
+        h = functional.linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return y + functional.linear(h * self.scale, self.lora_B.to(x.dtype)).to(y.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (s·B, A) in float64."""
-        return self.scale * self.lora_B.detach().to(torch.float64), self.lora_A.detach().to(
-            torch.float64
-        )
+        b, a = self.lora_B.detach().to(torch.float64), self.lora_A.detach().to(torch.float64)
+        return self.scale * b, a

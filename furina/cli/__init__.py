@@ -14,6 +14,9 @@ from furina import __version__
 from furina.cli.commands import COMMANDS
 from furina.errors import ConfigurationError, FurinaError, nearest
 
+_CHATTER = "lightning.pytorch.utilities.rank_zero"
+"""Lightning's logger of devices found and products to try."""
+
 _HELP = """\
 usage: furina COMMAND [options]
 
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not debug:  # what libraries tell their developers
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+            logging.getLogger(_CHATTER).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
         return _guarded(words, debug)
 

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from furina.cli.parsing import add_fields, option_values, read_yaml
-from furina.cli.shared import MAIN_SUITE
+from furina.cli.shared import MAIN_SUITE, default_readme
 from furina.errors import ConfigurationError, nearest
 
 SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds"}
@@ -103,7 +103,7 @@ def reproduce(options: Namespace) -> None:
         runs=options.runs,
     )
     name = options.suite.resolve().name + ("-full" if options.full else "")
-    readme = Path("README.md") if name == MAIN_SUITE and Path("README.md").exists() else None
+    readme = default_readme() if name == MAIN_SUITE else None
     made = report(options.results, suite=name if readme else None, readme=readme)
     own = [table for table in made.tables if table.title.startswith(f"{name}: ")]
     print_tables(own or made.tables, Console())

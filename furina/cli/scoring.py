@@ -12,7 +12,13 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
-from furina.cli.shared import MAIN_SUITE, add_backbone, add_data_source, require_new
+from furina.cli.shared import (
+    MAIN_SUITE,
+    add_backbone,
+    add_data_source,
+    default_readme,
+    require_new,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,9 +194,9 @@ def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--readme",
-        type=Path,
-        default=Path("README.md"),
-        help="file whose marked block takes the main table",
+        type=Path | None,
+        default=None,
+        help="file whose marked block takes the main table; README.md, if there is one",
     )
     parser.add_argument(
         "--suite", type=str, default=MAIN_SUITE, help="suite whose table that block takes"
@@ -214,7 +220,7 @@ def report(options: Namespace) -> None:
     made = make(
         options.results,
         suite=options.suite,
-        readme=options.readme,
+        readme=options.readme or default_readme(),
         metric=options.metric,
         check=options.check,
     )

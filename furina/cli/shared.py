@@ -55,3 +55,9 @@ def require_new(folder: Path | None) -> None:
 def is_empty(folder: Path) -> bool:
     """Tell whether `folder` holds nothing."""
     return next(folder.iterdir(), None) is None
+
+
+def default_readme() -> Path | None:
+    """Return README.md, if the working folder has one."""
+    readme = Path("README.md")
+    return readme if readme.is_file() else None

@@ -40,7 +40,7 @@ from furina.records import (
     reset_peak_memory,
     timestamp,
 )
-from furina.storage import write_json
+from furina.storage import write_bytes, write_json
 from furina.training import DivergedError
 
 if TYPE_CHECKING:
@@ -128,19 +128,19 @@ def _score(
     results_dir: Path,
     variant: Variant,
 ) -> tuple[Score, ...]:
-    finished = run_dir / f"scores-{variant}.json"
+    finished, kept = run_dir / f"scores-{variant}.json", run_dir / f"samples-{variant}.jsonl.gz"
     samples = f"samples/{config.name}--{variant}.jsonl.gz"
-    if finished.exists() and (results_dir / samples).exists():
-        saved = json.loads(finished.read_text(encoding="utf-8"))
-        return tuple(codec.decode(Score, score, str(finished)) for score in saved)
-    evaluation = evaluate(
-        *(subject.model, subject.tokenizer, config.task, test.questions, config.form),
-        batch_size=config.eval_batch_size,
-    )
-    evaluation.write_samples(results_dir / samples)
-    scores = evaluation.to_records(variant, samples)
-    write_json(finished, [asdict(score) for score in scores])
-    return scores
+    if not (finished.exists() and kept.exists()):
+        evaluation = evaluate(
+            *(subject.model, subject.tokenizer, config.task, test.questions, config.form),
+            batch_size=config.eval_batch_size,
+        )
+        evaluation.write_samples(kept)
+        write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
+    # The copy in results may be another config's by now: both bear the same name.
+    write_bytes(results_dir / samples, kept.read_bytes())
+    saved = json.loads(finished.read_text(encoding="utf-8"))
+    return tuple(codec.decode(Score, score, str(finished)) for score in saved)
 
 
 @torch.inference_mode()

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+from furina.adapters import AdapterConfig, configure, methods
 from furina.errors import ConfigurationError, nearest
+from furina.records import RecordError, codec
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,31 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what no other part checks; raises ConfigurationError naming the field."""
+        self._check_types()
         for name in ("steps", "batch_size", "checkpoint_interval", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("validation_size", "latency_rounds", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
+        if self.validation_interval is not None and self.validation_interval < 1:
+            raise ConfigurationError(
+                f"validation_interval={self.validation_interval} must be at least 1, or left out."
+            )
         if self.is_base and (self.adapter or self.targets):
             raise ConfigurationError(
                 "method base trains nothing: options of an adapter and targets would be ignored."
             )
+
+    def _check_types(self) -> None:
+        if not isinstance(self.adapter, dict):
+            raise ConfigurationError("adapter must hold options, one 'name: value' a line.")
+        for name, kind in codec.field_types(RunConfig).items():
+            try:
+                if name != "adapter":
+                    codec.decode(kind, codec.encode(getattr(self, name)), name)
+            except RecordError as error:
+                raise ConfigurationError(str(error)) from error
 
     @property
     def is_base(self) -> bool:
@@ -109,13 +126,24 @@ class RunConfig:
         for key in changes:
             if key not in known:
                 raise ConfigurationError(f"There is no run option {key!r}.{nearest(key, known)}")
-        adapter = {**self.adapter, **changes.get("adapter", {})}
-        if changes.get("method", self.method) != self.method:
-            adapter = dict(changes.get("adapter", {}))
-        targets = changes.get("targets", self.targets)
-        return replace(
-            self, **{**changes, "adapter": adapter, "targets": tuple(targets) if targets else None}
-        )
+        adapter, targets = changes.get("adapter", {}), changes.get("targets", self.targets)
+        if isinstance(adapter, Mapping) and changes.get("method", self.method) == self.method:
+            adapter = {**self.adapter, **adapter}
+        if isinstance(targets, list):
+            targets = tuple(targets)
+        return replace(self, **{**changes, "adapter": adapter, "targets": targets})
+
+    def adapter_config(self) -> AdapterConfig | None:
+        """Return the method's checked options, None for base.
+
+        Raises ConfigurationError for an unknown method or option, with the nearest right one.
+        """
+        if self.is_base:
+            return None
+        if self.method not in methods():
+            known = nearest(self.method, [*methods(), "base"])
+            raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
+        return configure(self.method, self.adapter)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -51,10 +51,11 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     """
     if config.is_base:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
-    claim(config, run_dir)
+    config.adapter_config()
     tokenizer = load_tokenizer(config.backbone)
     model = load_backbone(config.backbone, config.dtype, attention=config.attention)
     data = _data(config, tokenizer)
+    claim(config, run_dir)  # only now: a mistyped config must not own the folder
     finished = run_dir / "training.json"
     if finished.exists():
         load(run_dir / "adapter", model)

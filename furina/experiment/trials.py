@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from furina.adapters import configure
 from furina.backbones import load_backbone, load_tokenizer
 from furina.data.sources import load_questions
 from furina.data.splits import split_train
+from furina.errors import ConfigurationError
 from furina.evaluation.harness import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
@@ -16,6 +18,7 @@ from furina.training import DivergedError
 
 def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord:
     """Fine-tune and score on the held-out train questions; a diverged trial has no score."""
+    options = {} if config.is_base else configure(config.method, config.adapter).to_dict()
     fitted, seconds = None, 0.0
     try:
         if not config.is_base:
@@ -29,7 +32,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
         task=config.task,
         form=config.form,
         learning_rate=0.0 if config.is_base else config.learning_rate,
-        magnitude_multiplier=config.adapter.get("magnitude_lr_multiplier"),
+        magnitude_multiplier=options.get("magnitude_lr_multiplier"),
         steps=0 if config.is_base else config.steps,
         seed=config.seed,
         metric="acc",
@@ -43,16 +46,25 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
 
 
 def selection_trial(config: RunConfig, run_dir: Path, command: str) -> SelectionRecord:
-    """Fine-tune and measure how concentrated expert selection is on held-out questions."""
-    training = fit(config, run_dir).training
+    """Fine-tune and measure how concentrated expert selection is on held-out questions.
+
+    Raises ConfigurationError, before any training, if there is nothing to measure.
+    """
+    adapter = configure(config.method, config.adapter)
+    if not adapter.records_selection or not config.validation_size:
+        raise ConfigurationError(
+            f"There is no expert selection to measure: method {config.method} must have more than "
+            "top_k self-routed experts, and validation_size must not be 0."
+        )
+    options, training = adapter.to_dict(), fit(config, run_dir).training
     assert training.selection is not None and training.final_loss is not None
     return SelectionRecord(
         method=config.method,
         task=config.task,
         seed=config.seed,
-        coefficient=config.adapter["selection_coefficient"],
-        reduction=config.adapter["selection_reduction"],
-        top_k=config.adapter["top_k"],
+        coefficient=options["selection_coefficient"],
+        reduction=options["selection_reduction"],
+        top_k=options["top_k"],
         steps=config.steps,
         top_k_share=training.selection["top_k_share"],
         final_loss=training.final_loss,

@@ -36,7 +36,7 @@ def test_the_hash_depends_on_the_order():
     assert data_hash([QUESTION, other]) != data_hash([other, QUESTION])
 
 
-def test_the_hash_is_that_of_the_published_results():
+def test_the_hash_of_a_question_does_not_change_between_versions():
     expected = "a14bf461ed7ef6928d6c3405f3da8db150ef09812046d618f9a60913374b9a5c"
     assert data_hash([QUESTION]) == expected
 

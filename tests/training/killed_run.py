@@ -9,11 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from training_helpers import RandomQuestions, tiny, trainer
 
 import furina
 from furina import storage
 from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint
+from tests.training.helpers import RandomQuestions, tiny, trainer
 
 STEPS = 16
 INTERVAL = 3

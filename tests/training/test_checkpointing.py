@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from training_helpers import fit, tiny
 
 import furina
 from furina.errors import ConfigurationError, FurinaError
@@ -19,6 +18,7 @@ from furina.training import (
     FinetuneModule,
     ResumeCheckpoint,
 )
+from tests.training.helpers import fit, tiny
 
 
 @pytest.fixture

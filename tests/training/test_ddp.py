@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import PROCESSES, RandomQuestions, fit, tiny
 
 import furina
 from furina.training import FinetuneModule, LossHistory
+from tests.training.helpers import PROCESSES, RandomQuestions, fit, tiny
 
 STEPS = 3
 
@@ -22,7 +22,12 @@ def train(folder: Path, method: str, micro_batch_size: int | None, **options: An
     data = RandomQuestions(micro_batch_size=micro_batch_size)
     run = fit(module, folder, data, max_steps=STEPS, callbacks=[history], **options)
     assert run.global_step == STEPS
-    state = {"adapter": furina.adapter_state_dict(module.model), "losses": history.training}
+    state = {
+        "adapter": furina.adapter_state_dict(module.model),
+        "losses": history.training,
+        # Adam does not see a constant factor on all gradients; their norm does.
+        "norm": run.callback_metrics["train/gradient_norm"],
+    }
     torch.save(state, folder / f"rank{run.global_rank}.pt")
 
 
@@ -42,13 +47,13 @@ def train_on_two_ranks(folder: Path, method: str, micro: int | None) -> list[dic
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = [
-        PROCESSES.Process(target=train_rank, args=(rank, port, folder, method, micro))
+        PROCESSES.Process(target=train_rank, args=(rank, port, folder, method, micro), daemon=True)
         for rank in range(2)
     ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(120)
+        rank.join(240)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
@@ -57,6 +62,7 @@ def assert_equal_runs(ours: dict[str, Any], theirs: dict[str, Any], rtol: float)
     assert [step for step, _ in ours["losses"]] == [step for step, _ in theirs["losses"]]
     for (_, loss), (_, other) in zip(ours["losses"], theirs["losses"], strict=True):
         assert loss == pytest.approx(other, rel=1e-6)
+    torch.testing.assert_close(ours["norm"], theirs["norm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours["adapter"], theirs["adapter"], rtol=rtol, atol=1e-7)
 
 

@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from training_helpers import RandomQuestions, fit, gradients, tiny, windows
 
 import furina
 from furina.errors import ConfigurationError, DataError
 from furina.training import DivergedError, FinetuneModule, LossHistory, answer_loss
+from furina.training.preconditions import refuse_ignored_options
 from furina.training.schedule import learning_rate_factor, step_seed
+from tests.training.helpers import RandomQuestions, fit, gradients, in_order, tiny, windows
 
 
 class KeepGradients(pl.Callback):
@@ -53,7 +55,7 @@ def test_step_is_the_token_weighted_formula_over_micro_batches(method: str, tmp_
 
     model = tiny(method, "float64")
     loss = explicit_step_loss(model, windows(1, micro_batch_size=3)[0])
-    loss.backward()
+    torch.autograd.backward(loss)
     assert history.training[0][1] == pytest.approx(loss.item(), rel=1e-6)
     for name, gradient in gradients(model).items():
         # Llama's norms compute in fp32 in a float64 model too.
@@ -100,7 +102,7 @@ def test_plain_pytorch_loop_gives_bitwise_equal_losses_and_adapter(
         for batch, n, t in zip(window, answers, tokens, strict=True):
             loss, _ = answer_loss(model, batch)
             loss, pull = n / sum(answers) * loss, t / sum(tokens) * furina.auxiliary_loss(model)
-            (loss + pull).backward()
+            torch.autograd.backward(loss + pull)
             task, auxiliary = task + loss.detach(), auxiliary + pull.detach()
         torch.nn.utils.clip_grad_norm_(furina.adapter_parameters(model).values(), 1.0)
         optimizer.step()
@@ -147,8 +149,18 @@ def test_gradient_is_clipped_by_its_global_norm_which_is_logged(tmp_path: Path) 
     assert run.logged_metrics["train/gradient_norm"] > 1e-2
 
 
-def test_optimiser_state_is_fp32_beside_a_bf16_backbone(tmp_path: Path) -> None:
-    run = fit(FinetuneModule(tiny(dtype="bfloat16"), 1e-3), tmp_path, max_steps=1)
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("bfloat16", "32-true"), ("float32", "bf16-true")]
+)
+def test_adapter_and_optimiser_state_are_fp32_beside_a_bf16_backbone(
+    dtype: str, precision: str, tmp_path: Path
+) -> None:
+    module = FinetuneModule(tiny(dtype=dtype), 1e-3)
+    run = fit(module, tmp_path, max_steps=1, precision=precision)
+    backbone = module.model.get_submodule("lm_head")
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
+    adapter = furina.adapter_parameters(module.model).values()
+    assert {parameter.dtype for parameter in adapter} == {torch.float32}
     moments = [
         state[key]
         for state in run.optimizers[0].state.values()
@@ -160,7 +172,7 @@ def test_optimiser_state_is_fp32_beside_a_bf16_backbone(tmp_path: Path) -> None:
 def test_one_dict_is_accepted_as_a_batch(tmp_path: Path) -> None:
     module = FinetuneModule(tiny(), 1e-3)
     batches = [window[0] for window in windows(3)]
-    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    loader = in_order(batches)
     run = pl.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -248,7 +260,6 @@ def test_divergence_names_its_first_step_and_spares_the_adapter(tmp_path: Path) 
     [
         ({"accumulate_grad_batches": 2}, "micro_batch_size"),
         ({"gradient_clip_val": 1.0}, "gradient_clip"),
-        ({"precision": "bf16-true"}, "train in fp32"),
     ],
 )
 def test_trainer_options_that_would_be_ignored_are_errors(
@@ -256,6 +267,16 @@ def test_trainer_options_that_would_be_ignored_are_errors(
 ) -> None:
     with pytest.raises(ConfigurationError, match=advice):
         fit(FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=1, **options)
+
+
+def test_gradient_scaling_is_an_error() -> None:
+    scaled = SimpleNamespace(
+        accumulate_grad_batches=1,
+        gradient_clip_val=None,
+        precision_plugin=SimpleNamespace(scaler=object()),
+    )
+    with pytest.raises(ConfigurationError, match="bf16-mixed"):
+        refuse_ignored_options(cast("pl.Trainer", scaled))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +324,6 @@ def test_unadapted_and_merged_models_are_refused(tmp_path: Path) -> None:
 def test_step_without_an_answer_token_is_an_error(tmp_path: Path) -> None:
     batch = windows(1)[0][0]
     batch["labels"].fill_(-100)
-    loader = torch.utils.data.DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    loader = in_order([batch])
     with pytest.raises(DataError, match="no answer token"):
         fit(FinetuneModule(tiny(), 1e-3), tmp_path, loader, max_steps=1)

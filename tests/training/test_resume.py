@@ -5,14 +5,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import killed_run
 import pytest
 import torch
-from training_helpers import PROCESSES, RandomQuestions, fit, tiny
 
 import furina
 from furina.errors import ConfigurationError
 from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint
+from tests.training import killed_run
+from tests.training.helpers import PROCESSES, RandomQuestions, fit, tiny
 
 # Epochs are 5 steps long, checkpoints come every 3 steps, validation every 4.
 DEATHS = [
@@ -20,16 +20,16 @@ DEATHS = [
     ("window", random.Random(5).randrange(4, 6)),  # second micro-batch of a step
     ("half", 1),  # while step 6's checkpoint is being written
     ("unrenamed", 2),  # while step 9's is, after step 6's succeeded
-    ("validation", 8),
     ("step", 11),  # first step of an epoch
-    ("window", random.Random(6).randrange(12, 16)),
+    ("validation", 12),  # which comes before that step's checkpoint
+    ("window", random.Random(6).randrange(13, 16)),
 ]
 
 
 def run_in_child(folder: Path, moment: str | None = None, step: int = 0) -> int:
-    child = PROCESSES.Process(target=killed_run.run, args=(folder, moment, step))
+    child = PROCESSES.Process(target=killed_run.run, args=(folder, moment, step), daemon=True)
     child.start()
-    child.join(120)
+    child.join(240)
     assert child.exitcode is not None
     return child.exitcode
 

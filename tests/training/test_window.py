@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from training_helpers import windows
 
 from furina.errors import DataError
 from furina.training.loss import select_answers
 from furina.training.window import shares
+from tests.training.helpers import windows
 
 
 def test_shares_of_all_micro_batches_sum_to_one() -> None:

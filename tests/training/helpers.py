@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import furina
 from furina.backbones import load_backbone
@@ -53,15 +53,19 @@ def windows(
 
 def tiny(method: str = "furina", dtype: str = "float32", dropout: float = 0.0) -> Any:
     """Return the tiny Llama in training mode with an adapter whose every tensor has moved."""
-    options = {"rank": 4, "num_experts": 4} if method == "furina" else {"rank": 8}
+    options: dict[str, Any] = {"rank": 4, "num_experts": 4} if method == "furina" else {"rank": 8}
     model = load_backbone("tiny-llama", dtype)
     furina.adapt(model, method, seed=1, dropout=dropout, **options)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in furina.adapter_parameters(model).values():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += 0.05 * noise
+            parameter.add_(0.05 * noise)
     return model.train()
+
+
+def in_order(batches: list[Batch]) -> DataLoader[Batch]:
+    return DataLoader(cast("Dataset[Batch]", batches), batch_size=None)
 
 
 class RandomQuestions(pl.LightningDataModule):
@@ -86,8 +90,7 @@ class RandomQuestions(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> Any:
-        held_out = [window[0] for window in windows(3, batch_size=4)]
-        return DataLoader(held_out, batch_size=None)  # type: ignore[arg-type]
+        return in_order([window[0] for window in windows(3, batch_size=4)])
 
 
 def trainer(folder: Path, **options: Any) -> pl.Trainer:

@@ -1,0 +1,462 @@
+"""The FURINA layer is the paper's equations, to the last digit that float64 allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import furina
+from furina import reference
+from furina.adapters.furina import ExpertRowNorm, FurinaConfig, FurinaLinear, directions
+from furina.context import ForwardTracker
+from furina.errors import ConfigurationError
+from furina.inject import state_of
+from tests.helpers import Chain, chain, layer_of, perturb, small, variants
+
+EXACT = 1e-10
+RANK, EXPERTS = 3, 6
+
+
+def furina_config(**options: object) -> FurinaConfig:
+    config = small("furina", num_experts=EXPERTS, **options)
+    assert isinstance(config, FurinaConfig)
+    return config
+
+
+def every_switch() -> Iterator[FurinaConfig]:
+    """Yield every combination of the named switches, then the numbers one at a time."""
+    for config in variants("furina", together=99):
+        yield FurinaConfig(**{**config.to_dict(), "num_experts": EXPERTS})
+    yield from (furina_config(num_shared_experts=s) for s in (0, 1, 2))
+    yield from (furina_config(num_shared_experts=0, start=s) for s in ("zero_b", "subtract"))
+    yield from (furina_config(top_k=k, activity=a) for k in (1, 4) for a in ("l2", "per_unit"))
+    yield from (furina_config(eps=eps, activity=a) for eps in (1e-3, 0.3) for a in ("l2", "l1"))
+    yield furina_config(alpha=0.7, scale_routed=True)
+    yield furina_config(selection_coefficient=0.0, num_shared_experts=EXPERTS)
+
+
+class Equations:
+    """One layer's update and activity by the reference functions, k×d products and all."""
+
+    def __init__(self, layer: FurinaLinear) -> None:
+        self.layer, self.config = layer, layer.config
+        self.start = {name: p.detach().clone() for name, p in layer.adapter_tensors().items()}
+
+    def experts(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = tensors["lora_A"], tensors["lora_B"]
+        count, rank = self.config.num_experts, self.config.rank
+        return a.view(count, rank, -1), b.view(-1, count, rank).transpose(0, 1)
+
+    def directions(self, tensors: dict[str, Tensor]) -> Tensor:
+        a, b = self.experts(tensors)
+        config = self.config
+        return torch.stack(
+            [
+                reference.direction(a[e], b[e], config.eps, config.detach_norm)
+                for e in range(config.num_shared_experts, config.num_experts)
+            ]
+        )
+
+    def routed(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        if not self.config.num_routed_experts:
+            return x.new_zeros(())
+        scale = self.config.scale if self.config.scale_routed else 1.0
+        magnitude = scale * tensors["magnitude"]
+        return reference.routed_update(x, self.directions(tensors), magnitude)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        config, now = self.config, dict(self.layer.named_parameters())
+        a, b = self.experts(now)
+        shared = slice(0, config.num_shared_experts)
+        alpha = 2 * config.rank if config.alpha is None else config.alpha
+        scale = alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
+        y = x @ self.layer.base.weight.T + self.layer.base.bias
+        y = y + reference.shared_update(x, a[shared], b[shared], scale) + self.routed(x, now)
+        return y - self.routed(x, self.start) if config.start == "subtract" else y
+
+    def loss(self, x: Tensor, mask: Tensor) -> Tensor:
+        loud = self.directions(dict(self.layer.named_parameters()))
+        real = x.reshape(-1, x.shape[-1])[mask.reshape(-1) != 0]
+        activity = reference.activity(real, loud, self.config.activity, self.config.eps)
+        divergence, balance = reference.selection_loss(activity, self.config.top_k)
+        return divergence + balance
+
+
+def both_ways(config: FurinaConfig) -> tuple[Chain, Equations, Equations]:
+    model = chain(config)
+    first, second = (Equations(layer) for layer in state_of(model).layers.values())
+    perturb(model)
+    return model.train(), first, second
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    x = torch.randn(3, 4, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(3, 4)
+    mask[1, 2:] = 0
+    mask[2, :1] = 0
+    return x.requires_grad_(), mask
+
+
+def assert_equal(found: Tensor | None, expected: Tensor, what: str) -> None:
+    assert found is not None, what
+    error = (found - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
+    assert error < EXACT, f"{what}: relative error {error:.1e}"
+
+
+def gradients(loss: Tensor, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    named = {"x": x} | furina.adapter_parameters(model)
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    filled = zip(named.items(), found, strict=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in filled}
+
+
+@pytest.mark.parametrize("shared_experts", [0, 1])
+def test_forward_and_gradients_equal_the_reference_for_every_switch(shared_experts: int) -> None:
+    for config in every_switch():
+        if config.num_routed_experts:
+            options = config.to_dict() | {"num_shared_experts": shared_experts}
+            config = FurinaConfig(**options)
+        model, first, second = both_ways(config)
+        x, mask = inputs()
+        found = model(x, mask)
+        expected = second(first(x).tanh())
+        assert_equal(found, expected, f"output of {config}")
+        weights = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view_as(expected)
+        found_gradients = gradients((found * weights).sum(), model, x)
+        for name, gradient in gradients((expected * weights).sum(), model, x).items():
+            assert gradient.any(), f"{name} has no gradient in the reference: {config}"
+            assert_equal(found_gradients[name], gradient, f"gradient of {name} for {config}")
+
+
+def test_the_selection_loss_and_its_gradients_equal_the_reference_for_every_switch() -> None:
+    seen = 0
+    for config in every_switch():
+        if not config.has_auxiliary_loss:
+            continue
+        seen += 1
+        model, first, second = both_ways(config)
+        x, mask = inputs()
+        model(x, mask)
+        found = furina.auxiliary_loss(model)
+        losses = torch.stack([first.loss(x, mask), second.loss(first(x).tanh(), mask)])
+        reduced = losses.sum() if config.selection_reduction == "sum" else losses.mean()
+        expected = config.selection_coefficient * reduced
+        assert_equal(found, expected, f"loss of {config}")
+        found_gradients = gradients(found, model, x)
+        for name, gradient in gradients(expected, model, x).items():
+            assert_equal(found_gradients[name], gradient, f"gradient of {name} for {config}")
+    assert seen > 200
+
+
+def test_a_row_norm_passes_gradcheck_at_ordinary_tiny_and_zero_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, RANK, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(4, 2, RANK, generator=generator, dtype=torch.float64)
+    b[0] = 0
+    b[1] *= 1e-3
+    assert torch.autograd.gradcheck(
+        lambda a, b: ExpertRowNorm.apply(a, b, 0.1), (a, b.requires_grad_())
+    )
+
+
+def ill_conditioned(kind: str, rank: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return A whose rows are nearly (or exactly) parallel, or of very different lengths."""
+    line = torch.randn(1, width, generator=generator)
+    noise = torch.randn(rank, width, generator=generator)
+    sizes = torch.logspace(-6, 0, rank)[:, None]
+    return {
+        "parallel": line.expand(rank, width).clone(),
+        "nearly parallel": line + 1e-4 * noise,
+        "barely apart": line + 1e-7 * noise,
+        "of all lengths": sizes * noise,
+        "parallel, of all lengths": sizes * line,
+    }[kind]
+
+
+KINDS = (
+    "parallel",
+    "nearly parallel",
+    "barely apart",
+    "of all lengths",
+    "parallel, of all lengths",
+)
+
+
+def norm_bound(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
+    """Bound the error of d̃ in a's precision, u its unit roundoff.
+
+    b @ L errs by (r+1) u Σ_i |b_i||a_i| (rows of L are as long as A's), the sum of squares and the
+    root by a relative (r/2 + 2) u, and the diagonal added before Cholesky, with Cholesky's own
+    backward error, by at most √(8 r ε64) times that same Σ_i |b_i||a_i|.
+    """
+    rank, unit = a.shape[0], torch.finfo(a.dtype).eps / 2
+    length = b.double().abs() @ a.double().norm(dim=1)
+    added = math.sqrt(8 * rank * torch.finfo(torch.float64).eps)
+    return ((rank + 2) * unit + added) * length + (rank / 2 + 3) * unit * exact
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fp32_row_norm_meets_its_error_bound_for_ill_conditioned_experts(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rank, width in ((2, 7), (5, 64), (16, 300), (64, 300)):
+        a = ill_conditioned(kind, rank, width, generator)
+        b = torch.randn(40, rank, generator=generator)
+        b[:20] -= b[:20].mean(1, keepdim=True)  # nearly orthogonal to what the rows share
+        b[30:] /= a.norm(dim=1)
+        norm = ExpertRowNorm.apply(a[None], b[:, None], 1e-6)[:, 0]
+        exact = reference.row_norm(b.double() @ a.double(), 1e-6)
+        bound = norm_bound(a, b, exact)
+        assert ((norm.double() - exact).abs() <= bound).all(), (rank, width)
+
+
+def test_the_textbook_row_norm_breaks_that_bound() -> None:
+    """The bound has teeth: rowsum((B G)∘B) in fp32 is outside it for nearly parallel rows."""
+    generator = torch.Generator().manual_seed(0)
+    a = ill_conditioned("nearly parallel", 16, 300, generator)
+    b = torch.randn(40, 16, generator=generator)
+    b -= b.mean(1, keepdim=True)
+    exact = reference.row_norm(b.double() @ a.double(), 1e-6)
+    naive = ((b @ (a @ a.T)) * b).sum(1).clamp(min=0).add(1e-12).sqrt()
+    assert ((naive.double() - exact).abs() > norm_bound(a, b, exact)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gram_matrix_of_a_degenerate_expert_can_always_be_factored(kind: str, dtype) -> None:
+    """A factorisation that stops half-way would give a wrong norm without a word."""
+    generator = torch.Generator().manual_seed(1)
+    for rank, width in ((1, 3), (16, 8), (64, 40), (16, 2000), (64, 4096)):
+        a = ill_conditioned(kind, rank, width, generator).to(dtype)
+        b = torch.eye(rank, dtype=dtype)[:, None]
+        norm = ExpertRowNorm.apply(a[None], b, 1e-18)[:, 0]
+        torch.testing.assert_close(norm, a.norm(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dead", ["a row of B", "an expert's B", "all of B", "a row of A", "all of A"]
+)
+def test_zero_weights_give_finite_values_and_gradients(dead: str, dtype: torch.dtype) -> None:
+    for activity in ("l2", "l1", "per_unit"):
+        model = chain(furina_config(activity=activity), dtype=dtype)
+        perturb(model)
+        layer = state_of(model).layers["first"]
+        with torch.no_grad():
+            {
+                "a row of B": layer.lora_B[2],
+                "an expert's B": layer.lora_B[:, 2 * RANK : 3 * RANK],
+                "all of B": layer.lora_B,
+                "a row of A": layer.lora_A[4],
+                "all of A": layer.lora_A,
+            }[dead].zero_()
+        x, mask = inputs()
+        model.train()
+        y = model(x.to(dtype), mask)
+        loss = y.square().sum() + furina.auxiliary_loss(model)
+        loss.backward()
+        assert y.isfinite().all()
+        assert loss.isfinite()
+        for name, parameter in furina.adapter_parameters(model).items():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), (name, activity)
+        assert layer.delta().isfinite().all()
+
+
+def test_a_zero_row_of_an_expert_gives_a_zero_direction() -> None:
+    layer = layer_of(furina_config())
+    with torch.no_grad():
+        layer.lora_B[3] = 0
+        layer.magnitude.fill_(2.0)
+    assert not layer.delta()[3].any()
+    assert layer.delta()[2].any()
+
+
+def test_an_experts_voice_is_the_cosine_between_the_input_and_its_rows() -> None:
+    layer = layer_of(furina_config(num_shared_experts=0))
+    with torch.no_grad():
+        layer.magnitude.fill_(1.0)
+    x = torch.randn(5, 11, dtype=torch.float64)
+    a = layer.lora_A.detach().view(EXPERTS, RANK, -1)
+    b = layer.lora_B.detach().view(-1, EXPERTS, RANK).transpose(0, 1)
+    rows = torch.stack([b[e] @ a[e] for e in range(EXPERTS)])
+    cosine = nn.functional.cosine_similarity(x[:, None, None], rows[None], dim=-1)
+    expected = layer.base(x) + (x.norm(dim=1)[:, None, None] * cosine).sum(1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_product_of_the_sides_is_formed_in_training() -> None:
+    """A k×d tensor per expert would show as a saved tensor of at least k·d elements."""
+    sides, saved = (64, 96), []
+    layer = layer_of(furina_config(), *sides, dtype=torch.float32).train()
+    with torch.no_grad():
+        layer.magnitude.fill_(1.0)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() != layer.base.weight.data_ptr():
+            saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(2, sides[0], requires_grad=True))
+    assert saved
+    assert max(saved) < sides[0] * sides[1]
+
+
+@pytest.mark.parametrize("start", ["zero_magnitude", "zero_b", "subtract"])
+@pytest.mark.parametrize("sides", [(77, 131), (576, 1536), (192, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_start_is_the_base_layer_bit_for_bit(start: str, sides, dtype: torch.dtype) -> None:
+    layer = layer_of(FurinaConfig(start=start, dropout=0.3), *sides, dtype=dtype)
+    for length in (1, 5, 33):
+        x = torch.randn(length, sides[0]).to(dtype)
+        for mode in (True, False):
+            layer.train(mode)
+            assert torch.equal(layer(x), layer.base(x))
+            with torch.no_grad():
+                assert torch.equal(layer(x), layer.base(x))
+
+
+@pytest.mark.parametrize("start", ["zero_magnitude", "zero_b"])
+def test_the_selection_loss_does_not_move_an_adapter_that_is_still_silent(start: str) -> None:
+    model = chain(furina_config(start=start)).train()
+    x, mask = inputs()
+    model(x, mask)
+    loss = furina.auxiliary_loss(model)
+    assert loss > 0
+    loss.backward()
+    for name, parameter in furina.adapter_parameters(model).items():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_the_selection_loss_pulls_on_the_experts_as_soon_as_v_has_moved() -> None:
+    model = chain(furina_config()).train()
+    with torch.no_grad():
+        for layer in state_of(model).layers.values():
+            layer.magnitude[0] = 1e-3
+    x, mask = inputs()
+    model(x, mask)
+    furina.auxiliary_loss(model).backward()
+    layer = state_of(model).layers["first"]
+    shared = layer.shared_rank
+    assert layer.lora_A.grad[shared:].any() and layer.lora_B.grad[:, shared:].any()
+
+
+def test_the_subtracted_start_has_the_magnitude_of_the_weight() -> None:
+    layer = layer_of(furina_config(start="subtract"))
+    expected = layer.base.weight.norm(dim=1) / (EXPERTS - 1)
+    torch.testing.assert_close(layer.magnitude.detach(), expected)
+    b, a = layer.factors()
+    assert b.shape == (7, (2 * EXPERTS - 1) * RANK)
+    assert a.shape == ((2 * EXPERTS - 1) * RANK, 11)
+
+
+def test_inference_follows_every_way_that_changes_a_parameter() -> None:
+    """B̃ is kept between inference forwards; a stale one would be silently wrong."""
+    model = chain(furina_config(), dtype=torch.float32)
+    perturb(model)
+    model.eval()
+    x = torch.randn(2, 3, 11)
+
+    def current() -> bool:
+        with torch.no_grad():
+            kept = model(x)
+            for layer in state_of(model).layers.values():
+                layer._cached = None
+            return torch.equal(kept, model(x))
+
+    layer = state_of(model).layers["second"]
+    assert current()
+    with torch.no_grad():
+        layer.lora_B.add_(0.1)
+    assert current()
+    layer.magnitude.data = layer.magnitude.data * 2
+    assert current()
+    furina.load_adapter_state_dict(
+        model, {name: tensor + 1 for name, tensor in furina.adapter_state_dict(model).items()}
+    )
+    assert current()
+    for options in ({}, {"fused": True}, {"foreach": True}):
+        optimiser = torch.optim.AdamW(furina.adapter_parameters(model).values(), 0.1, **options)
+        for _ in range(2):  # eval mode all along, and an inference forward before each step
+            optimiser.zero_grad()
+            model(x).square().sum().backward()
+            assert current()
+            before = model(x).detach()
+            optimiser.step()
+            assert current()
+            assert not torch.equal(before, model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"num_shared_experts": 9}, "num_shared_experts=9 must be between 0 and num_experts=8"),
+        ({"num_shared_experts": -1}, "num_shared_experts=-1"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 7}, "top_k=7 must be smaller than the 7 self-routed experts"),
+        ({"top_k": 8}, "top_k=8 must be smaller than the 7 self-routed experts"),
+        ({"num_shared_experts": 8}, "smaller than the 0 self-routed experts"),
+        ({"eps": 0.0}, "eps=0.0"),
+        ({"eps": 1e-30}, "eps=1e-30"),
+        ({"alpha": -1.0}, "alpha=-1.0"),
+        ({"alpha": math.inf}, "alpha=inf must be finite"),
+        ({"selection_coefficient": -0.1}, "selection_coefficient=-0.1"),
+        ({"selection_coefficient": math.nan}, "selection_coefficient=nan must be finite"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"magnitude_lr_multiplier": 0.0}, "magnitude_lr_multiplier=0.0"),
+        ({"activity": "l3"}, "activity='l3' must be one of"),
+        ({"start": "zero"}, "start='zero' must be one of"),
+        ({"magnitude": "own"}, "magnitude='own' must be one of"),
+        ({"selection_reduction": "max"}, "selection_reduction='max' must be one of"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_sentence_naming_it(options: dict, words: str) -> None:
+    with pytest.raises(ConfigurationError, match="furina: ") as caught:
+        FurinaConfig(**options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_chosen_experts_than_there_are_is_fine_while_the_loss_is_off() -> None:
+    config = furina_config(top_k=9, selection_coefficient=0.0)
+    layer = FurinaLinear(nn.Linear(4, 3), "linear", ForwardTracker(), config)
+    assert torch.isfinite(layer.train()(torch.randn(2, 4))).all()
+
+
+def test_without_routed_experts_it_is_lora() -> None:
+    lora = layer_of(small("lora", rank=6))
+    config = FurinaConfig(
+        rank=6, num_experts=1, num_shared_experts=1, selection_coefficient=0.0, dropout=0.0
+    )
+    plain = layer_of(config)
+    with torch.no_grad():
+        for name in ("lora_A", "lora_B"):
+            value = torch.randn_like(getattr(lora, name))
+            getattr(lora, name).copy_(value)
+            getattr(plain, name).copy_(value)
+    x = torch.randn(4, 11, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), lora(x), rtol=1e-14, atol=1e-14)
+    assert not hasattr(plain, "magnitude")
+
+
+def test_one_magnitude_for_all_equals_the_same_magnitude_for_each() -> None:
+    together, apart = layer_of(furina_config()), layer_of(furina_config(magnitude="per_expert"))
+    v = torch.rand(7, dtype=torch.float64)
+    with torch.no_grad():
+        together.magnitude.copy_(v)
+        apart.magnitude.copy_(v.expand_as(apart.magnitude))
+    torch.testing.assert_close(together.delta(), apart.delta(), rtol=1e-14, atol=1e-14)
+
+
+def test_the_layers_norms_are_those_of_the_reference_in_float64() -> None:
+    layer = layer_of(furina_config())
+    found = directions(layer.config, layer.lora_A, layer.lora_B, layer.magnitude).routed
+    a = layer.lora_A.detach().view(EXPERTS, RANK, -1)
+    unit = torch.stack([found[:, e] @ a[e + 1] for e in range(EXPERTS - 1)])
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(5, 7).double(), rtol=1e-9, atol=0)

@@ -1,0 +1,201 @@
+"""A cell's record holds what was measured, and a part that is finished is not measured again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from furina.backbones import backbone_hash, load_backbone
+from furina.data.questions import data_hash
+from furina.evaluation.harness import Evaluation, evaluate
+from furina.evaluation.samples import Sample, read_samples
+from furina.experiment import cell
+from furina.experiment.cell import run_cell
+from furina.experiment.config import RunConfig
+from furina.records import RunRecord
+from furina.training import DivergedError
+from tests.experiment.conftest import Finished
+from tests.experiment.helpers import SIZES, time_few_tokens, tiny
+
+COMMAND = "furina reproduce somewhere"
+
+
+class Done(NamedTuple):
+    config: RunConfig
+    folder: Path
+
+    @property
+    def record(self) -> RunRecord:
+        return RunRecord.read(self.folder / "results" / f"{self.config.name}.json")
+
+    def samples(self, variant: str) -> list[Sample]:
+        score = next(s for s in self.record.evaluations if s.variant == variant)
+        assert score.samples is not None
+        return read_samples(self.folder / "results" / score.samples)
+
+    def again(self, config: RunConfig | None = None) -> RunRecord:
+        run_dir, results = self.folder / "run", self.folder / "results"
+        return RunRecord.read(run_cell(config or self.config, run_dir, results, COMMAND))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        time_few_tokens(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The cell of the run that is fitted already."""
+    folder = tmp_path_factory.mktemp("cell")
+    shutil.copytree(finished.run_dir, folder / "run")
+    done = Done(finished.config, folder)
+    done.again()
+    return done
+
+
+@pytest.fixture
+def copy(first: Done, tmp_path: Path) -> Done:
+    shutil.copytree(first.folder, tmp_path / "copy")
+    return Done(first.config, tmp_path / "copy")
+
+
+def fail(*arguments: Any, **options: Any) -> None:
+    raise AssertionError("measured again")
+
+
+def measured(record: RunRecord) -> RunRecord:
+    return replace(record, started="", finished="")
+
+
+def test_the_record_says_what_was_run(first: Done, finished: Finished) -> None:
+    record, config = first.record, first.config
+    assert (record.status, record.error, record.command) == ("success", None, COMMAND)
+    assert (record.method, record.task, record.seed) == ("furina", "arc_easy", 0)
+    assert RunConfig().updated(record.config) == config
+    assert record.backbone.sha256 == backbone_hash(load_backbone("tiny-llama", "float32"))
+    assert record.training == finished.fitted.training
+    data = finished.fitted.data
+    assert record.data.source == "folder"
+    assert record.data.train_sha256 == data_hash(data.train_questions)
+    assert record.data.validation_sha256 == data_hash(data.validation_questions)
+
+
+@pytest.mark.parametrize("variant", ["unmerged", "merged"])
+def test_the_samples_reproduce_the_scores(first: Done, variant: str) -> None:
+    scores = [score for score in first.record.evaluations if score.variant == variant]
+    samples = first.samples(variant)
+    assert {score.metric for score in scores} == {"acc", "acc_norm"}
+    for score in scores:
+        right = [sample.is_correct(score.metric) for sample in samples]
+        assert score.n == len(right) == first.config.test_size
+        assert score.value == pytest.approx(sum(right) / len(right))
+
+
+def test_merged_and_unmerged_are_two_scorings_of_the_same_questions(first: Done) -> None:
+    unmerged, merged = first.samples("unmerged"), first.samples("merged")
+    assert [sample.id for sample in unmerged] == [sample.id for sample in merged]
+    likelihoods = [[s.loglikelihoods for s in samples] for samples in (unmerged, merged)]
+    assert likelihoods[0] != likelihoods[1]  # rounding differs: the second is not a copy
+    for one, other in zip(*likelihoods, strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+def test_the_merge_is_measured(first: Done) -> None:
+    merge = first.record.merge
+    assert merge is not None and merge.num_merged == 14  # seven linears in each of two layers
+    assert merge.max_abs_delta > 0 and merge.relative_delta > 0
+    assert merge.logits_max_difference is not None and merge.logits_rms_difference is not None
+    assert 0 < merge.logits_rms_difference <= merge.logits_max_difference < 1e-3
+    pairs = zip(first.samples("unmerged"), first.samples("merged"), strict=True)
+    changed = sum(a.prediction["acc"] != b.prediction["acc"] for a, b in pairs)
+    assert merge.answers_changed == changed
+
+
+def test_three_variants_are_timed(first: Done) -> None:
+    latency = first.record.latency
+    assert sorted(result.variant for result in latency) == ["base", "merged", "unmerged"]
+    assert {result.total_ms.n for result in latency} == {first.config.latency_rounds}
+    assert all(result.total_ms.median > 0 for result in latency)
+
+
+def test_a_finished_cell_measures_nothing_again(
+    copy: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = copy.record
+    monkeypatch.setattr(cell, "evaluate", fail)
+    monkeypatch.setattr(cell, "measure_latency", fail)
+    shutil.rmtree(copy.folder / "results")
+    assert measured(copy.again()) == measured(before)
+    assert copy.samples("merged")
+
+
+def test_a_cell_killed_before_the_merged_scoring_repeats_only_that(
+    copy: Done, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, calls = copy.record, []
+
+    def counted(*arguments: Any, **options: Any) -> Evaluation:
+        calls.append(1)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(cell, "evaluate", counted)
+    (copy.folder / "run" / "scores-merged.json").unlink()
+    assert measured(copy.again()) == measured(before)
+    assert len(calls) == 1
+
+
+def test_samples_that_another_config_left_in_results_are_replaced(copy: Done) -> None:
+    name = copy.record.evaluations[0].samples
+    assert name is not None
+    file = copy.folder / "results" / name
+    own = file.read_bytes()
+    file.write_bytes(b"of another config")
+    copy.again()
+    assert file.read_bytes() == own
+
+
+def test_changed_answers_are_counted(copy: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_three_turned(*arguments: Any, **options: Any) -> Evaluation:
+        found = evaluate(*arguments, **options)
+        turned = [
+            replace(sample, prediction={m: p + 1 for m, p in sample.prediction.items()})
+            for sample in found.samples[:3]
+        ]
+        return replace(found, samples=(*turned, *found.samples[3:]))
+
+    (copy.folder / "run" / "scores-merged.json").unlink()
+    monkeypatch.setattr(cell, "evaluate", first_three_turned)
+    merge = copy.again().merge
+    pairs = zip(copy.samples("unmerged"), copy.samples("merged"), strict=True)
+    different = [a.prediction["acc"] != b.prediction["acc"] for a, b in pairs]
+    assert all(different[:3])
+    assert merge is not None and merge.answers_changed == sum(different)
+
+
+def test_the_base_is_scored_and_timed_once_and_trains_nothing(
+    data_dir: str, tmp_path: Path
+) -> None:
+    config = tiny(data_dir, "base", test_size=None, seed=3)
+    record = Done(config, tmp_path).again()
+    assert (record.training, record.merge) == (None, None)
+    assert {score.variant for score in record.evaluations} == {"base"}
+    assert {score.n for score in record.evaluations} == {SIZES["test"]}
+    assert [result.variant for result in record.latency] == ["base"]
+    assert record.data.test_subset == "full" and record.data.train_sha256 is None
+
+
+def test_a_diverged_run_leaves_a_record_that_says_so(data_dir: str, tmp_path: Path) -> None:
+    config = tiny(data_dir, "lora", learning_rate=1e30, warmup_steps=0)
+    done = Done(config, tmp_path)
+    with pytest.raises(DivergedError) as caught:
+        done.again()
+    record = done.record
+    assert (record.status, record.error) == ("diverged", str(caught.value))
+    assert (record.training, record.evaluations, record.latency) == (None, (), ())

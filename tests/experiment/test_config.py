@@ -1,0 +1,106 @@
+"""A RunConfig refuses what no run could use, and changes keep or drop an adapter's options."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from furina.errors import ConfigurationError
+from furina.experiment.config import RunConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("steps", 0, "at least 1"),
+        ("batch_size", -1, "at least 1"),
+        ("checkpoint_interval", 0, "at least 1"),
+        ("eval_batch_size", 0, "at least 1"),
+        ("validation_interval", 0, "at least 1"),
+        ("validation_size", -1, "0 or larger"),
+        ("latency_rounds", -1, "0 or larger"),
+        ("warmup_steps", -1, "0 or larger"),
+        ("learning_rate", "5e-4", "must be float, not str"),  # what YAML makes of 5e-4
+        ("learning_rate", float("nan"), "finite"),
+        ("steps", 1.5, "must be int"),
+        ("gradient_checkpointing", "no", "must be bool"),
+        ("targets", "q_proj", "must be tuple"),
+        ("form", "txt", "Did you mean 'text'?"),
+        ("dtype", "bfloat", "Did you mean 'bfloat16'?"),
+        ("schedule", "liner", "Did you mean 'linear'?"),
+        ("adapter", None, "one 'name: value' a line"),
+    ],
+)
+def test_a_value_no_run_could_use_is_one_sentence_with_its_field(
+    field: str, value: Any, said: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        RunConfig().updated({field: value})
+    assert field in str(caught.value) and said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_field_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match=r"'learning_rat'.*Did you mean 'learning_rate'"):
+        RunConfig().updated({"learning_rat": 0.1})
+
+
+def test_changes_leave_the_original_alone() -> None:
+    config = RunConfig(adapter={"rank": 4})
+    assert config.updated({"steps": 7, "adapter": {"rank": 8}}).steps == 7
+    assert config == RunConfig(adapter={"rank": 4})
+
+
+def test_options_of_the_adapter_are_merged() -> None:
+    config = RunConfig(adapter={"rank": 4, "top_k": 1})
+    changed = config.updated({"adapter": {"rank": 8, "dropout": 0.0}})
+    assert changed.adapter == {"rank": 8, "top_k": 1, "dropout": 0.0}
+    assert config.updated({"method": "furina", "adapter": {"rank": 8}}).adapter["top_k"] == 1
+
+
+def test_another_method_drops_the_options_of_the_first() -> None:
+    config = RunConfig(adapter={"rank": 4, "top_k": 1})
+    assert config.updated({"method": "lora"}).adapter == {}
+    assert config.updated({"method": "lora", "adapter": {"rank": 8}}).adapter == {"rank": 8}
+    assert config.updated({"method": "base"}).is_base
+
+
+@pytest.mark.parametrize("change", [{"adapter": {"rank": 4}}, {"targets": ["q_proj"]}])
+def test_base_refuses_what_it_would_ignore(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="method base trains nothing"):
+        RunConfig().updated({"method": "base", **change})
+
+
+def test_targets_are_a_tuple_and_no_targets_are_none() -> None:
+    config = RunConfig().updated({"targets": ["q_proj", "v_proj"]})
+    assert config.targets == ("q_proj", "v_proj")
+    assert config.updated({"steps": 3}).targets == config.targets
+    assert config.updated({"targets": None}).targets is None
+
+
+def test_the_plain_form_is_json_and_gives_the_config_back() -> None:
+    config = RunConfig(method="lora", adapter={"rank": 4}, targets=("q_proj",))
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert RunConfig().updated(plain) == config
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "said"),
+    [
+        ("lorra", {}, "Did you mean 'lora'"),
+        ("bse", {}, "Did you mean 'base'"),
+        ("furina", {"num_expert": 4}, "Did you mean 'num_experts'"),
+        ("lora", {"rank": 0}, "rank"),
+    ],
+)
+def test_an_unknown_method_or_option_is_named(
+    method: str, adapter: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        RunConfig(method=method, adapter=adapter).adapter_config()
+
+
+def test_base_has_no_adapter() -> None:
+    assert RunConfig(method="base").adapter_config() is None

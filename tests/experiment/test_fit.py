@@ -1,0 +1,160 @@
+"""Fitting leaves a whole run behind, loads a finished one, and resumes a killed one bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from furina import adapter_state_dict, describe
+from furina.errors import ConfigurationError
+from furina.experiment import fit as fit_module
+from furina.experiment.fit import fit
+from furina.training import LossHistory
+from tests.experiment.conftest import Finished
+from tests.experiment.helpers import tiny
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def adapter_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "furina_adapter.safetensors").read_bytes()
+
+
+@contextmanager
+def killed_after_step(step: int) -> Iterator[None]:
+    kept = LossHistory.on_train_batch_end
+
+    def die(self: LossHistory, trainer: Any, *rest: Any) -> None:
+        kept(self, trainer, *rest)
+        if trainer.global_step == step:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(LossHistory, "on_train_batch_end", die)
+        yield
+
+
+@contextmanager
+def trained_steps() -> Iterator[list[int]]:
+    kept, steps = LossHistory.on_train_batch_end, list[int]()
+
+    def note(self: LossHistory, trainer: Any, *rest: Any) -> None:
+        steps.append(trainer.global_step)
+        kept(self, trainer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossHistory, "on_train_batch_end", note)
+        yield steps
+
+
+def test_a_finished_run_leaves_adapter_record_and_config_but_no_checkpoint(
+    finished: Finished,
+) -> None:
+    names = {path.name for path in finished.run_dir.iterdir()}
+    assert names == {"adapter", "training.json", "config.json", "logs"}
+    assert {path.name for path in (finished.run_dir / "adapter").iterdir()} == {
+        "furina_config.json",
+        "furina_adapter.safetensors",
+    }
+    assert json.loads((finished.run_dir / "config.json").read_text()) == finished.config.to_dict()
+
+
+def test_what_was_measured_is_that_of_the_run(finished: Finished) -> None:
+    config, training = finished.config, finished.fitted.training
+    assert [step for step, _ in training.loss_curve] == list(range(1, config.steps + 1))
+    assert [step for step, _ in training.validation_curve] == [3, 6]
+    assert training.final_loss == training.loss_curve[-1][1]
+    counts = describe(finished.fitted.model)
+    assert (training.trainable, training.total) == (counts.trainable, counts.total)
+    assert training.seconds > 0 and training.peak_memory_bytes > 0
+    data = finished.fitted.data
+    assert len(data.validation_questions) == config.validation_size
+    assert not {q.id for q in data.train_questions} & {q.id for q in data.validation_questions}
+
+
+def test_furina_records_its_gradient_ratio_and_selection(finished: Finished) -> None:
+    training = finished.fitted.training
+    assert training.gradient_ratio is not None and training.gradient_ratio > 0
+    assert training.selection is not None and training.selection.keys() == {"top_k_share"}
+    # The K most active of R experts never have less than K/R of the activity.
+    assert 2 / 3 <= training.selection["top_k_share"] < 1
+
+
+def test_lora_has_neither(data_dir: str, tmp_path: Path) -> None:
+    training = fit(tiny(data_dir, "lora", steps=1, validation_size=0), tmp_path).training
+    assert training.gradient_ratio is None and training.selection is None
+    assert training.validation_curve == ()
+
+
+def test_a_finished_run_is_loaded_and_gives_the_same(finished: Finished) -> None:
+    with trained_steps() as steps:
+        again = fit(finished.config, finished.run_dir)
+    assert steps == []
+    assert again.training == finished.fitted.training
+    assert again.data.train_questions == finished.fitted.data.train_questions
+    assert again.data.validation_questions == finished.fitted.data.validation_questions
+    torch.testing.assert_close(
+        dict(adapter_state_dict(again.model)),
+        dict(adapter_state_dict(finished.fitted.model)),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_another_config_in_the_same_folder_is_one_sentence(finished: Finished) -> None:
+    other = finished.config.updated({"steps": 7, "adapter": {"rank": 3}})
+    before = adapter_bytes(finished.run_dir)
+    with pytest.raises(ConfigurationError, match=r"other settings \(adapter, steps\)") as caught:
+        fit(other, finished.run_dir)
+    assert str(finished.run_dir) in str(caught.value) and "\n" not in str(caught.value)
+    assert adapter_bytes(finished.run_dir) == before
+
+
+def test_base_has_nothing_to_fit(data_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="nothing to fit"):
+        fit(tiny(data_dir, "base"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("step", "left"), [(1, list(range(1, 7))), (3, [3, 4, 5, 6]), (5, [5, 6])])
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bytes(
+    finished: Finished, tmp_path: Path, step: int, left: list[int]
+) -> None:
+    with killed_after_step(step):
+        fit(finished.config, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+    with trained_steps() as steps:
+        training = fit(finished.config, tmp_path).training
+    assert steps == left
+    assert adapter_bytes(tmp_path) == adapter_bytes(finished.run_dir)
+    assert training.loss_curve == finished.fitted.training.loss_curve
+    assert training.validation_curve == finished.fitted.training.validation_curve
+    assert training.gradient_ratio == finished.fitted.training.gradient_ratio
+    assert training.selection == finished.fitted.training.selection
+
+
+def test_a_run_killed_while_it_is_saved_trains_no_step_again(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = fit_module.save
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit_module, "save", save_and_die)
+        fit(finished.config, tmp_path)
+    with trained_steps() as steps:
+        training = fit(finished.config, tmp_path).training
+    assert steps == []
+    assert adapter_bytes(tmp_path) == adapter_bytes(finished.run_dir)
+    assert training.loss_curve == finished.fitted.training.loss_curve

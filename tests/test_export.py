@@ -1,0 +1,235 @@
+"""What leaves furina is a plain model, or one LoRA, with the adapted model's outputs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import furina
+from furina import export, storage
+from furina.errors import ConfigurationError, FurinaError, NotMergeableError
+from furina.inject import state_of
+from tests.helpers import BACKBONES, fingerprint, perturb, raw, small, tokens, ulp_distance
+from tests.test_merging import BOUNDS, adapted, every_bound, exact_logits, logits, smollm2
+
+every_method = pytest.mark.parametrize("method", furina.methods())
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+__all__ = ["smollm2"]
+
+
+def in_peft(folder: Path, base: torch.nn.Module) -> torch.nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder)).eval()
+
+
+@every_method
+@every_backbone
+@every_bound
+def test_peft_gives_the_adapted_models_logits_and_no_linear_may_be_left_out(
+    method: str, backbone: str, dtype: torch.dtype, tmp_path: Path, record_property
+) -> None:
+    model, batch, bound = adapted(backbone, method, dtype), tokens(6, 15), BOUNDS[dtype]
+    before = fingerprint(model)
+    rank = furina.export_peft(model, tmp_path / "peft")
+    assert fingerprint(model) == before
+    unmerged, exact = logits(model, batch), exact_logits(model, batch)
+    loaded = in_peft(tmp_path / "peft", BACKBONES[backbone](dtype))
+    used = bound.ratio(logits(loaded, batch), unmerged, exact)
+    record_property("used", used)
+    assert used <= 1, f"{used:.2f} of the bound"
+    wrapped = {n: m for n, m in loaded.named_modules() if hasattr(m, "lora_A") and hasattr(m, "r")}
+    assert len(wrapped) == len(state_of(model).layers)
+    for name, module in wrapped.items():
+        assert module.r["default"] == rank and module.scaling["default"] == 1.0
+        module.scaling["default"] = 0.0
+        least = bound.ratio(logits(loaded, batch), unmerged, exact)
+        assert least > 1, f"without {name} only {least:.2f} of the bound is used"
+        module.scaling["default"] = 1.0
+
+
+@every_method
+def test_peft_merged_gives_the_same_weights_as_ours(method: str, tmp_path: Path) -> None:
+    model = adapted("qwen2", method, torch.float32)
+    furina.export_peft(model, tmp_path / "peft")
+    theirs = in_peft(tmp_path / "peft", BACKBONES["qwen2"]()).merge_and_unload()
+    furina.merge(model)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], weight, rtol=1e-5, atol=2e-6)
+
+
+def test_furina_is_one_lora_of_rank_n_times_r(tmp_path: Path) -> None:
+    model = adapted("llama", "furina")
+    config = state_of(model).config
+    assert furina.export_peft(model, tmp_path / "x") == config.num_experts * config.rank
+    written = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
+    assert written["r"] == written["lora_alpha"] == config.num_experts * config.rank
+    assert written["peft_type"] == "LORA" and written["bias"] == "none"
+    assert not written["use_dora"] and not written["use_rslora"]
+    assert written["target_modules"] == sorted(furina.inject.DEFAULT_TARGETS)
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 14
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_the_subtracted_start_is_one_lora_too(tmp_path: Path) -> None:
+    model = furina.adapt(BACKBONES["llama"](), small("furina", start="subtract"), seed=0)
+    with torch.no_grad():
+        for parameter in furina.adapter_parameters(model).values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert furina.export_peft(model, tmp_path / "x") == (8 + 7) * 3
+    loaded = in_peft(tmp_path / "x", BACKBONES["llama"]())
+    torch.testing.assert_close(
+        logits(loaded, tokens()), logits(model, tokens()), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "targets", [["model.layers.1.self_attn.q_proj"], ["model.layers.0.*_proj"], ["up_proj"]]
+)
+def test_a_part_of_the_linears_is_a_part_in_peft_too(targets: list[str], tmp_path: Path) -> None:
+    model = furina.adapt(BACKBONES["llama"](), small("lora"), targets=targets, seed=0)
+    with torch.no_grad():
+        for layer in state_of(model).layers.values():
+            layer.lora_B.normal_(std=0.1)
+    furina.export_peft(model, tmp_path / "x")
+    loaded = in_peft(tmp_path / "x", BACKBONES["llama"]())
+    found = {n for n, m in loaded.named_modules() if hasattr(m, "lora_A") and hasattr(m, "r")}
+    assert found == {f"base_model.model.{name}" for name in state_of(model).layers}
+    torch.testing.assert_close(
+        logits(loaded, tokens()), logits(model, tokens()), rtol=1e-4, atol=1e-5
+    )
+
+
+@every_method
+def test_a_merged_model_exports_the_same_lora(method: str, tmp_path: Path) -> None:
+    model = adapted("llama", method)
+    furina.export_peft(model, tmp_path / "a")
+    furina.merge(model)
+    furina.export_peft(model, tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@every_method
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_merged_folder_is_the_merged_model_bit_for_bit(
+    method, backbone, dtype, tmp_path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = adapted(backbone, method, dtype)
+    layers = state_of(model).layers
+    exact = {n: layer.base.weight.detach().double() + layer.delta() for n, layer in layers.items()}
+    before = fingerprint(model)
+    furina.export_merged(model, tmp_path / "x")
+    assert fingerprint(model) == before, "exporting must leave the model unmerged, as it was"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype="auto").eval()
+    assert loaded.dtype == dtype
+    for name, weight in exact.items():
+        stored = loaded.get_submodule(name).weight.detach()
+        assert ulp_distance(stored, weight).max() <= 0.5 + 1e-3
+    furina.merge(model)
+    assert type(loaded) is type(model)
+    assert {n: raw(t) for n, t in loaded.state_dict().items()} == {
+        n: raw(t) for n, t in model.state_dict().items()
+    }
+    assert torch.equal(logits(loaded, tokens()), logits(model, tokens()))
+    merged = fingerprint(model)
+    furina.export_merged(model, tmp_path / "y")
+    assert fingerprint(model) == merged
+    name = "model.safetensors"
+    assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def test_the_merged_folder_loads_where_furina_cannot_be_imported(tmp_path: Path) -> None:
+    furina.export_merged(adapted("llama", "furina"), tmp_path / "x")
+    script = """
+        import sys
+        sys.modules["furina"] = None  # any import of it fails
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        print(type(model).__name__)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "LlamaForCausalLM"
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = furina.load_tokenizer("tiny-llama")
+    furina.export_merged(adapted("llama", "lora"), tmp_path / "x", tokenizer)
+    text = "Question: größer?"
+    assert AutoTokenizer.from_pretrained(tmp_path / "x").encode(text) == tokenizer.encode(text)
+
+
+@every_method
+def test_an_adapter_that_is_not_finite_is_not_exported(method: str, tmp_path: Path) -> None:
+    model = adapted("llama", method)
+    with torch.no_grad():
+        next(iter(furina.adapter_parameters(model).values())).view(-1)[0] = torch.nan
+    before = fingerprint(model)
+    for call in (furina.export_merged, furina.export_peft):
+        with pytest.raises(ConfigurationError, match="NaN"):
+            call(model, tmp_path / "x")
+    assert fingerprint(model) == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["merged", "peft"])
+def test_a_full_disk_is_one_sentence_leaves_nothing_and_unmerges(
+    what, tmp_path, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = adapted("llama", "furina")
+    before = fingerprint(model)
+    monkeypatch.setattr(storage.os, "fsync", full)
+    call = furina.export_merged if what == "merged" else furina.export_peft
+    with pytest.raises(FurinaError, match="the disk is full"):
+        call(model, tmp_path / "x")
+    assert fingerprint(model) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_update_that_is_no_low_rank_product_has_no_lora(tmp_path: Path, monkeypatch) -> None:
+    model = adapted("llama", "lora")
+    monkeypatch.setattr(
+        type(next(iter(state_of(model).layers.values()))), "factors", lambda _: None
+    )
+    with pytest.raises(NotMergeableError, match="not low-rank"):
+        export.export_peft(model, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.assets
+@every_bound
+def test_the_real_models_export_meets_the_bounds_in_peft(
+    smollm2: str, dtype: torch.dtype, tmp_path: Path, record_property
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    model = furina.load_backbone(smollm2, dtype=name)
+    furina.adapt(model, "furina", rank=4, num_experts=4, dropout=0.0, seed=0)
+
+    perturb(model)
+    ids = torch.arange(500, 508).view(1, 8) * 37
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    furina.export_peft(model, tmp_path / "peft")
+    unmerged, exact = logits(model, batch), exact_logits(model, batch)
+    loaded = in_peft(tmp_path / "peft", furina.remove(model))
+    used = BOUNDS[dtype].ratio(logits(loaded, batch), unmerged, exact)
+    record_property("used", used)
+    assert used <= 1
