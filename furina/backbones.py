@@ -75,6 +75,12 @@ def load_backbone(
     return model
 
 
+def best_device() -> str:
+    """Return the accelerator's name ("cuda") where there is one, else "cpu"."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device.type if device else "cpu"
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to `load_backbone(name)`.
 

@@ -28,8 +28,12 @@ def export_merged(
 ) -> None:
     """Write the merged model as a plain folder that `from_pretrained` loads without furina.
 
-    The model is left as it was, merged or not. Raises NotMergeableError or FurinaError.
+    The model is left as it was, merged or not. Raises NotMergeableError, ConfigurationError if
+    `path` is the folder the backbone came from, or FurinaError if other files would be lost.
     """
+    source = Path(str(model.config._name_or_path))
+    if source.is_dir() and source.resolve() == Path(path).resolve():
+        raise ConfigurationError(f"{path} holds the backbone itself: name a new folder.")
     was_merged = is_merged(model)
     if not was_merged:
         merge(model)

@@ -188,8 +188,15 @@ def test_the_loss_of_a_low_precision_backbone_is_fp32_and_close_to_float64(dtype
     assert found[0].item() == pytest.approx(found[1].item(), rel=20 * torch.finfo(dtype).eps)
 
 
-def test_autocast_keeps_the_norms_in_fp32_and_the_gradients_finite() -> None:
-    model, batch = adapted(dtype=torch.float32), tokens()
+def test_autocast_keeps_norms_and_activities_in_fp32_and_the_gradients_finite(monkeypatch) -> None:
+    model, batch, cast = adapted(dtype=torch.float32), tokens(), []
+    activity = FurinaLinear.activity
+
+    def spy(self: FurinaLinear, h: Tensor, routed: Tensor) -> Tensor:
+        cast.append(torch.is_autocast_enabled("cpu"))
+        return activity(self, h, routed)
+
+    monkeypatch.setattr(FurinaLinear, "activity", spy)
     layer = next(iter(state_of(model).layers.values()))
     exact = layer.directions()
     model(**batch)
@@ -200,6 +207,7 @@ def test_autocast_keeps_the_norms_in_fp32_and_the_gradients_finite() -> None:
         found = furina.auxiliary_loss(model).item()
     assert all(torch.equal(one, other) for one, other in zip(exact, inside, strict=True))
     assert found == pytest.approx(expected, rel=0.05)
+    assert cast and not any(cast)
     loss.backward()
     for name, parameter in furina.adapter_parameters(model).items():
         assert parameter.grad.dtype == torch.float32

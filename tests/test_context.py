@@ -250,3 +250,15 @@ def test_an_adapted_model_can_be_copied_after_a_forward(way: str) -> None:
     assert not furina.is_adapted(twin)
     twin.train()(**tokens())
     assert furina.is_adapted(model)
+
+
+def test_a_recomputed_layer_is_not_recorded_a_second_time() -> None:
+    model = adapted()
+    enable_checkpointing(model)
+    loss = total(model, tokens())
+    last = state_of(model).tracker.last
+    assert last is not None
+    before = dict(last.records)
+    loss.backward()
+    assert last.records.keys() == before.keys()
+    assert all(last.records[name] is record for name, record in before.items())

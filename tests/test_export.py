@@ -18,7 +18,15 @@ from furina import export, storage
 from furina.errors import ConfigurationError, FurinaError, NotMergeableError
 from furina.inject import state_of
 from tests.helpers import BACKBONES, fingerprint, perturb, raw, small, tokens, ulp_distance
-from tests.test_merging import BOUNDS, adapted, every_bound, exact_logits, logits, smollm2
+from tests.test_merging import (
+    BOUNDS,
+    adapted,
+    every_bound,
+    exact_logits,
+    exact_weights,
+    logits,
+    smollm2,
+)
 
 every_method = pytest.mark.parametrize("method", furina.methods())
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
@@ -128,8 +136,7 @@ def test_the_merged_folder_is_the_merged_model_bit_for_bit(
     from transformers import AutoModelForCausalLM
 
     model = adapted(backbone, method, dtype)
-    layers = state_of(model).layers
-    exact = {n: layer.base.weight.detach().double() + layer.delta() for n, layer in layers.items()}
+    exact = exact_weights(model)
     before = fingerprint(model)
     furina.export_merged(model, tmp_path / "x")
     assert fingerprint(model) == before, "exporting must leave the model unmerged, as it was"
@@ -233,3 +240,14 @@ def test_the_real_models_export_meets_the_bounds_in_peft(
     used = BOUNDS[dtype].ratio(logits(loaded, batch), unmerged, exact)
     record_property("used", used)
     assert used <= 1
+
+
+def test_the_backbones_own_folder_is_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "backbone"
+    BACKBONES["llama"](torch.float32).save_pretrained(str(folder))
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = furina.load_backbone(str(folder), "float32")
+    furina.adapt(model, "lora", rank=2)
+    with pytest.raises(ConfigurationError, match="holds the backbone itself"):
+        furina.export_merged(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

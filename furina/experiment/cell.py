@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from furina.backbones import backbone_hash, load_backbone, load_tokenizer
+from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
 from furina.data.prompts import Prompt
 from furina.data.questions import Question, data_hash
 from furina.data.sources import load_questions, resolve_source
@@ -91,7 +91,9 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
 
 def _subject(config: RunConfig, run_dir: Path) -> Subject:
     if config.is_base:
-        model = load_backbone(config.backbone, config.dtype, attention=config.attention)
+        model = load_backbone(
+            config.backbone, config.dtype, device=best_device(), attention=config.attention
+        )
         return Subject(model, load_tokenizer(config.backbone), None)
     fitted = fit(config, run_dir)
     return Subject(fitted.model, fitted.tokenizer, fitted)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from furina.auxiliary import record_selection
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones import best_device, load_backbone, load_tokenizer
 from furina.checkpoint import load, save
+from furina.data.batches import Batch
 from furina.data.module import ChoiceDataModule
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
@@ -53,7 +54,9 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.adapter_config()
     tokenizer = load_tokenizer(config.backbone)
-    model = load_backbone(config.backbone, config.dtype, attention=config.attention)
+    model = load_backbone(
+        config.backbone, config.dtype, device=best_device(), attention=config.attention
+    )
     data = _data(config, tokenizer)
     claim(config, run_dir)  # only now: a mistyped config must not own the folder
     finished = run_dir / "training.json"
@@ -142,8 +145,7 @@ def _train(
             enable_model_summary=False,
         )
         trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    torch.nn.Module.to(model, best_device())  # the trainer hands it back on the CPU
     return history
 
 
@@ -174,7 +176,7 @@ def _gradient_ratio(
         return None
     batches = data.train_dataloader()
     ratios = [
-        gradient_ratio(model, batches.window(step))["ratio"]
+        gradient_ratio(model, [_on(model, batch) for batch in batches.window(step)])["ratio"]
         for step in range(config.steps, config.steps + RATIO_WINDOWS)
     ]
     known = [ratio for ratio in ratios if ratio is not None]
@@ -190,5 +192,9 @@ def _selection(model: PreTrainedModel, data: ChoiceDataModule) -> dict[str, floa
     with evaluation_mode(model), record_selection(model) as record:
         for batch in loaders[0]:
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            model(**inputs, use_cache=False, logits_to_keep=1)
+            model(**_on(model, inputs), use_cache=False, logits_to_keep=1)
     return {"top_k_share": record.mean_top_k_share()}
+
+
+def _on(model: PreTrainedModel, batch: Batch) -> Batch:
+    return {key: tensor.to(model.device) for key, tensor in batch.items()}

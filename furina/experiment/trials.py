@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from furina.adapters import configure
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones import best_device, load_backbone, load_tokenizer
 from furina.data.sources import load_questions
 from furina.data.splits import split_train
 from furina.errors import ConfigurationError
@@ -76,7 +76,9 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
 
 def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, float]:
     if fitted is None:
-        model = load_backbone(config.backbone, config.dtype, attention=config.attention)
+        model = load_backbone(
+            config.backbone, config.dtype, device=best_device(), attention=config.attention
+        )
         tokenizer = load_tokenizer(config.backbone)
         rows = load_questions(config.task, "train", config.source, config.data_dir)
         questions = split_train(rows, config.validation_size, config.seed)[1]

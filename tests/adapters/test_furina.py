@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import furina
 from furina import reference
-from furina.adapters.furina import ExpertRowNorm, FurinaConfig, FurinaLinear, directions
+from furina.adapters.furina import FurinaConfig, FurinaLinear, directions
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
 from furina.inject import state_of
@@ -28,8 +28,8 @@ def furina_config(**options: object) -> FurinaConfig:
 
 
 def every_switch() -> Iterator[FurinaConfig]:
-    """Yield every combination of the named switches, then the numbers one at a time."""
-    for config in variants("furina", together=99):
+    """Yield every three named switches together, then the numbers one at a time."""
+    for config in variants("furina", together=3):
         yield FurinaConfig(**{**config.to_dict(), "num_experts": EXPERTS})
     yield from (furina_config(num_shared_experts=s) for s in (0, 1, 2))
     yield from (furina_config(num_shared_experts=0, start=s) for s in ("zero_b", "subtract"))
@@ -149,91 +149,7 @@ def test_the_selection_loss_and_its_gradients_equal_the_reference_for_every_swit
         found_gradients = gradients(found, model, x)
         for name, gradient in gradients(expected, model, x).items():
             assert_equal(found_gradients[name], gradient, f"gradient of {name} for {config}")
-    assert seen > 200
-
-
-def test_a_row_norm_passes_gradcheck_at_ordinary_tiny_and_zero_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(2, RANK, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(4, 2, RANK, generator=generator, dtype=torch.float64)
-    b[0] = 0
-    b[1] *= 1e-3
-    assert torch.autograd.gradcheck(
-        lambda a, b: ExpertRowNorm.apply(a, b, 0.1), (a, b.requires_grad_())
-    )
-
-
-def ill_conditioned(kind: str, rank: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return A whose rows are nearly (or exactly) parallel, or of very different lengths."""
-    line = torch.randn(1, width, generator=generator)
-    noise = torch.randn(rank, width, generator=generator)
-    sizes = torch.logspace(-6, 0, rank)[:, None]
-    return {
-        "parallel": line.expand(rank, width).clone(),
-        "nearly parallel": line + 1e-4 * noise,
-        "barely apart": line + 1e-7 * noise,
-        "of all lengths": sizes * noise,
-        "parallel, of all lengths": sizes * line,
-    }[kind]
-
-
-KINDS = (
-    "parallel",
-    "nearly parallel",
-    "barely apart",
-    "of all lengths",
-    "parallel, of all lengths",
-)
-
-
-def norm_bound(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
-    """Bound the error of d̃ in a's precision, u its unit roundoff.
-
-    b @ L errs by (r+1) u Σ_i |b_i||a_i| (rows of L are as long as A's), the sum of squares and the
-    root by a relative (r/2 + 2) u, and the diagonal added before Cholesky, with Cholesky's own
-    backward error, by at most √(8 r ε64) times that same Σ_i |b_i||a_i|.
-    """
-    rank, unit = a.shape[0], torch.finfo(a.dtype).eps / 2
-    length = b.double().abs() @ a.double().norm(dim=1)
-    added = math.sqrt(8 * rank * torch.finfo(torch.float64).eps)
-    return ((rank + 2) * unit + added) * length + (rank / 2 + 3) * unit * exact
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_fp32_row_norm_meets_its_error_bound_for_ill_conditioned_experts(kind: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for rank, width in ((2, 7), (5, 64), (16, 300), (64, 300)):
-        a = ill_conditioned(kind, rank, width, generator)
-        b = torch.randn(40, rank, generator=generator)
-        b[:20] -= b[:20].mean(1, keepdim=True)  # nearly orthogonal to what the rows share
-        b[30:] /= a.norm(dim=1)
-        norm = ExpertRowNorm.apply(a[None], b[:, None], 1e-6)[:, 0]
-        exact = reference.row_norm(b.double() @ a.double(), 1e-6)
-        bound = norm_bound(a, b, exact)
-        assert ((norm.double() - exact).abs() <= bound).all(), (rank, width)
-
-
-def test_the_textbook_row_norm_breaks_that_bound() -> None:
-    """The bound has teeth: rowsum((B G)∘B) in fp32 is outside it for nearly parallel rows."""
-    generator = torch.Generator().manual_seed(0)
-    a = ill_conditioned("nearly parallel", 16, 300, generator)
-    b = torch.randn(40, 16, generator=generator)
-    b -= b.mean(1, keepdim=True)
-    exact = reference.row_norm(b.double() @ a.double(), 1e-6)
-    naive = ((b @ (a @ a.T)) * b).sum(1).clamp(min=0).add(1e-12).sqrt()
-    assert ((naive.double() - exact).abs() > norm_bound(a, b, exact)).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gram_matrix_of_a_degenerate_expert_can_always_be_factored(kind: str, dtype) -> None:
-    """A factorisation that stops half-way would give a wrong norm without a word."""
-    generator = torch.Generator().manual_seed(1)
-    for rank, width in ((1, 3), (16, 8), (64, 40), (16, 2000), (64, 4096)):
-        a = ill_conditioned(kind, rank, width, generator).to(dtype)
-        b = torch.eye(rank, dtype=dtype)[:, None]
-        norm = ExpertRowNorm.apply(a[None], b, 1e-18)[:, 0]
-        torch.testing.assert_close(norm, a.norm(dim=1), rtol=1e-5, atol=0)
+    assert seen > 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -362,11 +278,15 @@ def test_inference_follows_every_way_that_changes_a_parameter() -> None:
     x = torch.randn(2, 3, 11)
 
     def current() -> bool:
+        layers = state_of(model).layers.values()
         with torch.no_grad():
-            kept = model(x)
-            for layer in state_of(model).layers.values():
+            found, kept = model(x), [layer._cached for layer in layers]
+            for layer in layers:
                 layer._cached = None
-            return torch.equal(kept, model(x))
+            fresh = model(x)
+        for layer, cached in zip(layers, kept, strict=True):
+            layer._cached = cached
+        return torch.equal(found, fresh)
 
     layer = state_of(model).layers["second"]
     assert current()
@@ -383,12 +303,16 @@ def test_inference_follows_every_way_that_changes_a_parameter() -> None:
         optimiser = torch.optim.AdamW(furina.adapter_parameters(model).values(), 0.1, **options)
         for _ in range(2):  # eval mode all along, and an inference forward before each step
             optimiser.zero_grad()
+            assert current()
             model(x).square().sum().backward()
             assert current()
-            before = model(x).detach()
+            with torch.no_grad():
+                before = model(x)
             optimiser.step()
             assert current()
             assert not torch.equal(before, model(x))
+        optimiser.zero_grad()
+        assert current()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from furina.adapters.furina import FurinaConfig
 from furina.errors import ConfigurationError
 from furina.evaluation.harness import evaluate
 from furina.experiment.trials import search_trial, selection_trial
@@ -39,7 +40,8 @@ def test_a_search_trial_scores_the_held_out_questions(finished: Finished, run_di
 
 def test_the_default_multiplier_is_recorded(finished: Finished, run_dir: Path) -> None:
     assert "magnitude_lr_multiplier" not in finished.config.adapter
-    assert search_trial(finished.config, run_dir, "command").magnitude_multiplier == 1.0
+    record = search_trial(finished.config, run_dir, "command")
+    assert record.magnitude_multiplier == FurinaConfig().magnitude_lr_multiplier
 
 
 def test_the_base_is_searched_without_training_or_test_rows(
