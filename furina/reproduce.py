@@ -80,8 +80,7 @@ def read_suite(path: Path) -> Suite:
                 runs += _expand(defaults, shared_points, _read(file))
     if not runs:
         raise ConfigurationError(f"{path} holds no runs: add one YAML file per method.")
-    if study == "cells":
-        _require_unique_cells(path, runs)
+    _require_distinct(path, study, runs)
     return Suite(path, study, tuple(runs))
 
 
@@ -163,14 +162,31 @@ def _points(sweep: object) -> list[Point]:
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
-def _require_unique_cells(path: Path, runs: list[RunConfig]) -> None:
-    names = [run.name for run in runs]
+_VARIED: dict[Study, tuple[str, ...]] = {
+    "cells": (),
+    "search": ("form", "learning_rate", "steps", "adapter.magnitude_lr_multiplier"),
+    "selection": ("adapter.selection_reduction", "adapter.selection_coefficient"),
+}
+"""What runs of one method, task and seed may differ in: the names of their records hold it."""
+
+
+def _require_distinct(path: Path, study: Study, runs: list[RunConfig]) -> None:
+    """Refuse two runs whose records would bear the same name."""
+    seen: set[tuple[object, ...]] = set()
     for run in runs:
-        if names.count(run.name) > 1:
+        adapter = run.adapter_config()
+        settings = run.to_dict() | {
+            f"adapter.{name}": value
+            for name, value in (adapter.to_dict() if adapter else {}).items()
+        }
+        key = run.name, *(settings.get(name) for name in _VARIED[study])
+        if key in seen:
+            differ = f" that differ in none of: {', '.join(_VARIED[study])}" * bool(_VARIED[study])
             raise ConfigurationError(
-                f"{path} has more than one run of {_title(run)}, and a table holds one: keep one, "
-                "or move the others into a suite of their own."
+                f"{path} has more than one run of {_title(run)}{differ}, and a table holds one: "
+                "keep one, or move the others into a suite of their own."
             )
+        seen.add(key)
 
 
 def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:

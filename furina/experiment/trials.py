@@ -40,6 +40,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
         stderr=stderr,
         n=config.validation_size,
         seconds=seconds,
+        config=config.to_dict(),
         command=command,
         provenance=provenance(),
     )
@@ -69,6 +70,7 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
         top_k_share=training.selection["top_k_share"],
         final_loss=training.final_loss,
         gradient_ratio=training.gradient_ratio,
+        config=config.to_dict(),
         command=command,
         provenance=provenance(),
     )

@@ -9,7 +9,7 @@ from typing import Literal
 from furina.records import codec
 from furina.records.environment import Provenance
 
-STUDY_SCHEMA = 1
+STUDY_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class SearchRecord:
     stderr: float | None
     n: int
     seconds: float
+    config: dict[str, object]
     command: str
     provenance: Provenance
     split: Literal["train-held-out"] = "train-held-out"
@@ -75,6 +76,7 @@ class SelectionRecord:
     top_k_share: float
     final_loss: float
     gradient_ratio: float | None
+    config: dict[str, object]
     command: str
     provenance: Provenance
     schema: int = STUDY_SCHEMA

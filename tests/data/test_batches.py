@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,10 +80,14 @@ def test_width_is_the_longest_rounded_up_to_a_multiple_of_eight(length, width):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    count=st.integers(8, 60), size=st.integers(1, 8), micro=st.integers(1, 9), seed=st.integers()
+    count=st.integers(8, 60),
+    size=st.integers(1, 8),
+    micro=st.integers(1, 9),
+    bucket=st.integers(1, 5),
+    seed=st.integers(),
 )
-def test_an_epoch_holds_each_row_at_most_once_and_all_that_fit(count, size, micro, seed):
-    batches = _batches(count, size, micro_batch_size=micro, seed=seed)
+def test_an_epoch_holds_each_row_at_most_once_and_all_that_fit(count, size, micro, bucket, seed):
+    batches = _batches(count, size, micro_batch_size=micro, bucket_steps=bucket, seed=seed)
     windows = list(batches)
     rows = [row for window in windows for row in _rows(window)]
     assert len(windows) == len(batches) == count // size
@@ -89,8 +95,22 @@ def test_an_epoch_holds_each_row_at_most_once_and_all_that_fit(count, size, micr
     assert all(len(batch["labels"]) <= micro for window in windows for batch in window)
 
 
-def test_a_step_does_not_depend_on_what_was_read_before():
-    fresh, used = _batches(), _batches()
+def test_a_bucket_holds_the_rows_of_its_steps_each_of_like_length_in_random_order():
+    plain, sorted_ = _batches(96), _batches(96, bucket_steps=4)
+    starts = []
+    for first in range(0, 12, 4):
+        ours = [_rows(sorted_.window(step)) for step in range(first, first + 4)]
+        shuffled = [_rows(plain.window(step)) for step in range(first, first + 4)]
+        assert sorted(chain(*ours)) == sorted(chain(*shuffled))
+        lengths = sorted(sorted(3 + row % 13 for row in rows) for rows in ours)
+        assert list(chain(*lengths)) == sorted(chain(*lengths))
+        starts.append([3 + rows[0] % 13 for rows in ours])
+    assert any(start != sorted(start) for start in starts)
+
+
+@pytest.mark.parametrize("bucket_steps", [1, 4])
+def test_a_step_does_not_depend_on_what_was_read_before(bucket_steps):
+    fresh, used = _batches(bucket_steps=bucket_steps), _batches(bucket_steps=bucket_steps)
     for step in (17, 3, 0, 30, 17):
         used.window(step)
     assert all(_equal(fresh.window(step), used.window(step)) for step in range(20))
@@ -155,7 +175,8 @@ def test_ranks_share_a_step_without_loss_and_in_equal_parts(world_size):
     ("options", "message"),
     [
         ({"batch_size": 0}, "must be at least 1"),
-        ({"micro_batch_size": 0}, "must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"bucket_steps": 0}, "bucket_steps=0 must be at least 1"),
         ({"batch_size": 51}, "batch_size=51 is more than the 50 train questions"),
         ({"world_size": 3}, "batch_size=8 cannot be shared evenly by 3 processes"),
     ],

@@ -35,6 +35,7 @@ SMALL: dict[str, Any] = {
     "test_size": 8,
     "eval_batch_size": 8,
     "latency_rounds": 1,
+    "latency_warmup": 0,
 }
 
 
@@ -66,5 +67,5 @@ def tiny(data_dir: str, method: str = "furina", **changes: Any) -> RunConfig:
 
 def time_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let cells time three tokens in place of a hundred."""
-    quick = partial(measure_latency, prompt_tokens=4, new_tokens=3, warmup=0)
+    quick = partial(measure_latency, prompt_tokens=4, new_tokens=3)
     monkeypatch.setattr(cell, "measure_latency", quick)

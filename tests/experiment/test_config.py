@@ -21,6 +21,8 @@ from furina.experiment.config import RunConfig
         ("validation_interval", 0, "at least 1"),
         ("validation_size", -1, "0 or larger"),
         ("latency_rounds", -1, "0 or larger"),
+        ("latency_warmup", -1, "0 or larger"),
+        ("bucket_steps", 0, "at least 1"),
         ("warmup_steps", -1, "0 or larger"),
         ("learning_rate", "5e-4", "must be float, not str"),  # what YAML makes of 5e-4
         ("learning_rate", float("nan"), "finite"),

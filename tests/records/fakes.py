@@ -193,6 +193,7 @@ def search_record(
         stderr=None if value is None else 0.027,
         n=300,
         seconds=290.0,
+        config={"seed": seed},
         command="furina reproduce experiments/search.yaml",
         provenance=PROVENANCE,
     )
@@ -210,6 +211,7 @@ def selection_record(seed: int, coefficient: float, share: float) -> SelectionRe
         top_k_share=share,
         final_loss=1.2 + 0.01 * seed,
         gradient_ratio=0.2 if coefficient else None,
+        config={"seed": seed},
         command="furina reproduce experiments/selection.yaml",
         provenance=PROVENANCE,
     )
