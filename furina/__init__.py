@@ -41,9 +41,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapters": ("configure", "methods"),
-    "auxiliary": ("auxiliary_loss", "auxiliary_tokens", "record_selection"),
+    "auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
     "backbones": ("load_backbone", "load_tokenizer"),
     "checkpoint": ("load", "save"),
+    "control": ("without_router",),
     "data.module": ("ChoiceDataModule",),
     "export": ("export_merged", "export_peft"),
     "inject": (

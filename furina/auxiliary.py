@@ -36,17 +36,36 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
             "No attention mask was given, so the auxiliary loss counts padding as real tokens.",
             stacklevel=2,
         )
-    names = list(forward.records)
-    missing = [name for name in state.layers if name not in forward.records]
+    names = [name for name, layer in state.layers.items() if layer.records_statistics]
+    missing = [name for name in names if name not in forward.records]
     if missing:
         raise ConfigurationError(
             f"{len(missing)} adapted linears, such as {missing[0]}, took no part in the last "
             "forward, so its auxiliary loss is incomplete: leave them out of the targets."
         )
+    if not names:  # MixLoRA without an FFN
+        return forward.tokens().to(torch.float32) * 0
     parts = [forward.records[name] for name in names]
     tokens = forward.tokens().to(parts[0])
     *parts, tokens = _sum_over_ranks([*parts, tokens.reshape(1)])
-    return state.config.auxiliary_loss(parts, tokens)
+    # Without a real token every sum is 0, and so must the gradient be, not 0/0.
+    return state.config.auxiliary_loss(dict(zip(names, parts, strict=True)), tokens.clamp(min=1))
+
+
+def after_step(model: nn.Module) -> None:
+    """Update what a method adapts without gradients; call it after every optimiser step.
+
+    The layers' sums since the last call are added over the ranks in one all-reduce. Does nothing
+    for most methods; FlyLoRA balances its selection and SLIM moves its clusters here.
+    """
+    layers = state_of(model).layers.values()
+    found = [(layer, sums) for layer in layers if (sums := layer.step_statistics()) is not None]
+    if not found:
+        return
+    with torch.no_grad():
+        totals = _sum_over_ranks([sums.flatten() for _, sums in found])
+        for (layer, sums), total in zip(found, totals, strict=True):
+            layer.after_step(total.view_as(sums))
 
 
 def auxiliary_tokens(model: nn.Module) -> Tensor:

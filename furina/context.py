@@ -1,4 +1,4 @@
-"""What the adapted layers know of the forward they take part in: the padding mask, and no more.
+"""What the adapted layers know of the forward they take part in: padding mask and task types.
 
 The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record sums over
 real tokens into it. Gradient checkpointing runs layers again in the backward pass, so the
@@ -24,18 +24,23 @@ class Forward:
     """One forward of the wrapped model and the statistics its layers recorded."""
 
     mask: Tensor | None
+    positions: int
+    task_types: Tensor | None = None
     records: dict[str, Tensor] = field(default_factory=dict)
-    tokens_without_mask: int = 0
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
 
         Shape: `inputs` is (..., d) with T vectors. Raises ConfigurationError if T is not the
-        number of positions in the mask.
+        number of positions in the mask, or in the model's input without one.
         """
         tokens = inputs.shape[:-1].numel()
         if self.mask is None:
-            self.tokens_without_mask = tokens
+            if tokens != self.positions:
+                raise ConfigurationError(
+                    f"{layer} saw {tokens} token vectors but the model's input has "
+                    f"{self.positions} positions: leave this linear out of the targets."
+                )
             return None
         if self.mask.dim() != 2:
             raise ConfigurationError(
@@ -53,7 +58,7 @@ class Forward:
         """Return the number of real tokens of this forward on this rank, as an integer scalar."""
         if self.mask is not None:
             return self.mask.sum()
-        return torch.tensor(self.tokens_without_mask)
+        return torch.tensor(self.positions)
 
 
 class ForwardTracker:
@@ -84,21 +89,34 @@ class ForwardTracker:
             )
         return True
 
-    def record(self, layer: str, statistics: Tensor) -> None:
-        """Keep the first record of `layer`: a recomputation of the same forward counts once."""
+    def record(self, layer: str, statistics: Tensor) -> bool:
+        """Keep the first record of `layer`: a recomputation of the same forward counts once.
+
+        Returns whether it was kept; what an observer takes is not.
+        """
         assert self.active is not None
         if self.observer is not None:
             self.observer(layer, statistics.detach())
-        elif layer not in self.active.records:
-            self.active.records[layer] = statistics
+            return False
+        if layer in self.active.records:
+            return False
+        self.active.records[layer] = statistics
+        return True
 
-    def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        task_types = kwargs.pop("task_types", None)  # the backbone's own forward knows none
         self.last = None
         self._training_grad = model.training and torch.is_grad_enabled()
         if self._training_grad or self.observer is not None:
-            self.active = self.last = Forward(_padding_mask(model, args, kwargs))
+            mask = _argument("attention_mask", model, args, kwargs)
+            mask = None if mask is None else mask != 0
+            positions = _positions(model, args, kwargs)
+            self.active = self.last = Forward(mask, positions, task_types)
         if self._training_grad:
             self._follow_checkpointing(model)
+        return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.active = None
@@ -141,11 +159,24 @@ class _ReopeningCheckpoint:
         return self.checkpoint(run, *args)
 
 
-def _padding_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Find the attention mask among the model's arguments, as booleans."""
-    mask = kwargs.get("attention_mask")
-    if mask is None and args:
-        names = list(inspect.signature(model.forward).parameters)
-        position = names.index("attention_mask") if "attention_mask" in names else len(args)
-        mask = args[position] if position < len(args) else None
-    return None if mask is None else mask != 0
+def _argument(
+    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Return the model's argument of that name, given by keyword or by place."""
+    if name in kwargs:
+        value: Tensor | None = kwargs[name]
+        return value
+    names = list(inspect.signature(model.forward).parameters)
+    place = names.index(name) if name in names else len(args)
+    return args[place] if place < len(args) else None
+
+
+def _positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the number of positions of the model's input, padding included; 0 if unknown."""
+    ids = _argument("input_ids", model, args, kwargs)
+    if ids is not None:
+        return ids.numel()
+    vectors = _argument("inputs_embeds", model, args, kwargs)
+    if vectors is None:  # a model of other inputs: the first is its vectors
+        vectors = args[0] if args else None
+    return 0 if vectors is None else vectors.shape[:-1].numel()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from furina.errors import ConfigurationError, NotMergeableError
@@ -51,42 +51,49 @@ def export_merged(
 def export_peft(model: nn.Module, path: str | Path) -> int:
     """Write the adapter as one PEFT LoRA for `PeftModel.from_pretrained`; returns its rank.
 
-    The factors are in fp32 with scale 1: B̃ (k, R) and A (R, d), R = N·r for FURINA. Raises
-    NotMergeableError if the method has no fixed low-rank update.
+    The factors are in fp32 with scale 1: B̃ (k, R) and A (R, d), R = N·r for FURINA, and DoRA's
+    magnitude beside them. Where linears have several ranks the largest is returned. Raises
+    NotMergeableError if the method has no fixed update, or one that peft cannot hold.
     """
     state = state_of(model)
     mergeable = state.config.mergeability()
     if not mergeable.ok:
         raise NotMergeableError(f"Method {state.config.name} is no LoRA: {mergeable.reason}.")
-    tensors, ranks = {}, set()
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     for name, layer in state.layers.items():
-        factors = layer.factors()
-        if factors is None:
+        parts = layer.peft_state()
+        if parts is None:
             raise NotMergeableError(
                 f"The update of {state.config.name} is not low-rank, so no LoRA equals it: "
                 "export the merged model."
             )
-        b, a = (factor.to("cpu", torch.float32).contiguous() for factor in factors)
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ConfigurationError(f"{name} has NaN or infinite entries: it was not exported.")
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b
-        ranks.add(a.shape[0])
-    assert len(ranks) == 1, "all linears of a method have one rank"
-    rank = ranks.pop()
+        for part, tensor in parts.items():
+            if not tensor.isfinite().all():
+                raise ConfigurationError(
+                    f"{name} has NaN or infinite entries: it was not exported."
+                )
+            tensors[f"base_model.model.{name}.{part}"] = tensor.to(
+                "cpu", torch.float32
+            ).contiguous()
+        ranks[name] = parts["lora_A.weight"].shape[0]
     with atomic_directory(Path(path)) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "adapter_config.json", _peft_config(model, rank))
-    return rank
+        write_json(folder / "adapter_config.json", _peft_config(model, ranks))
+    return max(ranks.values())
 
 
-def _peft_config(model: nn.Module, rank: int) -> dict[str, object]:
+def _peft_config(model: nn.Module, ranks: dict[str, int]) -> dict[str, object]:
+    rank = max(ranks.values())
+    others = {name: own for name, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", ""),
         "r": rank,
         "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -94,6 +101,7 @@ def _peft_config(model: nn.Module, rank: int) -> dict[str, object]:
         "use_rslora": False,
         "use_dora": False,
         "target_modules": _peft_targets(model),
+        **state_of(model).config.peft_options(),
     }
 
 

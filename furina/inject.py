@@ -44,6 +44,7 @@ class AdapterSummary(NamedTuple):
     num_linears: int
     trainable: int
     trainable_without_router: int
+    active: int
     total: int
 
 
@@ -72,14 +73,12 @@ def adapt(
         )
     patterns = _patterns(targets)
     names = _matching_linears(model, patterns)
+    config = config.resolve(names)
     tracker = ForwardTracker()
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        layers = {
-            name: config.build(_linear(model, name), name, tracker).train(model.training)
-            for name in names
-        }
+        layers = _build(config, model, names, tracker)
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     model.requires_grad_(False)
     for name, layer in layers.items():
@@ -103,6 +102,7 @@ def remove(model: ModelT) -> ModelT:
     for name, layer in state.layers.items():
         if layer.merged:
             layer.unmerge()
+        layer.restore_base()
         model.set_submodule(name, layer.base)
     for handle in state.handles:
         handle.remove()
@@ -132,14 +132,19 @@ def describe(model: nn.Module) -> AdapterSummary:
     """Count the parameters of an adapted model, with and without the router's."""
     state = state_of(model)
     counts = [
-        state.config.count(layer.base.in_features, layer.base.out_features)
-        for layer in state.layers.values()
+        state.config.count(layer.base.in_features, layer.base.out_features, name)
+        for name, layer in state.layers.items()
     ]
     trainable = sum(parameter.numel() for parameter in adapter_parameters(model).values())
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     router = sum(count.router for count in counts)
     return AdapterSummary(
-        state.config.name, len(counts), trainable, trainable - router, trainable + frozen
+        method=state.config.name,
+        num_linears=len(counts),
+        trainable=trainable,
+        trainable_without_router=trainable - router,
+        active=sum(count.active for count in counts),
+        total=trainable + frozen,
     )
 
 
@@ -179,6 +184,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+    for layer in state_of(model).layers.values():
+        layer.after_load()
 
 
 def parameter_groups(
@@ -187,16 +194,17 @@ def parameter_groups(
     weight_decay: float = 0.0,
     lora_plus_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Return optimiser groups: A, B at `lora_plus_ratio` times the rate, and the method's own.
+    """Return optimiser groups: `params`, their `names`, `lr` and `weight_decay`.
 
-    Vectors and magnitudes are not decayed. LoRA+ (arXiv 2402.12354, methods.md section 3) takes
-    every tensor called `lora_B*`, stacked experts included; other multipliers are the method's.
+    A and routers learn at `learning_rate`; every tensor called `lora_B*`, stacked experts included,
+    at `lora_plus_ratio` times that (LoRA+, arXiv 2402.12354); and the method multiplies some by
+    factors of its own, as FURINA does for v and LoRA+ for B. Only low-rank factors are decayed.
     """
     multipliers = state_of(model).config.learning_rate_multipliers()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in adapter_parameters(model).items():
         leaf = name.rpartition(".")[2]
-        factor = lora_plus_ratio if leaf.startswith("lora_B") else multipliers.get(leaf, 1.0)
+        factor = multipliers.get(leaf, 1.0) * (lora_plus_ratio if leaf.startswith("lora_B") else 1)
         decay = weight_decay if leaf.startswith("lora_") else 0.0
         group = groups.setdefault(
             (factor, decay),
@@ -232,6 +240,23 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
+
+
+def _build(
+    config: AdapterConfig, model: nn.Module, names: list[str], tracker: ForwardTracker
+) -> dict[str, AdapterLinear]:
+    """Build and link the layers; an error leaves the backbone as it was."""
+    layers: dict[str, AdapterLinear] = {}
+    try:
+        for name in names:
+            layer = config.build(_linear(model, name), name, tracker)
+            layers[name] = layer.train(model.training)
+        config.link(layers)
+    except BaseException:
+        for layer in layers.values():
+            layer.restore_base()
+        raise
+    return layers
 
 
 def _matches(name: str, target: str) -> bool:

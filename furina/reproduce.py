@@ -28,6 +28,10 @@ Point = dict[str, Any]
 DEFAULTS = "defaults.yaml"
 
 
+class FailedRunsError(FurinaError):
+    """Some runs of a suite failed; the others have their records."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """Runs that belong in one table.
@@ -96,7 +100,7 @@ def reproduce(
 
     A cell whose record is in the working folder is skipped; one that was killed goes on from its
     last checkpoint. Working files go to `runs`, records to `results`. A run that fails does not
-    stop the others: it is reported at the end with FurinaError.
+    stop the others: it is reported at the end with FailedRunsError.
     """
     suite = read_suite(path)
     suite = _choose(suite, methods, full)
@@ -109,7 +113,7 @@ def reproduce(
             failures.append(f"{_title(config)}: {error}")
             print(f"  failed: {error}", flush=True)
     if failures:
-        raise FurinaError(
+        raise FailedRunsError(
             f"{len(failures)} of {len(suite.runs)} runs failed: {'; '.join(failures)}"
         )
     return files

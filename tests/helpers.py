@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from furina.adapters import AdapterConfig, AdapterLinear, methods
 from furina.adapters.base import _REGISTRY
 from furina.context import ForwardTracker
-from furina.errors import NotMergeableError
+from furina.errors import ConfigurationError, NotMergeableError
 from furina.inject import adapt, state_of
 
 if TYPE_CHECKING:
@@ -155,18 +155,26 @@ def _ratio(layer: AdapterLinear) -> float:
     return (layer.delta().norm() / weight.norm()).item()
 
 
+SMALL = {"dropout": 0.0, "rank": 3, "active_rank": 2, "allocation": (3,), "num_clusters": 3}
+
+
 def small(method: str, **options: Any) -> AdapterConfig:
-    """Return `method` with its defaults, but a small odd rank and no dropout."""
+    """Return `method` with its defaults, but a small odd rank, few experts and no dropout."""
     known = methods()[method].__dataclass_fields__
-    defaults = {"dropout": 0.0} | ({"rank": 3} if "rank" in known else {})
-    return methods()[method](**(defaults | options))
+    few = {"num_experts": 4} if "router_removed" in known else {}
+    own = {name: value for name, value in (SMALL | few).items() if name in known}
+    return methods()[method](**(own | options))
+
+
+MERGEABLE = [name for name in methods() if small(name).mergeability().ok]
+ROUTED = [name for name in methods() if not small(name).mergeability().ok]
 
 
 def variants(method: str, together: int = 2) -> Iterator[AdapterConfig]:
     """Yield `method` with every set of at most `together` switches off their default.
 
     The switches are the config's booleans and named choices, so that those of a new method are
-    covered by themselves.
+    covered by themselves; what the config refuses cannot be built and is left out.
     """
     hints = get_type_hints(methods()[method])
     choices = {
@@ -178,7 +186,8 @@ def variants(method: str, together: int = 2) -> Iterator[AdapterConfig]:
     for values in product(*choices.values()):
         options = dict(zip(choices, values, strict=True))
         if sum(getattr(default, name) != value for name, value in options.items()) <= together:
-            yield small(method, **options)
+            with suppress(ConfigurationError):
+                yield small(method, **options)
 
 
 def layer_of(

@@ -165,6 +165,26 @@ def test_a_missing_mask_is_warned_about_and_then_every_token_is_real() -> None:
     assert furina.auxiliary_tokens(model) == 6
 
 
+def test_a_micro_batch_without_a_real_token_has_a_finite_loss_and_no_gradient() -> None:
+    model = chain(small("furina")).train()
+    perturb(model)
+    model(torch.randn(2, 3, 11, dtype=torch.float64), torch.zeros(2, 3))
+    loss = furina.auxiliary_loss(model)
+    assert loss.isfinite() and furina.auxiliary_tokens(model) == 0
+    loss.backward()
+    assert not any(p.grad.any() for p in furina.adapter_parameters(model).values())
+
+
+@pytest.mark.parametrize("method", furina.methods())
+def test_without_a_mask_every_position_is_counted_whatever_the_method(method: str) -> None:
+    model = furina.adapt(BACKBONES["llama"](), small(method), seed=0).train()
+    ids = tokens()["input_ids"]
+    model(input_ids=ids)
+    assert furina.auxiliary_tokens(model) == ids.numel()
+    model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert furina.auxiliary_tokens(model) == ids.numel()
+
+
 def test_a_linear_that_took_no_part_is_named() -> None:
     model = chain(small("furina")).train()
     model.second.forward = model.second.base.forward  # goes around the adapter

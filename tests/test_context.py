@@ -193,6 +193,14 @@ def test_a_mask_that_is_not_one_of_tokens_is_refused() -> None:
         model(torch.randn(3, 4, 11, dtype=torch.float64), torch.ones(3, 5))
 
 
+def test_a_linear_that_sees_other_tokens_than_the_model_is_refused_without_a_mask() -> None:
+    model = chain(small("furina")).train()
+    own = model.second.forward
+    model.second.forward = lambda x: own(x[:1])
+    with pytest.raises(ConfigurationError, match=r"second saw 4 token vectors .* 12 positions"):
+        model(torch.randn(3, 4, 11, dtype=torch.float64))
+
+
 def test_a_forward_that_fails_leaves_no_forward_open() -> None:
     model = adapted()
     with pytest.raises(IndexError):

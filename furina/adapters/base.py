@@ -21,6 +21,7 @@ from typing import (
     ClassVar,
     Literal,
     NamedTuple,
+    Self,
     TypeVar,
     get_args,
     get_origin,
@@ -44,10 +45,14 @@ class Mergeability(NamedTuple):
 
 
 class ParameterCount(NamedTuple):
-    """Trainable parameters of one adapted linear, and how many of them belong to a router."""
+    """Trainable parameters of one adapted linear.
+
+    `router` of them belong to a router; `active` of them, the router included, act on one token.
+    """
 
     trainable: int
     router: int
+    active: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class AdapterConfig(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     parameter_formula: ClassVar[str]
+    """Of one (d, k) linear in r, N, d and k; words may follow a semicolon."""
+    scope: ClassVar[Literal["linear", "block"]] = "linear"
+    """Whether one linear's update can be seen alone, or only that of the block it is part of."""
+    deviations: ClassVar[str] = ""
+    """How this implementation differs from released code, and what of it was not verified."""
 
     dropout: float = 0.05
     """Probability of dropping an element of the adapter's input; off in eval mode."""
@@ -79,8 +89,20 @@ class AdapterConfig(ABC):
         """Say whether this configuration merges, with the reason."""
 
     @abstractmethod
-    def count(self, in_features: int, out_features: int) -> ParameterCount:
-        """Return the trainable parameters of one (in, out) linear in closed form."""
+    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
+        """Return the parameters of one (in, out) linear, called `name`, in closed form."""
+
+    def resolve(self, names: Sequence[str]) -> Self:
+        """Return this config made definite for a model whose linears `names` are adapted."""
+        return self
+
+    def link(self, layers: Mapping[str, AdapterLinear]) -> None:  # noqa: B027
+        """Connect the built layers of a model with one another, if the method does so."""
+
+    @property
+    def exact_start(self) -> bool:
+        """Whether the adapted linear starts as the base to the bit, not just to rounding."""
+        return True
 
     @property
     def has_auxiliary_loss(self) -> bool:
@@ -92,8 +114,12 @@ class AdapterConfig(ABC):
         """Whether its layers can tell which experts are active, for `furina.record_selection`."""
         return False
 
-    def auxiliary_loss(self, statistics: Sequence[Tensor], tokens: Tensor) -> Tensor:
-        """Reduce every linear's sums over `tokens` real tokens to the weighted auxiliary loss."""
+    def peft_options(self) -> dict[str, object]:
+        """Return the options of peft's LoraConfig that its exported adapter needs."""
+        return {}
+
+    def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """Reduce the linears' sums over `tokens` real tokens to the weighted auxiliary loss."""
         raise AssertionError(f"{self.name} has no auxiliary loss")
 
     def learning_rate_multipliers(self) -> dict[str, float]:
@@ -150,12 +176,46 @@ class AdapterLinear(nn.Module, ABC):
         Raises NotMergeableError where no fixed update exists.
         """
 
+    def peft_state(self) -> dict[str, Tensor] | None:
+        """Return what peft's LoRA layer of scale 1 holds for this update; None if none equals it.
+
+        Raises NotMergeableError where no fixed update exists.
+        """
+        factors = self.factors()
+        if factors is None:
+            return None
+        b, a = factors
+        return {"lora_A.weight": a, "lora_B.weight": b}
+
     def delta(self) -> Tensor:
         """Return ΔW in float64. Shape: (O, I). Raises NotMergeableError where there is none."""
         factors = self.factors()
         assert factors is not None, f"{type(self).__name__} must override delta"
         b, a = factors
         return b @ a
+
+    @property
+    def records_statistics(self) -> bool:
+        """Whether a forward records sums over real tokens for the auxiliary loss or an observer."""
+        return False
+
+    def must_record(self, has_auxiliary_loss: bool) -> bool:
+        """Return whether the forward that runs now must record them."""
+        wanted = self.tracker.observer is not None or has_auxiliary_loss
+        return wanted and self.records_statistics and self.tracker.recording()
+
+    def step_statistics(self) -> Tensor | None:
+        """Return and forget the sums since the last optimiser step, if the method keeps any."""
+        return None
+
+    def after_step(self, statistics: Tensor) -> None:
+        """Update what is not trained by gradient, from the sums of all ranks."""
+
+    def after_load(self) -> None:
+        """Follow the adapter's tensors, which were just loaded."""
+
+    def restore_base(self) -> None:
+        """Undo what building did to the base; it is not merged now."""
 
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the parts of parameters that the auxiliary loss is meant to shape."""

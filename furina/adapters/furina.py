@@ -7,7 +7,7 @@ normalised per output unit and one magnitude vector v scales them all. The updat
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
 No k×d product is ever formed in training:
-    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ        (furina.md section 1, with a
+    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ        (with a
     |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i      Cholesky factor for stability)
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
@@ -16,7 +16,7 @@ routed, r rank of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -131,18 +131,19 @@ class FurinaConfig(AdapterConfig):
         """Say why every FURINA merges."""
         return Mergeability(True, "self-routing is linear in the input: one LoRA of rank N·r")
 
-    def count(self, in_features: int, out_features: int) -> ParameterCount:
+    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
         """Return N·r(d+k) + k, or + R·k with one magnitude per expert."""
         vectors = self.num_routed_experts if self.magnitude == "per_expert" else 1
         vectors = min(vectors, self.num_routed_experts)
         adapters = self.num_experts * self.rank * (in_features + out_features)
-        return ParameterCount(adapters + vectors * out_features, router=0)
+        trainable = adapters + vectors * out_features
+        return ParameterCount(trainable, router=0, active=trainable)
 
     def learning_rate_multipliers(self) -> dict[str, float]:
         """Give v its own learning rate."""
         return {"magnitude": self.magnitude_lr_multiplier}
 
-    def auxiliary_loss(self, statistics: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return α·reduce(L_div + L_bal) from each linear's sums over `tokens` real tokens.
 
         L_div = 1 − share/T; L_bal = R Σ_i F_i P_i with F_i = count_i/(K·T) and P_i = p_i/T, which
@@ -150,7 +151,9 @@ class FurinaConfig(AdapterConfig):
         Shape: each statistic is (1 + 2R,), see `FurinaLinear.selection_statistics`.
         """
         r = self.num_routed_experts
-        share, p, count = torch.split(torch.stack(list(statistics)) / tokens, [1, r, r], dim=1)
+        share, p, count = torch.split(
+            torch.stack(list(statistics.values())) / tokens, [1, r, r], dim=1
+        )
         divergence = 1 - share[:, 0]
         balance = r * (count / self.top_k * p).sum(1)
         loss = divergence + balance
@@ -268,10 +271,11 @@ class FurinaLinear(AdapterLinear):
         y: Tensor = self.base(x)
         x = dropout(x, self.config.dropout, self.training)
         h = functional.linear(x, self.lora_A.to(x.dtype))
-        if torch.is_grad_enabled() or self._must_record():
+        recording = self.must_record(self.config.has_auxiliary_loss)
+        if torch.is_grad_enabled() or recording:
             directions, self._cached = self.directions(), None
             b = directions.b.to(x.dtype)
-            if self._must_record():
+            if recording:
                 self.tracker.record(self.name, self.selection_statistics(x, h, directions.routed))
         else:
             b = self._inference_b(x.dtype)
@@ -332,14 +336,15 @@ class FurinaLinear(AdapterLinear):
             a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
         return b, a
 
+    @property
+    def records_statistics(self) -> bool:
+        """Whether there are experts to select from."""
+        return self.config.records_selection
+
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the routed experts' rows of A and columns of B, which the loss specialises."""
         routed = slice(self.shared_rank, None)
         return [(self.lora_A, (routed,)), (self.lora_B, (slice(None), routed))]
-
-    def _must_record(self) -> bool:
-        wanted = self.tracker.observer is not None or self.config.has_auxiliary_loss
-        return wanted and self.config.records_selection and self.tracker.recording()
 
     def _start_update(self, x: Tensor) -> Tensor:
         h = functional.linear(x, self.start_A.to(x.dtype))

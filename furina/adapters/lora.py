@@ -1,4 +1,4 @@
-"""LoRA: y = W x + s·B A x (Hu et al. 2021, arXiv 2106.09685; methods.md section 1)."""
+"""LoRA: y = W x + s·B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LoRAConfig(AdapterConfig):
         """The factor s on B A."""
         return lora_scale(self.rank, self.alpha, self.use_rslora)
 
-    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> LoRALinear:
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
         """Wrap one linear."""
         return LoRALinear(base, name, tracker, self)
 
@@ -64,9 +64,10 @@ class LoRAConfig(AdapterConfig):
         """Say why LoRA merges."""
         return Mergeability(True, "the update s·B A does not depend on the input")
 
-    def count(self, in_features: int, out_features: int) -> ParameterCount:
+    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
         """Return r(d+k)."""
-        return ParameterCount(self.rank * (in_features + out_features), router=0)
+        trainable = self.rank * (in_features + out_features)
+        return ParameterCount(trainable, router=0, active=trainable)
 
 
 class LoRALinear(AdapterLinear):

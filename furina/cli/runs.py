@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -91,19 +92,34 @@ def reproduce_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 
 def reproduce(options: Namespace) -> None:
-    """Run what is missing, then regenerate the report and print the suite's tables."""
-    from furina.reporting import print_tables, report
+    """Run what is missing, then regenerate the report and print the suite's tables.
+
+    The runs that succeeded are reported even if others failed.
+    """
+    from furina.records import RecordError
+    from furina.reproduce import FailedRunsError
     from furina.reproduce import reproduce as run_suite
 
-    run_suite(
-        options.suite,
-        methods=options.methods,
-        full=options.full,
-        results=options.results,
-        runs=options.runs,
-    )
+    try:
+        run_suite(
+            options.suite,
+            methods=options.methods,
+            full=options.full,
+            results=options.results,
+            runs=options.runs,
+        )
+    except FailedRunsError:
+        with suppress(RecordError):  # no run succeeded: there is nothing to report
+            _report(options, fill_readme=False)
+        raise
+    _report(options, fill_readme=True)
+
+
+def _report(options: Namespace, fill_readme: bool) -> None:
+    from furina.reporting import print_tables, report
+
     name = options.suite.resolve().name + ("-full" if options.full else "")
-    readme = default_readme() if name == MAIN_SUITE else None
+    readme = default_readme() if fill_readme and name == MAIN_SUITE else None
     made = report(options.results, suite=name if readme else None, readme=readme)
     own = [table for table in made.tables if table.title.startswith(f"{name}: ")]
     print_tables(own or made.tables, Console())

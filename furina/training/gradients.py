@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from furina.auxiliary import auxiliary_loss
 from furina.inject import state_of
+from furina.mode import training_mode
 from furina.training.loss import answer_loss, select_answers
 
 
@@ -33,7 +33,7 @@ def gradient_ratio(
     tokens = sum(batch.real_tokens for batch in window)
     task = [torch.zeros_like(p) for p in parameters]
     auxiliary = [torch.zeros_like(p) for p in parameters]
-    with _training_mode(model), torch.random.fork_rng():
+    with training_mode(model), torch.random.fork_rng():
         for batch in window:
             loss, n = answer_loss(model, batch)
             pull = auxiliary_loss(model) * (batch.real_tokens / tokens)
@@ -52,14 +52,3 @@ def gradient_ratio(
 def _add(totals: list[Tensor], gradients: Sequence[Tensor]) -> None:
     for total, gradient in zip(totals, gradients, strict=True):
         total += gradient
-
-
-@contextmanager
-def _training_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import RunningMean, SumMetric
 
-from furina.auxiliary import auxiliary_loss
+from furina.auxiliary import after_step, auxiliary_loss
 from furina.errors import ConfigurationError
 from furina.inject import (
     adapter_parameters,
@@ -153,6 +153,7 @@ class FinetuneModule(pl.LightningModule):
         if loss.device.type == "cpu" or self._logs_now():
             self._watch.check()
         optimizer.step()
+        after_step(self.model)
         scheduler.step()
         return loss
 

@@ -59,11 +59,13 @@ def test_the_parameter_count_is_the_closed_form_for_every_switch(method: str) ->
 
 @every_method
 def test_the_printed_formula_gives_the_default_count(method: str) -> None:
-    config = methods()[method]()
+    config = small(method)
     options = config.to_dict()
     d, k = 11, 7
-    formula = config.parameter_formula.replace("·", "*").replace("r(", "r*(")
-    names = {"d": d, "k": k, "r": options.get("rank"), "N": options.get("num_experts")}
+    formula = config.parameter_formula.split(";")[0]
+    formula = formula.replace("·", "*").replace("r(", "r*(").replace(")d", ")*d")
+    experts = options.get("num_experts", options.get("allocation", [None])[0])
+    names = {"d": d, "k": k, "r": options.get("rank"), "N": experts}
     assert eval(formula, {"__builtins__": {}}, names) == config.count(d, k).trainable
 
 
@@ -111,7 +113,7 @@ def test_every_start_is_the_base_layer_for_every_switch(method: str) -> None:
             layer = layer_of(config, dtype=dtype)
             x = torch.randn(4, 11).to(dtype)
             for mode in (True, False):
-                assert torch.equal(layer.train(mode)(x), layer.base(x)), config
+                assert torch.equal(layer.train(mode)(x), layer.base(x)) or not config.exact_start
 
 
 @every_method
@@ -145,7 +147,7 @@ def test_in_a_model_every_slice_and_entry_gets_a_gradient_from_the_task_alone(
 ) -> None:
     model = furina.adapt(BACKBONES[backbone](), small(method), seed=0).train()
     perturb(model)
-    task_loss(model, tokens()).backward()
+    task_loss(model, tokens(8, 17)).backward()  # enough tokens for every expert
     found = {name: p.grad for name, p in furina.adapter_parameters(model).items()}
     assert slices_without(found) == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -161,7 +163,7 @@ def test_every_slice_and_entry_has_moved_after_three_steps_from_the_start(
     optimiser = torch.optim.AdamW(furina.parameter_groups(model, 1e-3))
     losses = []
     for step in range(3):
-        loss = task_loss(model, tokens(seed=step))
+        loss = task_loss(model, tokens(8, 17, seed=step))
         losses.append(loss.item())
         if with_loss:
             loss = loss + furina.auxiliary_loss(model)
@@ -189,6 +191,8 @@ def test_training_reduces_the_loss(method: str) -> None:
 @every_method
 def test_a_method_is_additive_in_its_input_exactly_when_it_says_that_it_merges(method) -> None:
     for config in variants(method):
+        if config.scope == "block":
+            continue  # shown for the block in the method's own tests
         layer = layer_of(config).eval()
         perturb_layer(layer)
         additive = additivity_error(layer) < 1e-10
@@ -219,7 +223,7 @@ def test_the_stored_weight_is_the_float64_one_rounded_once(method: str, dtype) -
         layer = layer_of(config, 64, 48, dtype=dtype)
         if perturb_layer(layer) is None:
             continue
-        exact = layer.base.weight.detach().to(torch.float64) + layer.delta()
+        exact = layer.pristine_weight.to(torch.float64) + layer.delta()
         layer.merge()
         distance = ulp_distance(layer.base.weight.detach(), exact).max()
         assert distance <= 0.5 + 1e-3, (config, distance)
@@ -314,7 +318,7 @@ def test_groups_hold_every_parameter_once_with_its_own_rate(method: str) -> None
         for name, parameter in zip(group["names"], group["params"], strict=True):
             assert trained[name] is parameter
             leaf = name.rpartition(".")[2]
-            factor = 5.0 if leaf.startswith("lora_B") else multipliers.get(leaf, 1.0)
+            factor = multipliers.get(leaf, 1.0) * (5.0 if leaf.startswith("lora_B") else 1.0)
             assert group["lr"] == pytest.approx(1e-3 * factor)
             assert group["weight_decay"] == (0.1 if leaf.startswith("lora_") else 0.0)
     torch.optim.AdamW(groups)
@@ -334,8 +338,8 @@ def test_the_summary_counts_what_is_there(method: str, backbone: str) -> None:
     assert summary.trainable == sum(map(numel, layers.values()))
     assert summary.total == plain + summary.trainable
     counts = [
-        state_of(model).config.count(layer.base.in_features, layer.base.out_features)
-        for layer in layers.values()
+        state_of(model).config.count(layer.base.in_features, layer.base.out_features, name)
+        for name, layer in layers.items()
     ]
     assert summary.trainable == sum(count.trainable for count in counts)
     assert summary.trainable - summary.trainable_without_router == sum(c.router for c in counts)
@@ -344,7 +348,7 @@ def test_the_summary_counts_what_is_there(method: str, backbone: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options", "millions"),
     [
-        ("lora", {"rank": 80, "alpha": 160}, 199.9),  # methods.md 0.2, 2.97 % of 6.74 B
+        ("lora", {"rank": 80, "alpha": 160}, 199.9),  # 2.97 % of 6.74 B
         ("furina", {"rank": 10}, 201.2),  # the same rank in all, and as many vectors as DoRA has
     ],
 )

@@ -121,9 +121,7 @@ def test_checkpointed_gradients_equal_the_plain_ones_with_dropout(tmp_path: Path
     for checkpointing in (False, True):
         model = tiny(dropout=0.3)
         if checkpointing:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            model.activation_checkpointing_enable({"use_reentrant": False})
         calls: list[int] = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
         kept.append(KeepGradients())

@@ -41,9 +41,7 @@ def test_measuring_leaves_gradients_mode_and_random_state_alone() -> None:
 
 def test_measuring_works_under_gradient_checkpointing() -> None:
     plain, checkpointed = tiny(), tiny()
-    checkpointed.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     window = windows(1, micro_batch_size=3)[0]
     assert gradient_ratio(checkpointed, window) == pytest.approx(
         gradient_ratio(plain, window), rel=1e-5

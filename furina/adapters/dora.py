@@ -1,0 +1,135 @@
+"""DoRA: magnitude and direction of W apart (Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11).
+
+    y = (m/n) ⊙ (W + s·B A) x + b,   n = ‖W + s·B A‖ per row, without gradient
+
+No k×d product is formed in training:
+    n² = rowsum(W²) + 2s·rowsum((W Aᵀ) ∘ B) + s²·rowsum((B A Aᵀ) ∘ B)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from furina.adapters.base import (
+    AdapterLinear,
+    Mergeability,
+    ParameterCount,
+    kaiming_uniform,
+    no_autocast,
+    register,
+    zeros,
+)
+from furina.adapters.dropout import dropout
+from furina.adapters.lora import LoRAConfig
+from furina.context import ForwardTracker
+
+
+@register("dora")
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """Options of DoRA."""
+
+    summary: ClassVar[str] = "LoRA on the direction of W, and a magnitude per output unit"
+    source: ClassVar[str] = "Liu et al. 2024, arXiv 2402.09353"
+    parameter_formula: ClassVar[str] = "r(d+k)+k"
+
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> DoRALinear:
+        """Wrap one linear."""
+        return DoRALinear(base, name, tracker, self)
+
+    def mergeability(self) -> Mergeability:
+        """Say why DoRA merges."""
+        return Mergeability(True, "W + s·B A, rescaled per row, does not depend on the input")
+
+    def peft_options(self) -> dict[str, object]:
+        """Ask for peft's DoRA."""
+        return {"use_dora": True}
+
+    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
+        """Return r(d+k) + k."""
+        trainable = self.rank * (in_features + out_features) + out_features
+        return ParameterCount(trainable, router=0, active=trainable)
+
+
+class DoRALinear(AdapterLinear):
+    """A linear whose rows are turned by a low-rank update and rescaled to the magnitude m (O,)."""
+
+    def __init__(
+        self, base: nn.Linear, name: str, tracker: ForwardTracker, config: DoRAConfig
+    ) -> None:
+        """Draw A (r, I) as nn.Linear does, set B (O, r) to zero and m to W's row norms."""
+        super().__init__(base, name, tracker)
+        self.dropout, self.scale = config.dropout, config.scale
+        d, k = base.in_features, base.out_features
+        self.lora_A = kaiming_uniform(config.rank, d, d, like=self)
+        self.lora_B = zeros(k, config.rank, like=self)
+        self._row_square: Tensor | None = None
+        self.magnitude = nn.Parameter(self.row_norm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add (m/n − 1) ⊙ W x' + (m/n) ⊙ s·B A x', x' = dropout(x). Shape: (..., I) → (..., O).
+
+        Where elements of x are dropped, W x' is a second product with W.
+        """
+        y: Tensor = self.base(x)
+        dropped = dropout(x, self.dropout, self.training)
+        if dropped is x:
+            plain = y if self.base.bias is None else y - self.base.bias
+        else:
+            plain = functional.linear(dropped, self.base.weight)
+        h = functional.linear(dropped, self.lora_A.to(x.dtype))
+        update = functional.linear(h, (self.scale * self.lora_B).to(x.dtype))
+        ratio = self.ratio(self.row_norm())
+        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update
+
+    def ratio(self, norm: Tensor) -> Tensor:
+        """Return m/n, and 1 for a row of zeros, which has no direction. Shape: (O,)."""
+        tiny = torch.finfo(norm.dtype).tiny
+        magnitude = self.magnitude.to(norm.dtype)
+        return torch.where(norm > 0, magnitude / norm.clamp(min=tiny), torch.ones_like(magnitude))
+
+    @torch.no_grad()
+    def row_norm(self) -> Tensor:
+        """Return n, at least fp32, from r-sized products. Shape: (O,)."""
+        with no_autocast(self.lora_A.device):
+            weight = self.base.weight.detach()
+            a, b = self.lora_A, self.lora_B * self.scale
+            cross = functional.linear(weight, a.to(weight.dtype)).to(b.dtype)
+            square = 2 * (cross * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
+            return (self._weight_square() + square).clamp(min=0).sqrt()
+
+    def _weight_square(self) -> Tensor:
+        """Return rowsum(W²), kept from the first forward on: W is frozen. Shape: (O,)."""
+        if self._row_square is None or self._row_square.device != self.base.weight.device:
+            wide = self.base.weight.detach().to(torch.float64)
+            self._row_square = wide.square().sum(1).to(self.parameter_dtype)
+        return self._row_square
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
+        self._row_square = None
+        return super()._apply(fn, recurse)
+
+    def peft_state(self) -> dict[str, Tensor]:
+        """Return peft's DoRA of scale 1: A, s·B and m."""
+        return {
+            "lora_A.weight": self.lora_A.detach(),
+            "lora_B.weight": self.scale * self.lora_B.detach(),
+            "lora_magnitude_vector": self.magnitude.detach(),
+        }
+
+    def factors(self) -> None:
+        """Return nothing: rescaling the rows of W has full rank."""
+        return None
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """Return (m/n) ⊙ (W + s·B A) − W in float64. Shape: (O, I)."""
+        weight = self.pristine_weight.to(self.lora_A.device, torch.float64)
+        turned = weight + self.scale * self.lora_B.to(torch.float64) @ self.lora_A.to(torch.float64)
+        return self.ratio(turned.norm(dim=1))[:, None] * turned - weight

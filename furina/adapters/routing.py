@@ -1,0 +1,261 @@
+"""What mixtures with a router share: low-rank experts side by side, weighed per token.
+
+    y = W x + b + s Σ_e g_e(x) B_e A_e x
+
+With A stacked to (N·r, I) and B to (O, N·r) this is B [(A x) ⊙ g], two matmuls whatever N, in which
+each g_e multiplies the r rows of its expert; experts that a token does not select have g_e = 0.
+Router logits and softmax are at least fp32, and the router sees its input without dropout.
+
+Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank of one expert,
+K experts of a token.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from furina.adapters.base import (
+    AdapterConfig,
+    AdapterLinear,
+    Mergeability,
+    ParameterCount,
+    kaiming_uniform,
+    no_autocast,
+    zeros,
+)
+from furina.adapters.dropout import dropout
+from furina.adapters.lora import lora_scale
+from furina.context import ForwardTracker
+from furina.errors import NotMergeableError
+
+
+@dataclass(frozen=True)
+class RoutedConfig(AdapterConfig):
+    """Options of every mixture with a router."""
+
+    router_start: ClassVar[Literal["kaiming", "normal"]] = "kaiming"
+    """U(−1/√d, 1/√d) as nn.Linear draws it, or N(0, 0.02²)."""
+
+    rank: int = 8
+    """Rank r of each expert."""
+    alpha: float | None = None
+    """Numerator of the scale; 2r when not given."""
+    use_rslora: bool = False
+    """Scale by α/√r in place of α/r."""
+    router_removed: bool = False
+    """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require(self.rank > 0, "rank", "at least 1")
+        self.require(self.alpha is None or self.alpha > 0, "alpha", "positive")
+
+    @property
+    def scale(self) -> float:
+        """The factor s, from the rank of one expert."""
+        return lora_scale(self.rank, self.alpha, self.use_rslora)
+
+    @property
+    @abstractmethod
+    def most_experts(self) -> int:
+        """The number of experts of the linear that has most of them."""
+
+    def num_experts_of(self, name: str) -> int:
+        """Return the number of experts of the linear called `name`."""
+        return self.most_experts
+
+    def has_router(self, name: str) -> bool:
+        """Return whether the linear called `name` has a router: one expert needs none."""
+        return not self.router_removed and self.num_experts_of(name) > 1
+
+    def mergeability(self) -> Mergeability:
+        """Merge where nothing depends on the input."""
+        if self.router_removed:
+            return Mergeability(True, "without a router the experts' average is one fixed update")
+        if self.most_experts == 1:
+            return Mergeability(True, "a single expert is an ordinary LoRA")
+        return Mergeability(False, "the router weighs the experts anew for every token")
+
+    def experts_of_a_token(self, name: str) -> int:
+        """Return how many experts act on one token in the linear called `name`."""
+        return self.num_experts_of(name)
+
+    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
+        """Return N·r(d+k) + N·d, or without N·d where there is no router."""
+        n = self.num_experts_of(name)
+        router = n * in_features if self.has_router(name) else 0
+        expert = self.rank * (in_features + out_features)
+        active = self.experts_of_a_token(name) if router else n
+        return ParameterCount(n * expert + router, router, active * expert + router)
+
+
+class RoutedLinear(AdapterLinear):
+    """A linear with N low-rank experts and, unless there is but one, a router."""
+
+    def __init__(
+        self, base: nn.Linear, name: str, tracker: ForwardTracker, config: RoutedConfig
+    ) -> None:
+        """Draw A (N·r, I) and the router (N, I), and set B (O, N·r) to zero."""
+        super().__init__(base, name, tracker)
+        self.config = config
+        self.num_experts = config.num_experts_of(name)
+        d, k, rows = base.in_features, base.out_features, self.num_experts * config.rank
+        self.lora_A = kaiming_uniform(self.rows_of_a, d, d, like=self)
+        self.lora_B = zeros(k, rows, like=self)
+        if config.has_router(name):
+            self.router = router_parameter(self.router_rows, config.router_start, like=self)
+
+    @property
+    def rows_of_a(self) -> int:
+        """Rows of A: those of all experts, unless they share one."""
+        return self.num_experts * self.config.rank
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of the router."""
+        return self.num_experts
+
+    @property
+    def average_scale(self) -> float:
+        """The factor s/N on each expert without a router."""
+        return self.config.scale / self.router_rows
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the experts are weighed per token."""
+        return hasattr(self, "router")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply W x + b + s·B [(A dropout(x)) ⊙ g(x)]. Shape: (..., I) → (..., O)."""
+        y: Tensor = self.base(x)
+        h = functional.linear(
+            dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype)
+        )
+        h = h.reshape(*h.shape[:-1], self.rows_of_a // self.config.rank, self.config.rank)
+        z = (h * self.gates(x).to(h.dtype)[..., None]).flatten(-2)
+        return y + functional.linear(z, self.lora_B.to(x.dtype)).to(y.dtype)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return s·g, at least fp32. Shape: (..., I) → (..., N), or (N,) without a router."""
+        if not self.has_router:
+            return self.lora_B.new_full((self.num_experts,), self.average_scale)
+        p = self.probabilities(x)
+        g = self.weigh(p)
+        if self.must_record(self.config.has_auxiliary_loss):
+            self.tracker.record(self.name, self.statistics(x, p, g))
+        return self.config.scale * g
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Return the router's softmax, at least fp32. Shape: (..., I) → (..., N)."""
+        with no_autocast(x.device):
+            logits = functional.linear(x.to(self.router.dtype), self.router)
+        return logits.softmax(-1)
+
+    def weigh(self, p: Tensor) -> Tensor:
+        """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
+        return p
+
+    def statistics(self, x: Tensor, p: Tensor, g: Tensor) -> Tensor:
+        """Return the sums over real tokens of what the method's loss needs."""
+        assert self.tracker.active is not None
+        return selection_sums(p, g, self.tracker.active.real_tokens(x, self.name))
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return (B, A) of the average of the experts; refuse with the reason where g varies."""
+        if self.has_router:
+            raise NotMergeableError(f"{self.name}: {self.config.mergeability().reason}.")
+        a, b = self.lora_A.to(torch.float64), self.lora_B.to(torch.float64)
+        if self.rows_of_a == self.config.rank:
+            b = b.reshape(b.shape[0], self.num_experts, -1).sum(1)
+        return b * self.average_scale, a
+
+
+@dataclass(frozen=True)
+class DenseConfig(RoutedConfig):
+    """Options of a mixture in which all experts act on every token."""
+
+    num_experts: int = 8
+    """Number N of experts."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require(self.num_experts > 0, "num_experts", "at least 1")
+
+    @property
+    def most_experts(self) -> int:
+        """The number of experts."""
+        return self.num_experts
+
+
+@dataclass(frozen=True)
+class TopKConfig(RoutedConfig):
+    """Options of a mixture in which a token selects K experts."""
+
+    top_k: int = 2
+    """Number K of experts that act on a token."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require(self.top_k > 0, "top_k", "at least 1")
+
+    @property
+    def records_selection(self) -> bool:
+        """Whether a router selects."""
+        return not self.router_removed and self.most_experts > 1
+
+    def experts_of_a_token(self, name: str) -> int:
+        """Return K, or all experts where there are not more."""
+        return min(self.top_k, self.num_experts_of(name))
+
+
+def router_parameter(
+    rows: int, start: Literal["kaiming", "normal"], like: AdapterLinear
+) -> nn.Parameter:
+    """Return the weight of a router without bias. Shape: (rows, I)."""
+    d = like.base.in_features
+    router = kaiming_uniform(rows, d, d, like=like)
+    if start == "normal":
+        nn.init.normal_(router, std=0.02)
+    return router
+
+
+def top_k_weights(p: Tensor, k: int) -> Tensor:
+    """Keep the K largest probabilities of each token, rescaled to sum to 1. Shape: (..., N)."""
+    kept = p.topk(min(k, p.shape[-1]), dim=-1)
+    weights = kept.values / kept.values.sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, kept.indices, weights)
+
+
+def selection_sums(p: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sums over real tokens of [Σ_selected p_t, p_t (N), 1[g_ti ≠ 0] (N)].
+
+    Shape: p and g (..., N), mask (T, 1) → (1 + 2N,).
+    """
+    chosen = (g.detach() != 0).to(p.dtype)
+    sums = torch.cat([(p * chosen).sum(-1, keepdim=True), p, chosen], dim=-1).flatten(0, -2)
+    if mask is not None:
+        sums = sums.masked_fill(~mask, 0.0)
+    return sums.sum(0)
+
+
+def load_balancing(sums: Tensor, positions: Tensor, slots: int) -> Tensor:
+    """Return N Σ_e f_e P_e with f_e = count_e/(slots·positions) and P_e = Σ p_e/positions.
+
+    f has no gradient. At perfect balance it is K/slots: 1 with slots = K, where f is a share of the
+    selections, and K with slots = 1, where it is a share of the tokens (after Fedus et al. 2021,
+    arXiv 2101.03961, eq. 4 to 6). Shape: `sums` (1 + 2N,) of `selection_sums`.
+    """
+    n = sums.numel() // 2
+    _, p, chosen = torch.split(sums, [1, n, n])
+    frequency, probability = chosen / (slots * positions), p / positions
+    return n * (frequency * probability).sum()

@@ -1,0 +1,35 @@
+"""The paper's control: a mixture whose router is simply taken away (table 7)."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TypeVar
+
+from torch import nn
+
+from furina.errors import ConfigurationError
+from furina.inject import adapt, adapter_state_dict, load_adapter_state_dict, remove, state_of
+from furina.merging import is_merged
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def without_router(model: ModelT) -> ModelT:
+    """Replace a trained mixture by the plain average of its experts; returns the same model.
+
+    What is left merges, and is what a routed method gives when its router cannot be served. It is
+    not the trained model: nothing else in furina averages experts.
+
+    Raises ConfigurationError for a method without a router, or a merged model.
+    """
+    state = state_of(model)
+    config = state.config
+    if "router_removed" not in {field.name for field in fields(config)}:
+        raise ConfigurationError(f"Method {config.name} has no router that could be removed.")
+    if is_merged(model):
+        raise ConfigurationError("The adapter is merged: call furina.unmerge first.")
+    average = replace(config, router_removed=True)  # type: ignore[call-arg]
+    tensors = adapter_state_dict(model)
+    adapt(remove(model), average, targets=state.targets, seed=0)
+    load_adapter_state_dict(model, {name: tensors[name] for name in adapter_state_dict(model)})
+    return model
