@@ -32,6 +32,7 @@ from tests.helpers import (
 every_method = pytest.mark.parametrize("method", methods())
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 SIDES = ((11, 7), (5, 13))
+FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 def slices_without(values: dict[str, Tensor]) -> list[str]:
@@ -349,7 +350,13 @@ def test_the_summary_counts_what_is_there(method: str, backbone: str) -> None:
     ("method", "options", "millions"),
     [
         ("lora", {"rank": 80, "alpha": 160}, 199.9),  # 2.97 % of 6.74 B
+        ("rslora", {"rank": 80}, 199.9),
+        ("dora", {"rank": 80, "alpha": 160}, 201.2),
         ("furina", {"rank": 10}, 201.2),  # the same rank in all, and as many vectors as DoRA has
+        ("mixlora", {"rank": 16}, 203.4),
+        ("loramoe", {"rank": 24, "num_experts": 6, "targets": FFN}, 212.5),
+        ("mola", {"rank": 10, "allocation": (8,)}, 209.0),
+        ("hydralora", {"rank": 4, "num_experts": 4, "targets": FFN}, 18.3),
     ],
 )
 def test_llama_2_7b_has_the_published_number_of_parameters(method, options, millions) -> None:
@@ -361,6 +368,9 @@ def test_llama_2_7b_has_the_published_number_of_parameters(method, options, mill
         furina.adapt(model, method, **options)
     summary = furina.describe(model)
     assert round(summary.trainable / 1e6, 1) == millions
+    without_router = {"mixlora": 202.4, "hydralora": 15.8}
+    if method in without_router:
+        assert round(summary.trainable_without_router / 1e6, 1) == without_router[method]
     assert round(backbone / 1e9, 2) == 6.74
     if method == "lora":
         assert round(100 * summary.trainable / backbone, 2) == 2.97
@@ -389,3 +399,23 @@ def test_every_file_of_the_folder_registers_what_it_defines() -> None:
     assert all(issubclass(config, AdapterConfig) for config in methods().values())
     built = methods()["lora"]().build(nn.Linear(3, 2), "x", ForwardTracker())
     assert isinstance(built, AdapterLinear)
+
+
+def test_flylora_on_llama_3_1_8b_has_the_published_number_of_parameters() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sides = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+    with torch.device("meta"):
+        model = furina.adapt(LlamaForCausalLM(LlamaConfig(**sides)), "flylora")
+    summary = furina.describe(model)
+    assert round(summary.trainable / 1e6, 1) == 44.0
+    assert round(summary.active / 1e6, 1) == 11.0
+
+
+@every_method
+def test_the_parameters_that_act_on_a_token_are_counted(method: str) -> None:
+    for config in variants(method):
+        count = config.count(11, 7)
+        assert 0 < count.active <= count.trainable
+        if config.mergeability().ok:
+            assert count.active == count.trainable, "a fixed update uses all it has"
