@@ -5,7 +5,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 VENV ?= .venv
-SUITE ?= experiments/quickstart
+METHODS ?=
+SUITE ?= experiments/$(if $(filter all,$(METHODS)),baselines,quickstart)
 ARGS ?=
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
@@ -20,9 +21,9 @@ help: ## Show this list
 
 setup: $(STAMP) ## Make .venv and install furina with its pinned requirements (PYTHON=… picks the interpreter)
 
-reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the table (ARGS=--full for all test questions)
+reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the table (METHODS=all, ARGS=--full)
 	@$(BIN)/furina assets
-	@$(BIN)/furina reproduce $(SUITE) $(ARGS)
+	@$(BIN)/furina reproduce $(SUITE) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
 
 test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,7 +127,13 @@ def _source(name: str) -> str:
         raise ConfigurationError(
             f"{name} is no model folder: a Hugging Face folder holds a config.json."
         )
+    if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
+        raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
     return _cached_snapshot(name) if is_offline() else name
+
+
+def _known() -> list[str]:
+    return [*(asset.name for asset in ASSETS.values() if asset.kind == "model"), *TINY]
 
 
 def _cached_snapshot(name: str) -> str:
@@ -142,9 +149,8 @@ def _cached_snapshot(name: str) -> str:
 
 
 def _no_such(name: str, error: Exception) -> str:
-    models = [asset.name for asset in ASSETS.values() if asset.kind == "model"]
     reason = str(error).strip().partition("\n")[0].rstrip(".:")
-    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, [*models, *TINY])}"
+    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, _known())}"
 
 
 def tiny_tokenizer(has_bos: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerBase:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters import AdapterConfig, AdapterLinear, methods
-from furina.adapters.base import _REGISTRY
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.inject import adapt, state_of
@@ -203,17 +202,6 @@ def layer_of(
         torch.manual_seed(seed)
         base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
         return config.build(base.requires_grad_(False), "linear", ForwardTracker())
-
-
-@contextmanager
-def registered(name: str, config: type[AdapterConfig]) -> Iterator[type[AdapterConfig]]:
-    """Register a method for one test only."""
-    config.name = name
-    _REGISTRY[name] = config
-    try:
-        yield config
-    finally:
-        del _REGISTRY[name]
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

@@ -22,7 +22,7 @@ from furina import checkpoint, storage
 from furina.checkpoint import CONFIG_FILE, TENSOR_FILE
 from furina.errors import AdapterFileError, ConfigurationError, FurinaError
 from furina.inject import state_of
-from tests.helpers import BACKBONES, chain, fingerprint, perturb, raw, small, tokens
+from tests.helpers import BACKBONES, MERGEABLE, chain, fingerprint, perturb, raw, small, tokens
 
 every_method = pytest.mark.parametrize("method", furina.methods())
 
@@ -107,7 +107,7 @@ def test_the_subtracted_start_travels_with_the_adapter(tmp_path: Path) -> None:
         assert torch.equal(model(**tokens()).logits, twin(**tokens()).logits)
 
 
-@every_method
+@pytest.mark.parametrize("method", MERGEABLE)
 def test_saving_a_merged_model_writes_the_same_bytes(method: str, tmp_path: Path) -> None:
     model = adapted(method)
     furina.save(model, tmp_path / "a")

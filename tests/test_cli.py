@@ -96,6 +96,9 @@ def test_methods_are_listed_with_mergeability_and_formula(furina: Cli) -> None:
     for row in listed:
         assert isinstance(row["mergeable"], bool) and row["reason"] and row["parameters"]
         assert row["options"] == methods()[row["name"]]().to_dict()
+        counts = row["llama_2_7b"]
+        assert 0 < counts["without_router"] <= counts["trainable"]
+        assert 0 < counts["active"] <= counts["trainable"]
     assert all(row["name"] in furina("methods")[1] for row in listed)
 
 

@@ -18,23 +18,28 @@ import furina
 from furina import export, storage
 from furina.errors import ConfigurationError, FurinaError, NotMergeableError
 from furina.inject import state_of
-from tests.helpers import BACKBONES, MERGEABLE, fingerprint, raw, small, tokens, ulp_distance
+from tests.helpers import (
+    BACKBONES,
+    MERGEABLE,
+    fingerprint,
+    perturb,
+    raw,
+    small,
+    tokens,
+    ulp_distance,
+)
 from tests.test_merging import (
     BOUNDS,
     Bound,
     adapted,
-    adapted_smollm2,
     every_bound,
     exact_logits,
     exact_weights,
     logits,
-    real_batch,
-    smollm2,
 )
 
 every_method = pytest.mark.parametrize("method", MERGEABLE)
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
-__all__ = ["smollm2"]
 
 
 def in_peft(folder: Path, base: torch.nn.Module) -> torch.nn.Module:
@@ -84,6 +89,23 @@ def test_peft_gives_the_adapted_models_logits_and_no_linear_may_be_left_out(
     ratios = ratios_left_out(loaded, batch, bound, unmerged, exact)
     assert len(ratios) == len(state_of(model).layers)
     assert min(ratios) > 1, f"without one linear only {min(ratios):.2f} of the bound is used"
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("mola", {"allocation": (2, 3)}), ("mixlora", {}), ("slim", {})]
+)
+def test_linears_of_several_ranks_keep_their_own_in_peft(method, options, tmp_path) -> None:
+    config = small(method, router_removed=True, **options)
+    model = furina.adapt(BACKBONES["llama"](), config, seed=0)
+    perturb(model)
+    furina.export_peft(model, tmp_path / "peft")
+    loaded = in_peft(tmp_path / "peft", BACKBONES["llama"]())
+    ranks = {module.r["default"] for module in lora_modules(loaded)}
+    assert ranks == {len(layer.lora_A) for layer in state_of(model).layers.values()}
+    batch = tokens(6, 15)
+    bound = BOUNDS[torch.float32]
+    unmerged, exact = logits(model, batch), exact_logits(model, batch)
+    assert bound.ratio(logits(loaded, batch), unmerged, exact) <= 1
 
 
 @every_method
@@ -242,34 +264,6 @@ def test_an_update_that_is_no_low_rank_product_has_no_lora(tmp_path: Path, monke
     with pytest.raises(NotMergeableError, match="not low-rank"):
         export.export_peft(model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.assets
-@every_bound
-def test_the_real_models_export_meets_the_bounds_in_peft(
-    smollm2: str, dtype: torch.dtype, tmp_path: Path, record_property
-) -> None:
-    model, batch = adapted_smollm2(smollm2, dtype), real_batch()
-    furina.export_peft(model, tmp_path / "peft")
-    unmerged, exact = logits(model, batch), exact_logits(model, batch)
-    loaded = in_peft(tmp_path / "peft", furina.remove(model))
-    used = BOUNDS[dtype].ratio(logits(loaded, batch), unmerged, exact)
-    record_property("used", used)
-    assert used <= 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_in_fp32_no_linear_of_the_real_models_export_may_be_left_out(
-    smollm2: str, tmp_path: Path, record_property
-) -> None:
-    model, batch = adapted_smollm2(smollm2, torch.float32), real_batch()
-    furina.export_peft(model, tmp_path / "peft")
-    unmerged, exact = logits(model, batch), exact_logits(model, batch)
-    loaded = in_peft(tmp_path / "peft", furina.remove(model))
-    ratios = ratios_left_out(loaded, batch, BOUNDS[torch.float32], unmerged, exact)
-    record_property("least_with_one_left_out", min(ratios))
-    assert len(ratios) == 210 and min(ratios) > 1
 
 
 def test_the_backbones_own_folder_is_not_overwritten(tmp_path: Path) -> None:

@@ -215,7 +215,8 @@ def test_the_seed_decides_the_adapter_and_nothing_else_does(method: str) -> None
         return {name: raw(tensor) for name, tensor in furina.adapter_state_dict(model).items()}
 
     assert built(1, 0) == built(1, 99)
-    assert built(1, 0) != built(2, 0)
+    drawn = method != "pissa"  # the singular vectors of W are what they are
+    assert (built(1, 0) != built(2, 0)) == drawn
 
 
 @every_method

@@ -9,30 +9,22 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import furina
-from furina.adapters import AdapterConfig, AdapterLinear, Mergeability, ParameterCount
-from furina.adapters.base import kaiming_uniform
-from furina.assets import locate
-from furina.context import ForwardTracker
-from furina.errors import AssetError, ConfigurationError, NotMergeableError
+from furina.adapters import AdapterLinear
+from furina.errors import ConfigurationError
 from furina.inject import state_of
 from tests.helpers import (
     BACKBONES,
     MERGEABLE,
-    additivity_error,
     chain,
     fingerprint,
-    layer_of,
     perturb,
-    perturb_layer,
     raw,
-    registered,
     small,
     tokens,
     ulp_distance,
@@ -333,165 +325,3 @@ def test_a_merged_model_generates_what_the_unmerged_one_does(method: str) -> Non
     unmerged = model.generate(ids, **options)
     furina.merge(model)
     assert torch.equal(model.generate(ids, **options), unmerged)
-
-
-@dataclass(frozen=True)
-class SoftlyRouted(AdapterConfig):
-    """Two experts weighed by a softmax of the input: no fixed update can equal it."""
-
-    summary: ClassVar[str] = "two routed experts"
-    source: ClassVar[str] = "these tests"
-    parameter_formula: ClassVar[str] = "2r(d+k)+2d"
-    rank: int = 3
-
-    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
-        return SoftlyRoutedLinear(base, name, tracker, self)
-
-    def mergeability(self) -> Mergeability:
-        return Mergeability(False, "the weights of its experts depend on the input")
-
-    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        router = 2 * in_features
-        trainable = 2 * self.rank * (in_features + out_features) + router
-        return ParameterCount(trainable, router, trainable)
-
-
-class SoftlyRoutedLinear(AdapterLinear):
-    def __init__(self, base, name, tracker, config: SoftlyRouted) -> None:
-        super().__init__(base, name, tracker)
-        d, k, r = base.in_features, base.out_features, config.rank
-        self.lora_A = kaiming_uniform(2 * r, d, d, like=self)
-        self.lora_B = nn.Parameter(torch.zeros(k, 2 * r, dtype=self.parameter_dtype))
-        self.router = kaiming_uniform(2, d, d, like=self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights = (x @ self.router.T).softmax(-1).repeat_interleave(len(self.lora_A) // 2, -1)
-        return self.base(x) + (weights * (x @ self.lora_A.T)) @ self.lora_B.T
-
-    def factors(self) -> None:
-        raise NotMergeableError("no fixed update exists")
-
-
-@pytest.fixture
-def routed() -> Iterator[type[AdapterConfig]]:
-    with registered("softly-routed", SoftlyRouted) as config:
-        yield config
-
-
-def test_a_routed_method_is_not_additive_and_says_so(routed) -> None:
-    layer = layer_of(routed(dropout=0.0)).eval()
-    perturb_layer(layer)
-    with torch.no_grad():
-        layer.lora_B.copy_(torch.randn_like(layer.lora_B))
-    assert not routed().mergeability().ok
-    assert additivity_error(layer) > 1e-3
-
-
-def test_merging_and_exporting_a_routed_method_are_refused_with_the_reason(
-    routed, tmp_path
-) -> None:
-    model = furina.adapt(BACKBONES["llama"](), "softly-routed", seed=0)
-    perturb(model)
-    before = fingerprint(model)
-    exports = (lambda m: furina.export_merged(m, tmp_path / "x"),
-               lambda m: furina.export_peft(m, tmp_path / "x"))  # fmt: skip
-    for call in (furina.merge, *exports):
-        with pytest.raises(NotMergeableError, match="its experts depend on the input") as caught:
-            call(model)
-        assert "softly-routed" in str(caught.value) and "\n" not in str(caught.value)
-    assert fingerprint(model) == before
-    assert not list(tmp_path.iterdir())
-    summary = furina.describe(model)
-    routers = sum(2 * layer.base.in_features for layer in state_of(model).layers.values())
-    assert summary.trainable - summary.trainable_without_router == routers
-    furina.save(model, tmp_path / "adapter")
-    furina.remove(model)
-    assert furina.describe(furina.load(tmp_path / "adapter", model)).method == "softly-routed"
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> str:
-    name = "smollm2-135m-instruct"
-    try:
-        locate(name)
-    except AssetError as error:
-        pytest.skip(str(error))
-    return name
-
-
-def adapted_smollm2(name: str, dtype: torch.dtype) -> Model:
-    """Return the real model, its 210 linears adapted and moved."""
-    model = furina.load_backbone(name, dtype=str(dtype).removeprefix("torch."))
-    furina.adapt(model, "furina", rank=4, num_experts=4, dropout=0.0, seed=0)
-    ratios = perturb(model)
-    assert len(ratios) == 210 and all(0.1 <= ratio <= 0.3 for ratio in ratios.values())
-    return model
-
-
-def real_batch() -> dict[str, Tensor]:
-    ids = torch.arange(500, 508).view(1, 8) * 37
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-@pytest.mark.assets
-@every_bound
-def test_the_real_model_merges_within_the_bounds_and_its_weights_are_rounded_once(
-    smollm2: str, dtype: torch.dtype, record_property
-) -> None:
-    """In bf16 one linear of 210 can hide in the model's own rounding: the next test finds it."""
-    model = adapted_smollm2(smollm2, dtype)
-    exact = exact_weights(model)
-    whole, least = check(model, real_batch(), BOUNDS[dtype], leave_out="layers.15.")
-    record_property("used", whole)
-    record_property("least_with_one_left_out", least)
-    assert whole <= 1
-    assert dtype == torch.bfloat16 or least > 1
-    assert_rounded_once(model, exact)
-
-
-@torch.no_grad()
-def linear_ratios(layer: AdapterLinear, x: Tensor, unmerged: Tensor, bound: Bound) -> list[float]:
-    """Return the used part of the bound on one merged linear's output, whole and left out."""
-    unmerged, bias = unmerged.double(), layer.base.bias
-    weight = layer.pristine_weight.to(x.device).double() + layer.delta()
-    exact = nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
-    whole = bound.ratio(layer.base(x).double(), unmerged, exact)
-    with left_unmerged(layer):
-        return [whole, bound.ratio(layer.base(x).double(), unmerged, exact)]
-
-
-@pytest.mark.assets
-@every_bound
-def test_no_linear_of_the_real_model_may_be_left_out_given_its_own_input(
-    smollm2: str, dtype: torch.dtype, record_property
-) -> None:
-    """The bounds again, on each linear's output for the input it really gets."""
-    model, heard = adapted_smollm2(smollm2, dtype), {}
-    layers = state_of(model).layers
-    hooks = [
-        layer.register_forward_hook(lambda _, x, y, name=name: heard.update({name: (x[0], y)}))
-        for name, layer in layers.items()
-    ]
-    logits(model, real_batch())
-    for hook in hooks:
-        hook.remove()
-    furina.merge(model)
-    ratios = {
-        name: linear_ratios(layer, *heard[name], BOUNDS[dtype]) for name, layer in layers.items()
-    }
-    worst, least = max(r[0] for r in ratios.values()), min(r[1] for r in ratios.values())
-    record_property("used", worst)
-    record_property("least_with_one_left_out", least)
-    assert len(ratios) == 210 and worst <= 1 < least, (worst, least)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_in_fp32_none_of_the_real_models_210_linears_may_be_left_out(
-    smollm2: str, record_property
-) -> None:
-    bound = BOUNDS[torch.float32]
-    whole, least = check(adapted_smollm2(smollm2, torch.float32), real_batch(), bound)
-    record_property("used", whole)
-    record_property("least_with_one_left_out", least)
-    assert whole <= 1 < least

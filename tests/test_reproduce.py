@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 
 from furina import adapt, describe, reproduce
-from furina.backbones import load_backbone
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, FurinaError
 from furina.experiment import cell
@@ -195,6 +195,16 @@ def test_a_suite_is_named_by_its_folder_wherever_it_is_called_from(
     assert (suite.name, suite.runs[0].suite) == ("own", "own")
 
 
+def smollm2_without_weights() -> torch.nn.Module:
+    """Return a model of SmolLM2-135M's shapes, which the shipped ranks and allocations are for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sides = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sides, **heads))
+
+
 @pytest.mark.parametrize("defaults", SHIPPED, ids=lambda path: path.parent.name)
 def test_every_shipped_run_builds_its_adapter(defaults: Path) -> None:
     suite = read_suite(defaults.parent)
@@ -202,7 +212,7 @@ def test_every_shipped_run_builds_its_adapter(defaults: Path) -> None:
     for options in {json.dumps([run.method, run.adapter, run.targets]) for run in suite.runs}:
         method, adapter, targets = json.loads(options)
         if method != "base":
-            model = adapt(load_backbone("tiny-llama"), method, targets=targets, **adapter)
+            model = adapt(smollm2_without_weights(), method, targets=targets, **adapter)
             assert describe(model).trainable > 0
     assert all(get_task(run.task) for run in suite.runs)
 

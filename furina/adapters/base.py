@@ -134,7 +134,7 @@ class AdapterConfig(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain JSON values."""
-        return asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 C = TypeVar("C", bound=AdapterConfig)

@@ -95,7 +95,8 @@ class PiSSALinear(LoRALinear):
         if config.svd_iterations is None:
             u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
         else:
-            u, sigma, v = torch.svd_lowrank(weight, config.rank, niter=config.svd_iterations)
+            wide = min(2 * config.rank, *weight.shape)  # oversampled: what comes next is near
+            u, sigma, v = torch.svd_lowrank(weight, wide, niter=config.svd_iterations)
             vt = v.T
         root = (sigma[: config.rank] / self.scale).sqrt()
         return root[:, None] * vt[: config.rank], u[:, : config.rank] * root

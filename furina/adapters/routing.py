@@ -167,6 +167,11 @@ class RoutedLinear(AdapterLinear):
         assert self.tracker.active is not None
         return selection_sums(p, g, self.tracker.active.real_tokens(x, self.name))
 
+    def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+        """Return the router, if there is one and its method balances it."""
+        balanced = self.has_router and self.config.has_auxiliary_loss
+        return [(self.router, (slice(None),))] if balanced else []
+
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (B, A) of the average of the experts; refuse with the reason where g varies."""

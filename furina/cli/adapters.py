@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 from rich.table import Column, Table
 
-from furina.cli.shared import add_backbone, require_new
+from furina.cli.shared import add_backbone, console, require_new
 
 if TYPE_CHECKING:
     from furina.adapters import AdapterConfig
@@ -23,27 +22,53 @@ def methods_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 
 def methods(options: Namespace) -> None:
-    """Print every method: mergeable and why, its parameter count, where it comes from."""
+    """Print every method: mergeable and why, its parameter counts, where it comes from."""
     from furina.adapters import methods as registered
 
-    configs = registered()
+    facts = [_facts(config) for config in registered().values()]
     if options.json:
-        print(
-            json.dumps(
-                [_facts(config) for config in configs.values()], indent=2, ensure_ascii=False
-            )
-        )
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    table = Table("method", "what it is", "mergeable", "parameters of a (d, k) linear")
-    for name, config in configs.items():
-        mergeable = config().mergeability()
-        merges = f"{'yes' if mergeable.ok else 'no'}: {mergeable.reason}"
-        table.add_row(name, f"{config.summary}; {config.source}", merges, config.parameter_formula)
-    Console().print(table)
+    counts = [Column(name, justify="right") for name in ("trainable", "no router", "active")]
+    table = Table("method", "what it is", "mergeable", "parameters of a (d, k) linear", *counts)
+    for fact in facts:
+        millions = [f"{count / 1e6:.1f} M" for count in fact["llama_2_7b"].values()]
+        merges = f"{'yes' if fact['mergeable'] else 'no'}: {fact['reason']}"
+        what = f"{fact['summary']}; {fact['source']}"
+        table.add_row(fact["name"], what, merges, fact["parameters"], *millions)
+    console().print(table)
+    print(
+        "Counts: Llama-2-7B, seven linears, default options; trainable, without its routers, and "
+        "what acts on one token."
+    )
+    print("Known deviations from released code, and what was not verified:")
+    for fact in facts:
+        if fact["deviations"]:
+            console().print(f"  {fact['name']}: {fact['deviations']}", highlight=False)
     print("Options of a method: furina fit --method NAME --help")
 
 
-def _facts(config: type[AdapterConfig]) -> dict[str, object]:
+_LLAMA_2_7B = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096)),
+    **dict.fromkeys(("gate_proj", "up_proj"), (4096, 11008)),
+    "down_proj": (11008, 4096),
+}
+
+
+def _counts(config: AdapterConfig) -> dict[str, int]:
+    """Return the parameters of a Llama-2-7B adapted with `config`."""
+    sides = {f"layers.{layer}.{name}": s for layer in range(32) for name, s in _LLAMA_2_7B.items()}
+    config = config.resolve(list(sides))
+    counts = [config.count(d, k, name) for name, (d, k) in sides.items()]
+    trainable, router = sum(c.trainable for c in counts), sum(c.router for c in counts)
+    return {
+        "trainable": trainable,
+        "without_router": trainable - router,
+        "active": sum(c.active for c in counts),
+    }
+
+
+def _facts(config: type[AdapterConfig]) -> dict[str, Any]:
     mergeable = config().mergeability()
     return {
         "name": config.name,
@@ -51,7 +76,9 @@ def _facts(config: type[AdapterConfig]) -> dict[str, object]:
         "mergeable": mergeable.ok,
         "reason": mergeable.reason,
         "parameters": config.parameter_formula,
+        "llama_2_7b": _counts(config()),
         "source": config.source,
+        "deviations": config.deviations,
         "options": config().to_dict(),
     }
 
@@ -84,7 +111,7 @@ def assets(options: Namespace) -> None:
     for asset in ASSETS.values():
         cached = "yes" if is_cached(asset.name, options.cache_dir) else "no"
         table.add_row(asset.name, asset.kind, cached, asset.licence, asset.description)
-    Console().print(table)
+    console().print(table)
 
 
 def _add_folders(parser: ArgumentParser) -> None:

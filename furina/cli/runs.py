@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
 from furina.cli.parsing import add_fields, option_values, read_yaml
-from furina.cli.shared import MAIN_SUITE, default_readme
+from furina.cli.shared import MAIN_SUITE, console, default_readme
 from furina.errors import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from furina.experiment.config import RunConfig
 
 SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds", "latency_warmup"}
 """Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
@@ -27,6 +30,11 @@ def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         type=Path | None,
         default=None,
         help="folder of the run, where it is also resumed; runs/METHOD--TASK--seedSEED if none",
+    )
+    parser.add_argument(
+        "--show-groups",
+        action="store_true",
+        help="only print every trained parameter with its learning rate and weight decay",
     )
     add_fields(parser, RunConfig, skip={"adapter", *SCORING})
     _add_method_options(parser, _method(words, RunConfig.method))
@@ -56,12 +64,35 @@ def fit(options: Namespace) -> None:
     from furina.experiment.fit import fit as train
 
     given = options.as_dict()
-    config = RunConfig(**{key: given[key] for key in given if key not in ("config", "run_dir")})
+    own = ("config", "run_dir", "show_groups")
+    config = RunConfig(**{key: given[key] for key in given if key not in own})
+    if options.show_groups:
+        _print_groups(config)
+        return
     run_dir = options.run_dir or Path("runs") / config.name
     training = train(config, run_dir).training
     print(f"loss {training.final_loss:.4f} after {training.steps} steps, {training.seconds:.0f} s")
     print(f"{training.trainable:,} of {training.total:,} parameters were trained")
     print(f"{run_dir / 'adapter'}: the adapter; next: furina evaluate --adapter-path")
+
+
+def _print_groups(config: RunConfig) -> None:
+    """Print the optimiser's groups and the parameters in each."""
+    from furina.backbones import load_backbone
+    from furina.inject import adapt, parameter_groups
+
+    config.adapter_config()
+    model = load_backbone(config.backbone, config.dtype)
+    adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
+    rates = config.learning_rate, config.weight_decay, config.lora_plus_ratio
+    for group in parameter_groups(model, *rates):
+        size = sum(parameter.numel() for parameter in group["params"])
+        print(
+            f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}: "
+            f"{len(group['names'])} tensors, {size:,} parameters"
+        )
+        for name in group["names"]:
+            print(f"  {name}")
 
 
 def reproduce_options(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -122,4 +153,4 @@ def _report(options: Namespace, fill_readme: bool) -> None:
     readme = default_readme() if fill_readme and name == MAIN_SUITE else None
     made = report(options.results, suite=name if readme else None, readme=readme)
     own = [table for table in made.tables if table.title.startswith(f"{name}: ")]
-    print_tables(own or made.tables, Console())
+    print_tables(own or made.tables, console())

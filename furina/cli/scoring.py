@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
 from rich.table import Table
 
 from furina.cli.shared import (
     MAIN_SUITE,
     add_backbone,
     add_data_source,
+    console,
     default_readme,
     require_new,
 )
@@ -119,7 +119,7 @@ def _print(done: Sequence[tuple[Variant, Evaluation]]) -> None:
             value = f"{score.value:.3f} ± {score.stderr:.3f}"
             chance = f"{score.chance:.3f}" + (" (not above it)" if score.suspect else "")
             table.add_row(evaluation.task, variant, score.metric, value, str(score.n), chance)
-    Console().print(table)
+    console().print(table)
 
 
 def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:
@@ -179,7 +179,7 @@ def latency(options: Namespace) -> None:
         spreads = (result.ttft_ms, result.per_token_ms, result.total_ms)
         ratio = result.ratio_to_base["total_ms"]
         table.add_row(result.variant, *map(_milliseconds, spreads), f"{ratio.median:.2f}")
-    Console().print(table)
+    console().print(table)
     print(f"Median (quartiles) of {options.rounds} rounds on {model.device}, batch 1.")
 
 
@@ -224,6 +224,6 @@ def report(options: Namespace) -> None:
         metric=options.metric,
         check=options.check,
     )
-    print_tables(made.tables, Console())
+    print_tables(made.tables, console())
     state = "are what the records give" if options.check else "are up to date"
     print(f"{len(made.files)} generated files {state}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from furina.errors import ConfigurationError
 
@@ -44,6 +46,12 @@ def add_data_source(parser: ArgumentParser) -> None:
         default=None,
         help="local folder with TASK/SPLIT.jsonl.gz; FURINA_DATA_DIR if not given",
     )
+
+
+def console() -> Console:
+    """Return where tables are printed: what goes to a file is not folded to a terminal's width."""
+    terminal = Console()
+    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(width=180)
 
 
 def require_new(folder: Path | None) -> None:

@@ -30,14 +30,6 @@ class Sample:
     prediction: dict[str, int]
     correct: dict[str, bool]
 
-    def is_correct(self, metric: str) -> bool:
-        """Return whether the answer is right by `metric`; ConfigurationError if it has no such."""
-        if metric not in self.correct:
-            raise ConfigurationError(
-                f"Question {self.id} has no metric {metric!r}.{nearest(metric, self.correct)}"
-            )
-        return self.correct[metric]
-
 
 def predict(loglikelihoods: Sequence[float], lengths: Sequence[int], metric: str) -> int:
     """Return the first best choice: by log-likelihood (acc) or per character (acc_norm)."""

@@ -58,9 +58,9 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         config.backbone, config.dtype, device=best_device(), attention=config.attention
     )
     data = _data(config, tokenizer)
-    claim(config, run_dir)  # only now: a mistyped config must not own the folder
     finished = run_dir / "training.json"
     if finished.exists():
+        claim(config, run_dir)
         load(run_dir / "adapter", model)
         data.setup("fit")
         training: Training = codec.decode(
@@ -68,6 +68,7 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         )
         return Fitted(model, tokenizer, data, training)
     adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
+    claim(config, run_dir)  # only now: a config that cannot run must not own the folder
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}

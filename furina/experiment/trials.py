@@ -52,6 +52,10 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
     Raises ConfigurationError, before any training, if there is nothing to measure.
     """
     adapter = configure(config.method, config.adapter)
+    if not hasattr(adapter, "selection_coefficient"):
+        raise ConfigurationError(
+            f"Method {config.method} has no selection loss to study: choose method furina."
+        )
     if not adapter.records_selection or not config.validation_size:
         raise ConfigurationError(
             f"There is no expert selection to measure: method {config.method} must have more than "

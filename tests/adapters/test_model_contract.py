@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import furina
 from furina.adapters import methods
 from furina.inject import state_of
+from furina.training.gradients import gradient_ratio
+from tests.adapters.blocks import mixed_ffn
 from tests.helpers import BACKBONES, perturb, small, task_loss, tokens
 
 every_method = pytest.mark.parametrize("method", methods())
@@ -107,18 +109,30 @@ def test_autocast_trains_and_keeps_parameters_and_losses_fp32(method: str) -> No
 
 
 @every_method
-def test_the_gradient_of_the_auxiliary_loss_is_its_own(method: str) -> None:
-    """Checked by a finite difference along a random direction."""
+def test_the_pull_of_every_auxiliary_loss_can_be_measured(method: str) -> None:
     model, batch = model_of(method).train(), tokens()
-    if not state_of(model).config.has_auxiliary_loss:
+    ratio = gradient_ratio(model, [batch])["ratio"]
+    assert (ratio is not None and ratio > 0) == state_of(model).config.has_auxiliary_loss
+
+
+@every_method
+def test_the_gradient_of_the_auxiliary_loss_is_its_own(method: str) -> None:
+    """Checked by a finite difference along a random direction, in a block that is all float64."""
+    config = small(method, **LOSS_ON.get(method, {}))
+    if not config.has_auxiliary_loss:
         pytest.skip("this method has no auxiliary loss")
+    model = mixed_ffn(config).train()
+    batch = {
+        "x": torch.randn(3, 5, 11, dtype=torch.float64),
+        "attention_mask": tokens(3, 5)["attention_mask"],
+    }
     model(**batch)
     furina.auxiliary_loss(model).backward()
     parameters = [p for p in furina.adapter_parameters(model).values() if p.grad is not None]
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
     slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))
-    values, size = [], 1e-7
+    values, size = [], 1e-6
     for sign in (1, -2):
         with torch.no_grad():
             for parameter, way in zip(parameters, direction, strict=True):

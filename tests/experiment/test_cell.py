@@ -93,7 +93,7 @@ def test_the_samples_reproduce_the_scores(first: Done, variant: str) -> None:
     samples = first.samples(variant)
     assert {score.metric for score in scores} == {"acc", "acc_norm"}
     for score in scores:
-        right = [sample.is_correct(score.metric) for sample in samples]
+        right = [sample.correct[score.metric] for sample in samples]
         assert score.n == len(right) == first.config.test_size
         assert score.value == pytest.approx(sum(right) / len(right))
 

@@ -51,11 +51,18 @@ def windows(
     return [batches.window(step) for step in range(steps)]
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "furina": {"rank": 4, "num_experts": 4},
+    "lora": {"rank": 8},
+    "flylora": {"rank": 8, "active_rank": 3},
+    "mixlora": {"rank": 2, "num_experts": 4},
+}
+
+
 def tiny(method: str = "furina", dtype: str = "float32", dropout: float = 0.0) -> Any:
     """Return the tiny Llama in training mode with an adapter whose every tensor has moved."""
-    options: dict[str, Any] = {"rank": 4, "num_experts": 4} if method == "furina" else {"rank": 8}
     model = load_backbone("tiny-llama", dtype)
-    furina.adapt(model, method, seed=1, dropout=dropout, **options)
+    furina.adapt(model, method, seed=1, dropout=dropout, **OPTIONS[method])
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in furina.adapter_parameters(model).values():

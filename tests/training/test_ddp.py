@@ -66,7 +66,7 @@ def assert_equal_runs(ours: dict[str, Any], theirs: dict[str, Any], rtol: float)
     torch.testing.assert_close(ours["adapter"], theirs["adapter"], rtol=rtol, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["furina", "lora"])
+@pytest.mark.parametrize("method", ["furina", "lora", "flylora", "mixlora"])
 def test_two_ranks_equal_one_process_with_the_same_global_batch(
     method: str, tmp_path: Path
 ) -> None:
