@@ -102,6 +102,20 @@ def test_methods_are_listed_with_mergeability_and_formula(furina: Cli) -> None:
     assert all(row["name"] in furina("methods")[1] for row in listed)
 
 
+def test_show_groups_lists_every_trained_parameter_once_and_trains_nothing(
+    furina: Cli, tmp_path: Path
+) -> None:
+    words = ["fit", "--method", "furina", "--backbone", "tiny-llama", "--show-groups"]
+    words += ["--run-dir", str(tmp_path / "run"), "--learning-rate", "0.001"]
+    words += ["--lora-plus-ratio", "4", "--adapter.magnitude-lr-multiplier", "30"]
+    status, out, _ = furina(*words)
+    assert status == 0 and not (tmp_path / "run").exists()
+    rates = [line.split(",")[0] for line in out.splitlines() if line.startswith("learning rate")]
+    assert rates == ["learning rate 0.001", "learning rate 0.004", "learning rate 0.03"]
+    names = [line.strip() for line in out.splitlines() if line.startswith("  ")]
+    assert len(names) == len(set(names)) == 3 * 14
+
+
 def test_the_version_is_the_packages(furina: Cli) -> None:
     from furina import __version__
 

@@ -1,4 +1,4 @@
-"""HydraLoRA: one shared A, N heads B, a soft router (Tian et al. 2024, arXiv 2404.19245, eq. 5).
+"""HydraLoRA: one shared A, N heads B, a soft router (Tian et al. 2024, arXiv 2404.19245).
 
     y = W x + b + s Σ_i softmax(R x)_i B_i (A x)
 

@@ -6,7 +6,7 @@ Half of the experts are labelled for each of two types of task. With p summed ov
 sequence b, Z_bi = (1 ± δ) Σ_t p_ti, where + holds if expert i's half bears the sequence's type, the
 loss of a linear is the squared coefficient of variation of all Z, and 0 where all Z are equal:
 
-    L = β Σ_linears Var(Z)/Mean(Z)²        (arXiv 2312.09979, eq. 4 to 6; the released code's form)
+    L = β Σ_linears Var(Z)/Mean(Z)²        (the form of the released code)
 
 Its minimum has the labelled half at the share (1 − δ)/(1 + δ) of the other: the label tells the
 halves apart, and which of them answers to it is a convention.

@@ -1,4 +1,4 @@
-"""LoRA+: LoRA whose B learns faster than A (Hayou et al. 2024, arXiv 2402.12354, section 4)."""
+"""LoRA+: LoRA whose B learns faster than A (Hayou et al. 2024, arXiv 2402.12354)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MixLoRA: top-K routing between whole FFNs (Li et al. 2024, arXiv 2404.15159, eq. 5 to 8).
+"""MixLoRA: top-K routing between whole FFNs (Li et al. 2024, arXiv 2404.15159).
 
     FFN(x) = Σ_{e in top K} w_e W₂ₑ [act(W₁ₑ x) ⊙ W₃ₑ x],   Wᵢₑ = Wᵢ + s·Bᵢₑ Aᵢₑ
 
@@ -10,8 +10,8 @@ that the block's own elementwise arithmetic carries along and the down linear su
   * W₁ x and W₃ x are computed once, for all K;
   * Σ_k w_k W₂ a_k = W₂ Σ_k w_k a_k is one product, too.
 
-The load balancing loss pools all layers, with f_e the selections of expert e per token (arXiv
-2404.15159, eq. 9 to 11, in the released reduction; K at perfect balance):
+The load balancing loss pools all layers, with f_e the selections of expert e per token (the
+released reduction; K at perfect balance):
 
     L = α N Σ_e f_e P_e
 

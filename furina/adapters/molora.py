@@ -1,4 +1,4 @@
-"""MoLoRA: dense soft routing over LoRA experts (Zadouri et al. 2023, arXiv 2309.05444, eq. 2).
+"""MoLoRA: dense soft routing over LoRA experts (Zadouri et al. 2023, arXiv 2309.05444).
 
     y = W x + b + s Σ_e softmax(R x)_e B_e A_e x
 

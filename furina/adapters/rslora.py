@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA scaled by α/√r (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
+"""rsLoRA: LoRA scaled by α/√r (Kalajdzievski 2023, arXiv 2312.03732)."""
 
 from __future__ import annotations
 
