@@ -30,7 +30,7 @@ test: lint ## Check style, types and layers, then run the tests (ARGS=… goes t
 
 test-slow: $(STAMP) ## Run the tests that need the fetched model or take minutes
 	@$(BIN)/furina assets
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@FURINA_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -m 'slow or assets' $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff), types (mypy --strict) and layers (import-linter)
 	@$(BIN)/ruff check .

@@ -29,17 +29,12 @@ def lora_scale(rank: int, alpha: float | None, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-@register("lora")
 @dataclass(frozen=True)
-class LoRAConfig(AdapterConfig):
-    """Options of LoRA."""
-
-    summary: ClassVar[str] = "one low-rank update per linear"
-    source: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
-    parameter_formula: ClassVar[str] = "r(d+k)"
+class LowRankConfig(AdapterConfig):
+    """Options of every method made of low-rank updates of one scale."""
 
     rank: int = 16
-    """Rank r of the update."""
+    """Rank r of an update."""
     alpha: float | None = None
     """Numerator of the scale; 2r when not given."""
     use_rslora: bool = False
@@ -53,8 +48,18 @@ class LoRAConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """The factor s on B A."""
+        """The factor s on B A, from the rank of one update."""
         return lora_scale(self.rank, self.alpha, self.use_rslora)
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRAConfig(LowRankConfig):
+    """Options of LoRA."""
+
+    summary: ClassVar[str] = "one low-rank update per linear"
+    source: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    parameter_formula: ClassVar[str] = "r(d+k)"
 
     def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
         """Wrap one linear."""

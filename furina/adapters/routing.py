@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from furina.adapters.base import (
-    AdapterConfig,
     AdapterLinear,
     Mergeability,
     ParameterCount,
@@ -30,13 +29,13 @@ from furina.adapters.base import (
     zeros,
 )
 from furina.adapters.dropout import dropout
-from furina.adapters.lora import lora_scale
+from furina.adapters.lora import LowRankConfig
 from furina.context import ForwardTracker
 from furina.errors import NotMergeableError
 
 
 @dataclass(frozen=True)
-class RoutedConfig(AdapterConfig):
+class RoutedConfig(LowRankConfig):
     """Options of every mixture with a router."""
 
     router_start: ClassVar[Literal["kaiming", "normal"]] = "kaiming"
@@ -44,23 +43,8 @@ class RoutedConfig(AdapterConfig):
 
     rank: int = 8
     """Rank r of each expert."""
-    alpha: float | None = None
-    """Numerator of the scale; 2r when not given."""
-    use_rslora: bool = False
-    """Scale by α/√r in place of α/r."""
     router_removed: bool = False
     """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        self.require(self.rank > 0, "rank", "at least 1")
-        self.require(self.alpha is None or self.alpha > 0, "alpha", "positive")
-
-    @property
-    def scale(self) -> float:
-        """The factor s, from the rank of one expert."""
-        return lora_scale(self.rank, self.alpha, self.use_rslora)
 
     @property
     @abstractmethod
