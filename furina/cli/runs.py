@@ -16,7 +16,10 @@ from furina.errors import ConfigurationError, nearest
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
 
-SCORING = {"suite", "test_size", "test_seed", "eval_batch_size", "latency_rounds", "latency_warmup"}
+SCORING = {
+    *("suite", "score", "test_size", "test_seed", "eval_batch_size", "engine", "execute_code"),
+    *("latency_rounds", "latency_warmup"),
+}
 """Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
 
 

@@ -23,8 +23,8 @@ from furina.cli.shared import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from furina.data.questions import Question
-    from furina.evaluation.harness import Evaluation
+    from furina.data.items import Item
+    from furina.evaluation.evaluation import Evaluation
     from furina.records import Spread, Variant
 
 
@@ -40,16 +40,16 @@ def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     )
     add_backbone(parser)
     parser.add_argument(
-        "--form",
-        type=Literal["text", "letter"],
+        "--protocol",
+        type=str,
         default="text",
-        help="what the model answers with: the answer's text or its letter",
+        help="how items are asked and scored: see furina data list",
     )
     parser.add_argument(
         "--split",
         type=Literal["train", "validation", "test"],
         default="test",
-        help="which questions of the task",
+        help="which items of the task",
     )
     parser.add_argument(
         "--size",
@@ -58,13 +58,26 @@ def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         help="score a fixed random subset of this size",
     )
     parser.add_argument("--seed", type=int, default=0, help="which subset --size takes")
-    parser.add_argument("--batch-size", type=PositiveInt, default=16, help="choices scored at once")
+    parser.add_argument(
+        "--batch-size", type=PositiveInt, default=16, help="rows scored or generated at once"
+    )
+    parser.add_argument(
+        "--engine",
+        type=Literal["shared", "lm_eval"],
+        default="shared",
+        help="shared computes a question once for all its choices, lm_eval is lm-eval's own",
+    )
+    parser.add_argument(
+        "--execute-code",
+        action="store_true",
+        help="run the programs that the model writes, which protocol code is scored by",
+    )
     add_data_source(parser)
     parser.add_argument(
         "--output",
         type=Path | None,
         default=None,
-        help="new folder for scores.json and the outputs of every question",
+        help="new folder for scores.json and the outputs of every item",
     )
 
 
@@ -72,29 +85,34 @@ def evaluate(options: Namespace) -> None:
     """Score every task and variant, print the table, write the outputs if asked to."""
     from furina.backbones import load_backbone, load_tokenizer
     from furina.checkpoint import load
+    from furina.data.protocols import get_protocol
+    from furina.data.tasks import get_task
     from furina.evaluation.harness import evaluate as score
 
     require_new(options.output)
-    questions = {task: _questions(options, task) for task in dict.fromkeys(options.task)}
+    for task in options.task:
+        get_protocol(options.protocol).require(get_task(task))
+    items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
     model = load_backbone(options.backbone, options.dtype)
     if options.adapter_path is not None:
         load(options.adapter_path, model)
     tokenizer = load_tokenizer(options.backbone)
+    settings = {key: options[key] for key in ("batch_size", "engine", "execute_code")}
     done = [
-        (variant, score(model, tokenizer, task, rows, options.form, batch_size=options.batch_size))
+        (variant, score(model, tokenizer, task, rows, options.protocol, **settings))
         for variant in _variants(model)
-        for task, rows in questions.items()
+        for task, rows in items.items()
     ]
     _print(done)
     if options.output is not None:
         _write(done, options.output)
 
 
-def _questions(options: Namespace, task: str) -> list[Question]:
-    from furina.data.sources import load_questions
+def _items(options: Namespace, task: str) -> list[Item]:
+    from furina.data.sources import load_items
     from furina.data.splits import test_subset
 
-    rows = load_questions(task, options.split, options.source, options.data_dir)
+    rows = load_items(task, options.split, options.source, options.data_dir)
     return test_subset(rows, options.size, options.seed)[1]
 
 
@@ -113,12 +131,14 @@ def _variants(model: PreTrainedModel) -> Iterator[Variant]:
 
 
 def _print(done: Sequence[tuple[Variant, Evaluation]]) -> None:
-    table = Table("task", "variant", "metric", "score", "questions", "chance")
+    table = Table("task", "protocol", "variant", "metric", "score", "items", "chance")
     for variant, evaluation in done:
         for score in evaluation.scores.values():
             value = f"{score.value:.3f} ± {score.stderr:.3f}"
             chance = f"{score.chance:.3f}" + (" (not above it)" if score.suspect else "")
-            table.add_row(evaluation.task, variant, score.metric, value, str(score.n), chance)
+            asked = f"{evaluation.protocol} v{evaluation.protocol_version}"
+            row = (evaluation.task, asked, variant, score.metric, value, str(score.n), chance)
+            table.add_row(*row)
     console().print(table)
 
 
@@ -130,12 +150,9 @@ def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:
         for variant, evaluation in done:
             name = f"{evaluation.task}-{variant}.jsonl.gz"
             evaluation.write_samples(temporary / name)
-            rows += [
-                {"task": evaluation.task, **asdict(record)}
-                for record in evaluation.to_records(variant, name)
-            ]
+            rows += [asdict(record) for record in evaluation.to_records(variant, name)]
         write_json(temporary / "scores.json", rows)
-    print(f"{folder}: scores.json and the outputs of every question")
+    print(f"{folder}: scores.json and the outputs of every item")
 
 
 def latency_options(parser: ArgumentParser, words: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 One item is a *window*: the micro-batches of one optimiser step. A micro-batch is a dict of
 `input_ids`, `attention_mask` and `labels`, each (rows, tokens), right-padded. Labels are aligned
-with `input_ids` (the model shifts them) and -100 wherever no answer token stands.
+with `input_ids` (the model shifts them) and -100 wherever no answer token stands. A mixture's
+micro-batch also holds `task_types` (rows,).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from furina.data.prompts import Prompt, encode_pair
-from furina.data.questions import Question
+from furina.data.encoding import encode_pair
+from furina.data.items import Item
+from furina.data.protocols import Protocol
+from furina.data.tasks import Task
 from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -32,43 +35,62 @@ PAD_MULTIPLE = 8
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised question; the last `answer_length` of `input_ids` are the answer."""
+    """A tokenised item; the last `answer_length` of `input_ids` are what is trained."""
 
     input_ids: tuple[int, ...]
     answer_length: int
+    task_type: int | None = None
 
 
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    prompt: Prompt,
+    task: Task,
+    items: Sequence[Item],
+    protocol: Protocol,
     max_length: int,
+    task_type: int | None = None,
 ) -> list[Example]:
-    """Tokenise each question with its right answer, once.
+    """Tokenise each item with its right answer as the protocol trains it, once.
 
     An example longer than `max_length` loses the start of its context, never the answer; how
     many did is warned about.
 
     Raises:
-        ConfigurationError: `max_length` leaves no room for the context of some answer.
+        ConfigurationError: `max_length` leaves no room for the context of some answer, or the
+            protocol ends its examples and the tokenizer has no end-of-text token.
     """
     examples, truncated = [], 0
-    for question in questions:
-        context, answer = encode_pair(tokenizer, prompt.context(question), prompt.target(question))
+    end = _end(tokenizer, protocol)
+    for item in items:
+        context, answer = encode_pair(tokenizer, *protocol.pair(task, item))
+        answer = [*answer, *end]
         if len(answer) >= max_length:
             raise ConfigurationError(
-                f"max_length={max_length} is too short: the answer of question {question.id!r} "
+                f"max_length={max_length} is too short: the answer of question {item.id!r} "
                 f"alone has {len(answer)} tokens; raise it."
             )
+        ids = tuple((context + answer)[-max_length:])
         truncated += len(context) + len(answer) > max_length
-        examples.append(Example(tuple((context + answer)[-max_length:]), len(answer)))
+        trained = len(ids) if protocol.loss_on_prompt else len(answer)
+        examples.append(Example(ids, trained, task_type))
     if truncated:
         warnings.warn(
-            f"{truncated} of {len(questions)} examples are longer than max_length={max_length} "
-            "tokens and lost the start of their context.",
+            f"{truncated} of {len(items)} examples of {task.name} are longer than "
+            f"max_length={max_length} tokens and lost the start of their context.",
             stacklevel=2,
         )
     return examples
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[int]:
+    if not protocol.ends:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"Protocol {protocol.name} ends its answers and the tokenizer has no end-of-text "
+            "token: set tokenizer.eos_token."
+        )
+    return [int(tokenizer.eos_token_id)]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -84,7 +106,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         attention_mask[row, :length] = 1
         answer = slice(length - example.answer_length, length)
         labels[row, answer] = input_ids[row, answer]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    types = [example.task_type for example in examples if example.task_type is not None]
+    if len(types) == len(examples):
+        batch["task_types"] = torch.tensor(types)
+    return batch
 
 
 class StepBatches(IterableDataset[list[Batch]]):

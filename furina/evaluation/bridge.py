@@ -7,11 +7,13 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from furina.errors import ConfigurationError
+from furina.errors import ConfigurationError, nearest
+from furina.evaluation.engine import shared_prefix_lm
+from furina.evaluation.evaluation import Engine
 from furina.mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -23,21 +25,31 @@ SOFTMAX_DTYPE = "float32"
 
 @contextmanager
 def live_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    engine: Engine = "shared",
 ) -> Iterator[Any]:
     """Yield `model` as lm-eval's HFLM, in eval and inference mode.
 
-    Modes and Python's random state, from which lm-eval draws task ids, come back afterwards.
+    With engine "shared" its log-likelihoods are computed once for what requests share (see
+    `engine`); with "lm_eval" they are HFLM's own. Modes and Python's random state, from which
+    lm-eval draws task ids, come back afterwards.
 
-    Raises ConfigurationError if the batch size is not a positive integer.
+    Raises ConfigurationError for an unknown engine or a batch size that is not positive.
     """
+    if engine not in get_args(Engine):
+        raise ConfigurationError(
+            f"There is no engine {engine!r}.{nearest(str(engine), get_args(Engine))}"
+        )
     if batch_size < 1:
         raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
     with quiet(), evaluation_mode(model), torch.inference_mode():
         from lm_eval.models.huggingface import HFLM
 
+        kind = shared_prefix_lm() if engine == "shared" else HFLM
         # A copy, because HFLM gives a tokenizer without padding token one.
-        lm = HFLM(
+        lm = kind(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
             backend="causal",
@@ -55,6 +67,7 @@ def live_model(
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave of lm-eval's talk its errors and one progress bar, and that on terminals only."""
+    import datasets
     import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
@@ -63,7 +76,9 @@ def quiet() -> Iterator[None]:
     level = logger.level
     chatty = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
     bars = [module.tqdm for module in chatty]
+    mapping = not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     for module, bar in zip(chatty, bars, strict=True):
         scoring = module is lm_eval.models.huggingface
         module.tqdm = _bar(bar, disable=None if scoring else True)  # None: only on a terminal
@@ -71,6 +86,8 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+        if mapping:
+            datasets.enable_progress_bars()
         for module, bar in zip(chatty, bars, strict=True):
             module.tqdm = bar
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from furina.data.encoding import encode_pair
+from furina.data.items import Item, Question, chance_level
+from furina.data.rows import Row
+from furina.data.tasks import Task
 from furina.errors import ConfigurationError, DataError, nearest
-from furina.evaluation.bridge import live_model
+from furina.evaluation.bridge import live_model, quiet
+from furina.evaluation.evaluation import (
+    Engine,
+    Evaluation,
+    FirstPrompt,
+    lm_eval_version,
+    metric_score,
+    sha256,
+)
+from furina.evaluation.samples import ChoiceSample, predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,12 +31,37 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234
 """lm-eval's default for drawing examples."""
 
+CHOICE_METRICS = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class BuiltinSample:
+    """One question as lm-eval's task asked and judged it.
+
+    `prompts` and `answers` are what was scored, pairwise, and `loglikelihoods` what came out; all
+    are empty for a task that is not scored by log-likelihoods of choices. `target` is the task's
+    right answer in the task's own terms; `correct` is the question's value by metric.
+    """
+
+    doc_id: int
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    loglikelihoods: tuple[float, ...]
+    target: str
+    correct: dict[str, float]
+
+    @property
+    def prediction(self) -> int:
+        """Return the first choice of the highest log-likelihood."""
+        return self.loglikelihoods.index(max(self.loglikelihoods))
+
 
 @dataclass(frozen=True)
 class BuiltinScore:
     """One metric of one of lm-eval's tasks, with its answer filter and the task's version.
 
-    `stderr` is None where lm-eval gives none; `n` counts the questions scored.
+    `stderr` is None where lm-eval gives none; `n` counts the questions scored, of which `samples`
+    has every one (none for a group of tasks).
     """
 
     task: str
@@ -32,6 +71,7 @@ class BuiltinScore:
     stderr: float | None
     n: int
     version: str
+    samples: tuple[BuiltinSample, ...] = field(default=(), repr=False)
 
 
 def builtin(
@@ -42,41 +82,158 @@ def builtin(
     batch_size: int = 16,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    rows: Mapping[str, Sequence[Row]] | None = None,
+    engine: Engine = "shared",
 ) -> tuple[BuiltinScore, ...]:
     """Score a live model on lm-eval's tasks `names`, with lm-eval's prompts and defaults.
 
     `limit` takes the first questions only; `num_fewshot` None keeps each task's own number.
-    Their prompts are not the project's: never compare these scores with `evaluate`'s.
+    A task named in `rows` is asked about these rows, in its dataset's own format, and needs no
+    network. Prompts are not those of the project's protocols: never compare the scores.
 
-    Raises ConfigurationError for an unknown task and DataError if a task's data cannot be loaded.
+    Raises ConfigurationError for an unknown task, or examples wanted of a task with `rows`, and
+    DataError if a task's data cannot be loaded.
     """
-    with live_model(model, tokenizer, batch_size) as lm:
-        from lm_eval.evaluator import evaluate as lm_evaluate
-
-        tasks = _load(names)
-        for task in tasks["tasks"].values():
-            default = task.get_config("num_fewshot") or 0
-            task.set_config("num_fewshot", default if num_fewshot is None else num_fewshot)
-            task.set_fewshot_seed(FEWSHOT_SEED)
-        results = lm_evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=False)
-    return tuple(_scores(results))
+    with live_model(model, tokenizer, batch_size, engine) as lm:
+        return _run(lm, names, limit, num_fewshot, rows or {})
 
 
-def _load(names: Sequence[str]) -> Any:
-    from lm_eval.tasks import TaskManager
+def score_builtin(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    engine: Engine,
+) -> Evaluation:
+    """Score `questions` by lm-eval's own task, untouched; its version is the protocol's."""
+    assert task.harness and task.harness_row
+    rows = [task.harness_row(question) for question in questions]
+    with live_model(model, tokenizer, batch_size, engine) as lm:
+        results = _run(lm, [task.harness], None, None, {task.harness: rows})
+        scores = [score for score in results if score.metric in CHOICE_METRICS]
+        first = scores[0].samples[0].prompts[0]
+        first_prompt = FirstPrompt(first, tuple(lm.tok_encode(first)))
+        truncated = _truncated(lm, scores[0].samples)
+    samples = tuple(map(_choice_sample, questions, scores[0].samples))
+    chance = chance_level(questions)
+    found = {score.metric: metric_score(score.metric, samples, chance) for score in scores}
+    assert all(abs(found[score.metric].value - score.value) < 1e-9 for score in scores)
+    return Evaluation(
+        task=task.name,
+        protocol="lm_eval",
+        protocol_version=scores[0].version,
+        engine=engine,
+        lm_eval_version=lm_eval_version(),
+        batch_size=batch_size,
+        scores=found,
+        samples=samples,
+        first_prompt=first_prompt,
+        truncated=truncated,
+    )
 
-    manager = TaskManager()
-    for name in names:
+
+def harness_prompt(task: Task, question: Item) -> tuple[str, str]:
+    """Return what lm-eval's own task asks, and the right answer, byte for byte."""
+    assert task.harness and task.harness_row and isinstance(question, Question)
+    with quiet():
+        loaded = _load([task.harness], {task.harness: [task.harness_row(question)]})
+        harness = loaded["tasks"][task.harness]
+        harness.build_all_requests()
+    prompt, answer = harness.instances[question.answer].args
+    return str(prompt), str(answer)
+
+
+def _truncated(lm: Any, samples: Sequence[BuiltinSample]) -> int:
+    pairs = (pair for s in samples for pair in zip(s.prompts, s.answers, strict=True))
+    lengths = (sum(map(len, encode_pair(lm.tokenizer, *pair))) for pair in pairs)
+    return sum(length > lm.max_length + 1 for length in lengths)  # the last is only predicted
+
+
+def _choice_sample(question: Question, sample: BuiltinSample) -> ChoiceSample:
+    # Choices may be asked by their letters or be alternatives in the prompt.
+    lengths = tuple(len(answer.removeprefix(" ")) for answer in sample.answers)
+    metrics = [metric for metric in CHOICE_METRICS if metric in sample.correct]
+    return ChoiceSample(
+        id=question.id,
+        prompt_sha256=sha256(sample.prompts[0]),
+        answer=question.answer,
+        loglikelihoods=sample.loglikelihoods,
+        lengths=lengths,
+        prediction={m: predict(sample.loglikelihoods, lengths, m) for m in metrics},
+        correct={m: bool(sample.correct[m]) for m in metrics},
+    )
+
+
+def _run(
+    lm: Any,
+    names: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    rows: Mapping[str, Sequence[Row]],
+) -> tuple[BuiltinScore, ...]:
+    from lm_eval.evaluator import evaluate as lm_evaluate
+
+    tasks = _load(names, rows)
+    for name, task in tasks["tasks"].items():
+        default = task.get_config("num_fewshot") or 0
+        shots = default if num_fewshot is None else num_fewshot
+        if shots and name in rows:
+            raise ConfigurationError(
+                f"lm-eval's task {name} wants {shots} examples, and rows given to it hold none."
+            )
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return tuple(_scores(lm_evaluate(lm=lm, task_dict=tasks, limit=limit, log_samples=True)))
+
+
+def _load(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> Any:
+    import lm_eval.tasks
+
+    manager = _manager(lm_eval.tasks.TaskManager)
+    for name in [*names, *rows]:
         if name not in manager.task_index:
             similar = difflib.get_close_matches(name, manager.all_tasks, n=10)
             raise ConfigurationError(f"lm-eval has no task {name!r}.{nearest(name, similar)}")
+    given = [_with_rows(manager, name, rows[name]) for name in names if name in rows]
     try:
-        return manager.load(list(names))
+        return manager.load([*given, *(name for name in names if name not in rows)])
     except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
         raise DataError(
             f"The data of lm-eval's tasks {', '.join(names)} cannot be loaded "
             f"({type(error).__name__}): they need the Hugging Face hub, or its cache."
         ) from error
+
+
+@functools.cache
+def _manager(kind: Callable[[], Any]) -> Any:
+    """Return the index of all tasks, which takes ten seconds to make."""
+    return kind()
+
+
+def _with_rows(manager: Any, name: str, rows: Sequence[Row]) -> Any:
+    """Return lm-eval's task with its own configuration, asked about `rows`."""
+    if not rows:
+        raise DataError(f"There are no rows for lm-eval's task {name}: give at least one.")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+    splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training")]
+    evaluated, *others = [split for split in splits if split]
+
+    def dataset(**_: object) -> Any:
+        """Return the rows as the split that is evaluated, which is the first that there is."""
+        from datasets import Dataset, DatasetDict
+
+        whole = Dataset.from_list([dict(row) for row in rows])
+        empty = {split: whole.select([]) for split in others}
+        return DatasetDict({**empty, evaluated: whole})
+
+    # What the factory of lm-eval's manager takes out of a configuration.
+    own = {key: value for key, value in config.items() if key not in ("tag", "group", "task_list")}
+    return ConfigurableTask(config={**own, "custom_dataset": dataset})
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
@@ -94,4 +251,25 @@ def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
                 stderr=float(stderr) if isinstance(stderr, float) else None,
                 n=results["n-samples"][task]["effective"],
                 version=str(results["versions"].get(task)),
+                samples=_samples(results["samples"].get(task, ()), answer_filter),
             )
+
+
+def _samples(rows: Sequence[Mapping[str, Any]], answer_filter: str) -> tuple[BuiltinSample, ...]:
+    own = (row for row in rows if row["filter"] == answer_filter)
+    return tuple(_sample(row) for row in sorted(own, key=lambda row: int(row["doc_id"])))
+
+
+def _sample(row: Mapping[str, Any]) -> BuiltinSample:
+    answers = row["filtered_resps"]
+    scored = all(isinstance(answer, tuple | list) and len(answer) == 2 for answer in answers)
+    pairs = list(row["arguments"]) if scored else []
+    numbers = {m: row[m] for m in row["metrics"] if isinstance(row.get(m), int | float)}
+    return BuiltinSample(
+        doc_id=int(row["doc_id"]),
+        prompts=tuple(str(pair[0]) for pair in pairs),
+        answers=tuple(str(pair[1]) for pair in pairs),
+        loglikelihoods=tuple(float(value) for value, _ in answers) if scored else (),
+        target=str(row["target"]),
+        correct={metric: float(value) for metric, value in numbers.items()},
+    )

@@ -14,12 +14,12 @@ from furina.storage import write_bytes
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question as scored: the log-likelihood of every choice, and what follows from them.
+class ChoiceSample:
+    """One question as scored: the log-likelihood of every answer, and what follows from them.
 
-    `loglikelihoods` are natural logarithms of P(choice | prompt); `lengths` the choices' characters
-    without the leading space, by which acc_norm divides; `answer` the index of the right choice.
-    `prediction` and `correct` are by metric. `prompt_sha256` hashes the text before the choice.
+    `loglikelihoods` are natural logarithms of P(answer | prompt); `lengths` the answers' characters
+    without the leading space, by which acc_norm divides; `answer` the index of the right one.
+    `prediction` and `correct` are by metric. `prompt_sha256` hashes the text before the answer.
     """
 
     id: str
@@ -29,6 +29,25 @@ class Sample:
     lengths: tuple[int, ...]
     prediction: dict[str, int]
     correct: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """One item as generated: what the model wrote, and what each rule read out of it.
+
+    `answer` is the right answer, empty where only running a program tells. `prediction` is None
+    where a rule found nothing.
+    """
+
+    id: str
+    prompt_sha256: str
+    answer: str
+    output: str
+    prediction: dict[str, str | None]
+    correct: dict[str, bool]
+
+
+Sample = ChoiceSample | TextSample
 
 
 def predict(loglikelihoods: Sequence[float], lengths: Sequence[int], metric: str) -> int:
@@ -64,7 +83,8 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def _sample(row: dict[str, object]) -> Sample:
-    if unknown := row.keys() ^ {field.name for field in fields(Sample)}:
+    kind = TextSample if "output" in row else ChoiceSample
+    if unknown := row.keys() ^ {field.name for field in fields(kind)}:
         raise ValueError(f"missing or unknown keys {sorted(unknown)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return Sample(**values)  # type: ignore[arg-type]
+    return kind(**values)  # type: ignore[arg-type]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
-from furina.data.prompts import Prompt
-from furina.data.questions import Question, data_hash
-from furina.data.sources import load_questions, resolve_source
+from furina.data.items import Item, data_hash
+from furina.data.protocols import get_protocol
+from furina.data.sources import load_items, resolve_source
 from furina.data.splits import test_subset, warn_overlap
+from furina.data.tasks import get_task
 from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import read_samples
 from furina.experiment.config import RunConfig
@@ -59,10 +60,17 @@ class Subject(NamedTuple):
 
 
 class TestSet(NamedTuple):
-    """The named questions that are scored."""
+    """A task's named items that are scored, and the protocol that asks them."""
 
+    task: str
+    protocol: str
     name: str
-    questions: list[Question]
+    items: list[Item]
+
+    @property
+    def label(self) -> str:
+        """Return what its files are called."""
+        return f"{self.task}-{self.protocol}"
 
 
 def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) -> Path:
@@ -73,8 +81,8 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
     started = timestamp()
     reset_peak_memory()
     claim(config, run_dir)
-    test = _test_set(config)
-    record = partial(_record, config, command, started, test)
+    tests = _test_sets(config)
+    record = partial(_record, config, command, started, tests)
     file = results_dir / f"{config.name}.json"
     try:
         subject = _subject(config, run_dir)
@@ -82,8 +90,10 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
         record(None, error=str(error)).write(file)
         raise
     if subject.fitted is not None:
-        warn_overlap(subject.fitted.data.train_questions, test.questions, config.task)
-    scores, merged = _measure(config, subject, test, run_dir, results_dir)
+        trained = subject.fitted.data.train_items
+        for test in tests:
+            warn_overlap(trained.get(test.task, []), test.items, test.task)
+    scores, merged = _measure(config, subject, tests, run_dir, results_dir)
     latency = _latency(config, subject, run_dir)
     record(subject.fitted, scores=scores, merged=merged, latency=latency).write(file)
     return file
@@ -99,24 +109,38 @@ def _subject(config: RunConfig, run_dir: Path) -> Subject:
     return Subject(fitted.model, fitted.tokenizer, fitted)
 
 
-def _test_set(config: RunConfig) -> TestSet:
-    questions = load_questions(config.task, "test", config.source, config.data_dir)
-    return TestSet(*test_subset(questions, config.test_size, config.test_seed))
+def _test_sets(config: RunConfig) -> tuple[TestSet, ...]:
+    sets = []
+    for task, protocol in config.scored:
+        items = load_items(task, "test", config.source, config.data_dir)
+        size = config.test_size
+        whole = size is None or size >= len(items)  # the record then says "full"
+        subset = test_subset(items, None if whole else size, config.test_seed)
+        sets.append(TestSet(task, protocol, *subset))
+    return tuple(sets)
 
 
 def _measure(
-    config: RunConfig, subject: Subject, test: TestSet, run_dir: Path, results_dir: Path
+    config: RunConfig,
+    subject: Subject,
+    tests: tuple[TestSet, ...],
+    run_dir: Path,
+    results_dir: Path,
 ) -> tuple[tuple[Score, ...], Merge | None]:
     """Score the model as it is and, if its method merges, score the merged model as well."""
-    score = partial(_score, config, subject, test, run_dir, results_dir)
+
+    def score(variant: Variant) -> tuple[Score, ...]:
+        parts = (_score(config, subject, test, run_dir, results_dir, variant) for test in tests)
+        return tuple(score for part in parts for score in part)
+
     if config.is_base:
         return score("base"), None
     scores = score("unmerged")
     if not state_of(subject.model).config.mergeability().ok:
         return scores, None
-    before = _logits(subject, test, config)
+    before = _logits(subject, tests[0])
     report = merge(subject.model)
-    after = _logits(subject, test, config)
+    after = _logits(subject, tests[0])
     scores += score("merged")
     unmerge(subject.model)
     return scores, _merge_record(report, after - before, scores, results_dir)
@@ -130,12 +154,15 @@ def _score(
     results_dir: Path,
     variant: Variant,
 ) -> tuple[Score, ...]:
-    finished, kept = run_dir / f"scores-{variant}.json", run_dir / f"samples-{variant}.jsonl.gz"
-    samples = f"samples/{config.name}--{variant}.jsonl.gz"
+    finished = run_dir / f"scores-{test.label}-{variant}.json"
+    kept = run_dir / f"samples-{test.label}-{variant}.jsonl.gz"
+    samples = f"samples/{config.name}--{test.label}--{variant}.jsonl.gz"
     if not (finished.exists() and kept.exists()):
         evaluation = evaluate(
-            *(subject.model, subject.tokenizer, config.task, test.questions, config.form),
+            *(subject.model, subject.tokenizer, test.task, test.items, test.protocol),
             batch_size=config.eval_batch_size,
+            engine=config.engine,
+            execute_code=config.execute_code,
         )
         evaluation.write_samples(kept)
         write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
@@ -146,12 +173,13 @@ def _score(
 
 
 @torch.inference_mode()
-def _logits(subject: Subject, test: TestSet, config: RunConfig) -> Tensor:
+def _logits(subject: Subject, test: TestSet) -> Tensor:
     """Return the last position's logits of the first test prompts. Shape: (probes, vocabulary)."""
-    prompts = [Prompt(config.form).context(question) for question in test.questions[:PROBES]]
+    task, asked = get_task(test.task), get_protocol(test.protocol)
     model, rows = subject.model, []
     with evaluation_mode(model):
-        for prompt in prompts:
+        for item in test.items[:PROBES]:
+            prompt = asked.context(task, item) if asked.trains else item.asked
             ids = torch.tensor([subject.tokenizer.encode(prompt)], device=model.device)
             rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1])
     return torch.stack(rows).float()
@@ -160,23 +188,32 @@ def _logits(subject: Subject, test: TestSet, config: RunConfig) -> Tensor:
 def _merge_record(
     report: MergeReport, difference: Tensor, scores: tuple[Score, ...], results_dir: Path
 ) -> Merge:
-    first = {score.variant: score for score in reversed(scores)}
-    predictions = {
-        variant: [
-            sample.prediction[first[variant].metric]
-            for sample in read_samples(results_dir / str(first[variant].samples))
-        ]
-        for variant in ("unmerged", "merged")
-    }
-    pairs = zip(predictions["unmerged"], predictions["merged"], strict=True)
+    changed = 0
+    files = {variant: _sample_files(scores, variant) for variant in ("unmerged", "merged")}
+    for before, after in zip(files["unmerged"], files["merged"], strict=True):
+        pairs = zip(
+            _predictions(results_dir, before), _predictions(results_dir, after), strict=True
+        )
+        changed += sum(first != second for first, second in pairs)
     return Merge(
         num_merged=report.num_merged,
         max_abs_delta=report.max_abs_delta,
         relative_delta=report.relative_delta,
         logits_max_difference=difference.abs().max().item(),
         logits_rms_difference=difference.square().mean().sqrt().item(),
-        answers_changed=sum(before != after for before, after in pairs),
+        answers_changed=changed,
     )
+
+
+def _sample_files(scores: tuple[Score, ...], variant: str) -> list[tuple[str, str]]:
+    """Return each test set's file of outputs, with the main metric."""
+    main = {str(s.samples): s.metric for s in reversed(scores) if s.variant == variant}
+    return sorted(main.items())
+
+
+def _predictions(results_dir: Path, entry: tuple[str, str]) -> list[int | str | None]:
+    file, metric = entry
+    return [sample.prediction[metric] for sample in read_samples(results_dir / file)]
 
 
 def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latency, ...]:
@@ -203,7 +240,7 @@ def _record(
     config: RunConfig,
     command: str,
     started: str,
-    test: TestSet,
+    tests: tuple[TestSet, ...],
     fitted: Fitted | None,
     *,
     scores: tuple[Score, ...] = (),
@@ -211,8 +248,6 @@ def _record(
     latency: tuple[Latency, ...] = (),
     error: str | None = None,
 ) -> RunRecord:
-    rows = (fitted.data.train_questions, fitted.data.validation_questions) if fitted else ([], [])
-    train, validation = (data_hash(questions) if questions else None for questions in rows)
     return RunRecord(
         suite=config.suite,
         name=config.name,
@@ -225,20 +260,35 @@ def _record(
         finished=timestamp(),
         provenance=provenance(),
         backbone=Backbone(config.backbone, _backbone_hash(config)),
-        data=Data(
-            task=config.task,
-            source=resolve_source(config.source, config.data_dir),
-            train_sha256=train,
-            validation_sha256=validation,
-            test_sha256=data_hash(test.questions),
-            test_subset=test.name,
-        ),
+        data=_data(config, tests, fitted),
         training=fitted.training if fitted else None,
         evaluations=scores,
         merge=merged,
         latency=latency,
         status="diverged" if error else "success",
         error=error,
+    )
+
+
+def _data(config: RunConfig, tests: tuple[TestSet, ...], fitted: Fitted | None) -> tuple[Data, ...]:
+    """Describe the rows of every task that was trained or scored."""
+    train = fitted.data.train_items if fitted else {}
+    validation = fitted.data.validation_items if fitted else {}
+    scored = {test.task: test for test in tests}
+
+    def digest(rows: list[Item] | None) -> str | None:
+        return data_hash(rows) if rows else None
+
+    return tuple(
+        Data(
+            task=task,
+            source=resolve_source(config.source, config.data_dir),
+            train_sha256=digest(train.get(task)),
+            validation_sha256=digest(validation.get(task)),
+            test_sha256=digest(scored[task].items) if task in scored else None,
+            test_subset=scored[task].name if task in scored else None,
+        )
+        for task in dict.fromkeys([*train, *scored])
     )
 
 

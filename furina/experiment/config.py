@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from furina.adapters import AdapterConfig, configure, methods
+from furina.data.mixtures import Share, read_shares
+from furina.data.protocols import get_protocol
+from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
 from furina.records import RecordError, codec
 
@@ -21,12 +24,14 @@ class RunConfig:
         method: fine-tuning method, or base for the untouched backbone.
         adapter: options of the method.
         targets: linears to adapt: names, last parts of names, or globs; the method's seven if none.
-        task: benchmark that is trained and scored.
-        form: what the model answers with: the answer's text or its letter.
+        task: task that is trained and scored; with a mixture, the mixture's name.
+        mixture: tasks that are trained together, each with its weight, cap and task_type.
+        score: what is scored, TASK or TASK:PROTOCOL; what is trained if none.
+        protocol: how items are asked in training, and in scoring unless `score` says otherwise.
         steps: optimiser steps.
-        batch_size: questions of one optimiser step.
-        micro_batch_size: questions of one forward; all of the step's if none.
-        bucket_steps: steps whose questions are sorted by length together; no sorting if 1.
+        batch_size: items of one optimiser step.
+        micro_batch_size: items of one forward; all of the step's if none.
+        bucket_steps: steps whose items are sorted by length together; no sorting if 1.
         learning_rate: peak learning rate.
         weight_decay: AdamW's decay of the low-rank matrices.
         warmup_steps: optimiser steps of linear warm-up.
@@ -38,14 +43,16 @@ class RunConfig:
         attention: transformers' attention implementation; its own choice if none.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         max_length: longest example in tokens; a longer one loses the start of its context.
-        validation_size: train questions that are held out.
+        validation_size: train items that are held out, in equal parts from a mixture's tasks.
         validation_interval: optimiser steps between validation losses; only at the end if none.
         checkpoint_interval: optimiser steps between resumable checkpoints.
-        test_size: size of the fixed test subset; all questions if none.
+        test_size: items of each scored task's fixed test subset; all if none or fewer.
         test_seed: which subset that is.
-        source: where questions come from.
+        source: where items come from.
         data_dir: local data folder.
-        eval_batch_size: choices scored at once.
+        eval_batch_size: rows scored or generated at once.
+        engine: shared computes a question once for all its choices, lm_eval is lm-eval's own.
+        execute_code: run the programs that the model writes, which protocol code is scored by.
         latency_rounds: interleaved timing rounds; no timing if 0.
         latency_warmup: untimed rounds before them.
     """
@@ -56,7 +63,9 @@ class RunConfig:
     adapter: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] | None = None
     task: str = "arc_easy"
-    form: Literal["text", "letter"] = "text"
+    mixture: dict[str, Any] = field(default_factory=dict)
+    score: tuple[str, ...] = ()
+    protocol: str = "text"
     steps: int = 60
     batch_size: int = 16
     micro_batch_size: int | None = None
@@ -80,6 +89,8 @@ class RunConfig:
     source: Literal["auto", "hub", "wheel", "folder"] = "auto"
     data_dir: str | None = None
     eval_batch_size: int = 16
+    engine: Literal["shared", "lm_eval"] = "shared"
+    execute_code: bool = False
     latency_rounds: int = 5
     latency_warmup: int = 2
 
@@ -101,13 +112,34 @@ class RunConfig:
             raise ConfigurationError(
                 "method base trains nothing: options of an adapter and targets would be ignored."
             )
+        self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        if self.mixture and self.task in tasks():
+            raise ConfigurationError(
+                f"task={self.task} names the mixture, and is itself a task: choose another name."
+            )
+        protocol = get_protocol(self.protocol)
+        for name in self.trained:
+            protocol.require(get_task(name))
+        if not (protocol.trains or self.is_base):
+            raise ConfigurationError(
+                f"protocol={self.protocol} only evaluates: train under another and name it in "
+                f"score, such as {self.task}:{self.protocol}."
+            )
+        if len(set(self.scored)) < len(self.scored):
+            raise ConfigurationError(f"score names something twice: {', '.join(self.score)}.")
+        for name, asked in self.scored:
+            get_protocol(asked).require(get_task(name))
 
     def _check_types(self) -> None:
         if not isinstance(self.adapter, dict):
             raise ConfigurationError("adapter must hold options, one 'name: value' a line.")
+        if not isinstance(self.mixture, dict):
+            raise ConfigurationError("mixture must hold tasks, one 'name: options' a line.")
         for name, kind in codec.field_types(RunConfig).items():
             try:
-                if name != "adapter":
+                if name not in ("adapter", "mixture"):
                     codec.decode(kind, codec.encode(getattr(self, name)), name)
             except RecordError as error:
                 raise ConfigurationError(str(error)) from error
@@ -116,6 +148,17 @@ class RunConfig:
     def is_base(self) -> bool:
         """Whether this is the untouched backbone."""
         return self.method == "base"
+
+    @property
+    def trained(self) -> dict[str, Share]:
+        """Return the tasks that are trained, with their shares; a single one has all."""
+        return read_shares(self.mixture) if self.mixture else {self.task: Share()}
+
+    @property
+    def scored(self) -> tuple[tuple[str, str], ...]:
+        """Return the (task, protocol) pairs that are scored."""
+        pairs = (entry.partition(":") for entry in self.score or self.trained)
+        return tuple((task, asked or self.protocol) for task, _, asked in pairs)
 
     @property
     def name(self) -> str:
@@ -131,12 +174,11 @@ class RunConfig:
         for key in changes:
             if key not in known:
                 raise ConfigurationError(f"There is no run option {key!r}.{nearest(key, known)}")
-        adapter, targets = changes.get("adapter", {}), changes.get("targets", self.targets)
+        adapter = changes.get("adapter", {})
         if isinstance(adapter, Mapping) and changes.get("method", self.method) == self.method:
             adapter = {**self.adapter, **adapter}
-        if isinstance(targets, list):
-            targets = tuple(targets)
-        return replace(self, **{**changes, "adapter": adapter, "targets": targets})
+        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in changes.items()}
+        return replace(self, **{**plain, "adapter": adapter})
 
     def adapter_config(self) -> AdapterConfig | None:
         """Return the method's checked options, None for base.

@@ -16,7 +16,7 @@ from furina.auxiliary import record_selection
 from furina.backbones import best_device, load_backbone, load_tokenizer
 from furina.checkpoint import load, save
 from furina.data.batches import Batch
-from furina.data.module import ChoiceDataModule
+from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.inject import adapt, describe, state_of
@@ -40,7 +40,7 @@ class Fitted:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    data: ChoiceDataModule
+    data: TaskDataModule
     training: Training
 
 
@@ -97,11 +97,11 @@ def claim(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChoiceDataModule:
-    return ChoiceDataModule(
+def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskDataModule:
+    return TaskDataModule(
         tokenizer,
-        config.task,
-        prompt_form=config.form,
+        config.mixture or config.task,
+        config.protocol,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
         bucket_steps=config.bucket_steps,
@@ -114,7 +114,7 @@ def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> ChoiceDataMo
 
 
 def _train(
-    config: RunConfig, run_dir: Path, model: PreTrainedModel, data: ChoiceDataModule
+    config: RunConfig, run_dir: Path, model: PreTrainedModel, data: TaskDataModule
 ) -> LossHistory:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import TQDMProgressBar
@@ -152,7 +152,7 @@ def _train(
 
 
 def _summary(
-    config: RunConfig, model: PreTrainedModel, data: ChoiceDataModule, history: LossHistory
+    config: RunConfig, model: PreTrainedModel, data: TaskDataModule, history: LossHistory
 ) -> Training:
     counts = describe(model)
     return Training(
@@ -171,7 +171,7 @@ def _summary(
 
 
 def _gradient_ratio(
-    config: RunConfig, model: PreTrainedModel, data: ChoiceDataModule
+    config: RunConfig, model: PreTrainedModel, data: TaskDataModule
 ) -> float | None:
     """Return the median ‖∇aux‖/‖∇task‖ over the batches that would have come next."""
     if not state_of(model).config.has_auxiliary_loss:
@@ -186,7 +186,7 @@ def _gradient_ratio(
 
 
 @torch.inference_mode()
-def _selection(model: PreTrainedModel, data: ChoiceDataModule) -> dict[str, float] | None:
+def _selection(model: PreTrainedModel, data: TaskDataModule) -> dict[str, float] | None:
     """Return the held-out top-K share as a mean over the adapted linears."""
     loaders: list[Any] = data.val_dataloader()
     if not state_of(model).config.records_selection or not loaders:

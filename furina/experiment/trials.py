@@ -6,7 +6,8 @@ from pathlib import Path
 
 from furina.adapters import configure
 from furina.backbones import best_device, load_backbone, load_tokenizer
-from furina.data.sources import load_questions
+from furina.data.protocols import ChoiceProtocol, get_protocol
+from furina.data.sources import load_items
 from furina.data.splits import split_train
 from furina.errors import ConfigurationError
 from furina.evaluation.harness import evaluate
@@ -17,7 +18,16 @@ from furina.training import DivergedError
 
 
 def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord:
-    """Fine-tune and score on the held-out train questions; a diverged trial has no score."""
+    """Fine-tune and score on the held-out train items; a diverged trial has no score.
+
+    Raises ConfigurationError for what a search does not score: a mixture, or generated answers.
+    """
+    asked = get_protocol(config.protocol)
+    if config.mixture or config.score or not isinstance(asked, ChoiceProtocol):
+        raise ConfigurationError(
+            "A search scores the held-out questions of one task under protocol text or label: "
+            "leave mixture and score out."
+        )
     options = {} if config.is_base else configure(config.method, config.adapter).to_dict()
     fitted, seconds = None, 0.0
     try:
@@ -30,12 +40,12 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
     return SearchRecord(
         method=config.method,
         task=config.task,
-        form=config.form,
+        protocol=config.protocol,
         learning_rate=0.0 if config.is_base else config.learning_rate,
         magnitude_multiplier=options.get("magnitude_lr_multiplier"),
         steps=0 if config.is_base else config.steps,
         seed=config.seed,
-        metric="acc",
+        metric=asked.metrics[0],
         value=value,
         stderr=stderr,
         n=config.validation_size,
@@ -86,14 +96,15 @@ def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, fl
             config.backbone, config.dtype, device=best_device(), attention=config.attention
         )
         tokenizer = load_tokenizer(config.backbone)
-        rows = load_questions(config.task, "train", config.source, config.data_dir)
-        questions = split_train(rows, config.validation_size, config.seed)[1]
+        rows = load_items(config.task, "train", config.source, config.data_dir)
+        items = split_train(rows, config.validation_size, config.seed)[1]
     else:
         model, tokenizer = fitted.model, fitted.tokenizer
-        questions = fitted.data.validation_questions
+        items = fitted.data.validation_items[config.task]
     evaluation = evaluate(
-        *(model, tokenizer, config.task, questions, config.form),
+        *(model, tokenizer, config.task, items, config.protocol),
         batch_size=config.eval_batch_size,
+        engine=config.engine,
     )
-    score = evaluation.scores["acc"]
+    score = evaluation.scores[get_protocol(config.protocol).metrics[0]]
     return score.value, score.stderr

@@ -9,7 +9,7 @@ from typing import Literal
 from furina.records import codec
 from furina.records.environment import Provenance
 
-SCHEMA = 1
+SCHEMA = 2
 
 Status = Literal["success", "diverged", "failed"]
 Variant = Literal["base", "unmerged", "merged"]
@@ -25,14 +25,17 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Data:
-    """The task's rows: where they came from, their hashes, and the named test subset."""
+    """A task's rows: where they came from, their hashes, and the named test subset.
+
+    What was not trained on has no train hash, what was not scored no test hash.
+    """
 
     task: str
     source: str
     train_sha256: str | None
     validation_sha256: str | None
-    test_sha256: str
-    test_subset: str
+    test_sha256: str | None
+    test_subset: str | None
 
 
 @dataclass(frozen=True)
@@ -60,24 +63,28 @@ class Training:
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one variant of the model on one test subset.
+    """One metric of one variant of the model on one task's test subset, under one protocol.
 
     `value`, `stderr` and `chance` are fractions in [0, 1]. `suspect` marks a value that is not
-    more than two standard errors above chance. `samples` is the file of per-question outputs
-    (gzipped JSON lines), relative to the record's folder.
+    more than two standard errors above chance. `engine` says what computed it: furina's scoring of
+    shared prefixes, lm-eval's HFLM, or generation. `first_prompt_ids` are the tokens of the first
+    prompt, BOS included if there is one. `samples` is the file of per-question outputs (gzipped
+    JSON lines), relative to the record's folder.
     """
 
     variant: Variant
+    task: str
+    protocol: str
+    protocol_version: str
     metric: str
     value: float
     stderr: float
     n: int
     chance: float
     suspect: bool
-    task_version: str
-    prompt_form: str
-    prompt_version: str
+    engine: str
     first_prompt_sha256: str
+    first_prompt_ids: tuple[int, ...]
     truncated: int
     lm_eval: str
     samples: str | None
@@ -140,7 +147,7 @@ class RunRecord:
     finished: str
     provenance: Provenance
     backbone: Backbone
-    data: Data
+    data: tuple[Data, ...]
     training: Training | None
     evaluations: tuple[Score, ...]
     merge: Merge | None

@@ -9,7 +9,7 @@ from typing import Literal
 from furina.records import codec
 from furina.records.environment import Provenance
 
-STUDY_SCHEMA = 2
+STUDY_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SearchRecord:
 
     method: str
     task: str
-    form: str
+    protocol: str
     learning_rate: float
     magnitude_multiplier: float | None
     steps: int
@@ -52,7 +52,7 @@ class SearchRecord:
         """Return a name that holds every searched value, so that no two trials share a file."""
         multiplier = "" if self.magnitude_multiplier is None else f"x{self.magnitude_multiplier:g}"
         return (
-            f"{self.method}--{self.task}--{self.form}--lr{self.learning_rate:g}{multiplier}"
+            f"{self.method}--{self.task}--{self.protocol}--lr{self.learning_rate:g}{multiplier}"
             f"--steps{self.steps}--seed{self.seed}.json"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from furina.reporting.notes import NO_RECORD, NO_RESULT, ONE_MODEL
 from furina.reporting.suites import Run, Suite, read_correct
 
 NO_SCORE = "not scored in this variant"
+NOT_ALL_TASKS = "some task has no score, so there is no mean"
 NO_BASE_SCORE = "the base model was not scored on this task"
 UNPAIRED = "unpaired: per-question outputs are missing, so the two standard errors are combined"
 
@@ -20,7 +22,10 @@ UNPAIRED = "unpaired: per-question outputs are missing, so the two standard erro
 def scores(suite: Suite, method: str, task: str, variant: str) -> list[tuple[Run, Score]]:
     """Return the scores of a cell, one per seed; the base model's stand in for "unmerged"."""
     wanted = "base" if method == "base" and variant == "unmerged" else variant
-    pairs = ((run, run.score(wanted, suite.metric)) for run in suite.select(method, task))
+    pairs = (
+        (run, run.score(wanted, task, suite.protocol, suite.metric))
+        for run in suite.select(method, task)
+    )
     return [(run, score) for run, score in pairs if score]
 
 
@@ -30,7 +35,9 @@ def absence(suite: Suite, method: str, task: str, otherwise: str) -> str:
         return ONE_MODEL
     if suite.select(method, task):
         return otherwise
-    failed = any((f.record.method, f.record.task) == (method, task) for f in suite.failures)
+    failed = any(
+        f.record.method == method and task in f.tasks(suite.protocol) for f in suite.failures
+    )
     return NO_RESULT if failed else NO_RECORD
 
 
@@ -55,6 +62,20 @@ def accuracy(suite: Suite, method: str, task: str, variant: str) -> Cell:
         "n": found[0].n,
     }
     return Cell(text, numbers, _chance_notes(found))
+
+
+def macro(suite: Suite, method: str, variant: str) -> Cell:
+    """Return the mean accuracy over the suite's tasks, each of which counts the same."""
+    means, errors = [], []
+    for task in suite.tasks:
+        found = [score for _, score in scores(suite, method, task, variant)]
+        if not found:
+            return missing(ONE_MODEL if method == "base" else NOT_ALL_TASKS)
+        means.append(100 * statistics.fmean(score.value for score in found))
+        errors.append(100 * statistics.fmean(score.stderr for score in found))
+    stderr = math.hypot(*errors) / len(errors)
+    numbers = {"": statistics.fmean(means), "stderr": stderr, "tasks": len(means)}
+    return Cell(f"{numbers['']:.1f} ± {stderr:.1f}", numbers)
 
 
 def _chance_notes(found: Sequence[Score]) -> tuple[str, ...]:

@@ -18,14 +18,14 @@ def merge_table(suite: Suite) -> Table | None:
         "Update: largest entry, and norm relative to the weights'. Logits: merged minus unmerged. "
         "Answers changed: test questions on which the merged model chooses another option."
     )
-    rows = [_merge_row(run, suite.metric) for run in runs]
+    rows = [_merge_row(run) for run in runs]
     return build("merge", f"{suite.name}: merged against unmerged", rows, (remark,), keys=3)
 
 
-def _merge_row(run: Run, metric: str) -> Row:
+def _merge_row(run: Run) -> Row:
     record, merge = run.record, run.record.merge
     assert merge is not None
-    score = run.score("merged", metric)
+    sets = {(s.task, s.protocol): s.n for s in record.evaluations if s.variant == "merged"}
     return {
         ("", "method"): label(record.method),
         ("", "task"): label(record.task),
@@ -36,7 +36,7 @@ def _merge_row(run: Run, metric: str) -> Row:
         ("logits", "max difference"): _number(merge.logits_max_difference),
         ("logits", "rms difference"): _number(merge.logits_rms_difference),
         ("answers", "changed"): _number(merge.answers_changed),
-        ("answers", "of"): _number(score.n if score else None),
+        ("answers", "of"): _number(sum(sets.values()) or None),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from furina.errors import FurinaError, nearest
@@ -14,7 +14,7 @@ from furina.reporting.cells import Table
 from furina.reporting.details import latency_table, merge_table
 from furina.reporting.paper import paper_table
 from furina.reporting.studies import search_table, selection_table
-from furina.reporting.suites import Suite, load_suite, read_folder
+from furina.reporting.suites import Suite, load_suites, read_folder
 from furina.reporting.tables import main_table
 from furina.storage import write_text
 
@@ -74,7 +74,9 @@ def generate(
     made = Report()
     names = _suites(results_dir)
     for name in names:
-        _add_suite(made, results_dir / name, load_suite(results_dir / name, metric))
+        for number, suite_of in enumerate(load_suites(results_dir / name, metric)):
+            add = _add_accuracy if number else _add_suite
+            add(made, results_dir / name, suite_of)
     _add_studies(made, results_dir)
     paper = results_dir / PAPER / "main.csv"
     papers = [paper_table(paper)] if paper.is_file() else []
@@ -115,6 +117,12 @@ def _add_suite(made: Report, folder: Path, suite: Suite) -> None:
     for name, figure in figures.items():
         if figure is not None:
             made.files[folder / "figures" / f"{name}.svg"] = plots.svg(figure)
+
+
+def _add_accuracy(made: Report, folder: Path, suite: Suite) -> None:
+    """Add the table of a further protocol: one table never mixes two."""
+    table = main_table(suite)
+    _add_tables(made, folder, [replace(table, name=f"main-{suite.protocol}")])
 
 
 def _add_studies(made: Report, results_dir: Path) -> None:

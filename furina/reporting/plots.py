@@ -75,8 +75,7 @@ def _colours(suite: Suite) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def _panels(suite: Suite, height: float) -> tuple[Figure, list[Axes]]:
-    count = len(suite.tasks)
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     columns, rows = min(count, COLUMNS), math.ceil(count / COLUMNS)
     size = 3.6 * max(columns, 2) + 0.4, height * rows
     figure = Figure(figsize=size, layout="constrained")
@@ -92,7 +91,7 @@ def accuracy_latency(suite: Suite) -> Figure | None:
     if not timed:
         return None
     with _style():
-        figure, panels = _panels(suite, 3.3)
+        figure, panels = _panels(len(suite.tasks), 3.3)
         for task, axes in zip(suite.tasks, panels, strict=True):
             axes.set_title(task, fontsize=10)
             axes.set_xlabel(
@@ -181,8 +180,8 @@ def loss_curves(suite: Suite) -> Figure | None:
     if not any(run.record.training for run in suite.runs):
         return None
     with _style():
-        figure, panels = _panels(suite, 3.0)
-        for task, axes in zip(suite.tasks, panels, strict=True):
+        figure, panels = _panels(len(suite.trained), 3.0)
+        for task, axes in zip(suite.trained, panels, strict=True):
             axes.set_title(task, fontsize=10)
             axes.set_xlabel("optimiser step")
             for method, (colour, _) in _colours(suite).items():

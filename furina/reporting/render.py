@@ -71,7 +71,7 @@ def markdown(table: Table) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (heads, rules, *_rows(table, write))]
     notes = [f"<sup>{mark}</sup> {escape(n, MARKDOWN)}." for n, mark in table.footnotes.items()]
     remarks = [escape(remark, MARKDOWN) for remark in table.remarks]
-    beneath = "<br>\n".join(notes + remarks)
+    beneath = "<br>".join(notes + remarks)  # one line: a README has few
     return "\n".join(lines) + "\n" + (f"\n{beneath}\n" if beneath else "")
 
 

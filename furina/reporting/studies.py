@@ -27,8 +27,8 @@ MEAN = "mean over tasks"
 
 
 def block(record: SearchRecord) -> Block:
-    """Return what a trial is compared within: its method, answer form and budget."""
-    return record.method, record.form, record.steps
+    """Return what a trial is compared within: its method, protocol and budget."""
+    return record.method, record.protocol, record.steps
 
 
 def best_point(records: Iterable[SearchRecord]) -> Point:
@@ -57,7 +57,7 @@ def _task_mean(scores: Mapping[Hashable, float]) -> float:
 def search_table(records: Mapping[Path, SearchRecord]) -> Table:
     """Return the grid: a column per learning rate, each block's chosen cell bold and starred."""
     _check_unique(records, _trial)
-    _check_same(records, "metric", lambda record: record.form)
+    _check_same(records, "metric", lambda record: record.protocol)
     _check_same(records, "n", lambda record: record.task)
     trials = list(records.values())
     rates = sorted({trial.learning_rate for trial in trials})
@@ -69,7 +69,7 @@ def search_table(records: Mapping[Path, SearchRecord]) -> Table:
     effort = ", ".join(f"{method} {count}" for method, count in sorted(tried.items()))
     remarks = (
         f"{metrics} in %, ± one standard error, on rows held out of train; no test row was used. "
-        "★ marks the highest mean over tasks within a method, answer form and number of steps.",
+        "★ marks the highest mean over tasks within a method, protocol and number of steps.",
         f"Trials: {effort}; {sum(r.seconds for r in trials) / 60:.0f} minutes in all.",
     )
     return build("search", "Search on rows held out of train", rows, remarks, keys=5)
@@ -99,7 +99,7 @@ def _row_head(trial: SearchRecord, multiplier: float | None, task: str) -> Row:
     shown = "" if multiplier is None else f"{multiplier:g}×"
     return {
         ("", "method"): label(trial.method),
-        ("", "form"): label(trial.form),
+        ("", "protocol"): label(trial.protocol),
         ("", "steps"): Cell(str(trial.steps), {"": trial.steps}),
         ("", "magnitude"): Cell(shown, {"": multiplier}),
         ("", "task"): label(task),

@@ -31,17 +31,33 @@ class Run:
         """Tell whether its numbers may enter a table."""
         return self.record.status == "success"
 
-    def score(self, variant: str, metric: str) -> Score | None:
-        """Return the score of one variant by one metric, None where it was not taken."""
+    @property
+    def protocol(self) -> str | None:
+        """Return the protocol of its first score, None without any."""
         scores = self.record.evaluations
-        return next((s for s in scores if (s.variant, s.metric) == (variant, metric)), None)
+        return scores[0].protocol if scores else None
+
+    def tasks(self, protocol: str) -> set[str]:
+        """Return the tasks it scored under a protocol; those meant to be if it has no score."""
+        if self.record.evaluations:
+            return {s.task for s in self.record.evaluations if s.protocol == protocol}
+        return {data.task for data in self.record.data if data.test_sha256}
+
+    def score(self, variant: str, task: str, protocol: str, metric: str) -> Score | None:
+        """Return one score, None where it was not taken."""
+        wanted = variant, task, protocol, metric
+        scores = self.record.evaluations
+        return next(
+            (s for s in scores if (s.variant, s.task, s.protocol, s.metric) == wanted), None
+        )
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The comparable runs of one folder; `metric` is what its tables show."""
+    """The comparable runs of one folder; its tables show one metric of one protocol."""
 
     name: str
+    protocol: str
     metric: str
     runs: tuple[Run, ...]
 
@@ -52,15 +68,22 @@ class Suite:
 
     @property
     def tasks(self) -> list[str]:
-        """Return the tasks by name."""
+        """Return the scored tasks by name."""
+        return sorted({task for run in self.runs for task in run.tasks(self.protocol)})
+
+    @property
+    def trained(self) -> list[str]:
+        """Return what was trained by name: tasks, or mixtures."""
         return sorted({run.record.task for run in self.runs})
 
     def select(self, method: str, task: str | None = None) -> list[Run]:
-        """Return the successful runs of one method, by task and seed."""
+        """Return the successful runs of one method, all or those that scored a task."""
         return [
             run
             for run in self.runs
-            if run.succeeded and run.record.method == method and task in (None, run.record.task)
+            if run.succeeded
+            and run.record.method == method
+            and (task is None or task in run.tasks(self.protocol))
         ]
 
     @property
@@ -80,18 +103,25 @@ def read_folder(folder: Path, read: Callable[[Path], R]) -> dict[Path, R]:
     return {path: read(path) for path in sorted(folder.glob("*.json"))}
 
 
-def load_suite(folder: Path, metric: str | None = None) -> Suite:
-    """Read the suite of `folder`; raises RecordError naming two files that cannot be compared.
+def load_suites(folder: Path, metric: str | None = None) -> list[Suite]:
+    """Read the suite of `folder` once per protocol, the one it was trained under first.
 
-    The metric defaults to the one each record lists first.
+    The metric defaults to the one each record lists first under the protocol. Raises RecordError
+    naming two files that cannot be compared.
     """
     runs = tuple(Run(path, r) for path, r in read_folder(folder, RunRecord.read).items())
     if not runs:
         raise RecordError(f"There are no run records in {folder}; run `furina reproduce` first.")
     _check_unique(runs)
     _check_comparable(runs, metric)
-    scored = [run.record.evaluations[0].metric for run in runs if run.record.evaluations]
-    return Suite(folder.name, metric or next(iter(scored), "acc"), runs)
+    first: dict[str, str] = {}
+    for run in runs:
+        for score in run.record.evaluations:
+            first.setdefault(score.protocol, score.metric)
+    return [
+        Suite(folder.name, protocol, metric or main, runs)
+        for protocol, main in (first or {"text": "acc"}).items()
+    ]
 
 
 def _check_unique(runs: Iterable[Run]) -> None:
@@ -104,6 +134,14 @@ def _check_unique(runs: Iterable[Run]) -> None:
                 "keep one of them."
             )
         seen[key] = run.path
+        for task, protocol in {(s.task, s.protocol) for s in run.record.evaluations}:
+            scored = "score", run.record.method, run.record.seed, task, protocol
+            if scored in seen:
+                raise RecordError(
+                    f"{seen[scored]} and {run.path} both score {run.record.method}, seed "
+                    f"{run.record.seed}, on {task} under {protocol}; keep them in two suites."
+                )
+            seen[scored] = run.path
 
 
 def _check_comparable(runs: Iterable[Run], metric: str | None) -> None:
@@ -122,16 +160,20 @@ def _identity(run: Run, metric: str | None) -> Iterable[tuple[str, Hashable, Has
     """Yield (what, scope, value): within a scope, every run must have the same value."""
     record = run.record
     yield "the backbone's hash", "", record.backbone.sha256
-    yield "the test subset", record.task, record.data.test_subset
-    yield "the test rows' hash", record.task, record.data.test_sha256
+    for data in record.data:
+        if data.test_sha256:
+            yield "the test subset", data.task, data.test_subset
+            yield "the test rows' hash", data.task, data.test_sha256
     if record.evaluations:
+        yield "the protocol", "", run.protocol
         yield "the metric", "", metric or record.evaluations[0].metric
     for score in record.evaluations:
-        yield "the prompt form", "", score.prompt_form
-        yield "the prompt version", "", score.prompt_version
+        asked = score.task, score.protocol
+        yield "the protocol's version", asked, score.protocol_version
+        yield "the first prompt's hash", asked, score.first_prompt_sha256
+        yield "the scoring engine", asked, score.engine
         yield "the lm-eval version", "", score.lm_eval
-        yield "the task version", record.task, score.task_version
-        yield "the number of questions", record.task, score.n
+        yield "the number of questions", asked, score.n
     for latency in record.latency:
         yield "the number of prompt tokens", "", latency.prompt_tokens
         yield "the number of new tokens", "", latency.new_tokens

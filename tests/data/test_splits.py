@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from furina.data import splits
-from furina.data.questions import Question, overlap
+from furina.data.items import Question, overlap
 from furina.errors import ConfigurationError
 
 
@@ -89,7 +89,7 @@ def test_an_impossible_subset_is_refused(many_questions, size):
 
 def test_shared_questions_are_warned_about_and_kept(many_questions):
     test = many_questions[1:3]  # each of the two also stands in train a second time
-    with pytest.warns(UserWarning, match="4 of 103 train questions of arc_easy .* kept"):
+    with pytest.warns(UserWarning, match="4 of 103 train items of arc_easy .* kept"):
         splits.warn_overlap(many_questions, test, "arc_easy")
 
 

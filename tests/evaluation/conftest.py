@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from furina.backbones import load_backbone, tiny_tokenizer
-from furina.data.questions import Question
+from furina.data.items import Question
 
 STEMS = [
     ("Which of these can float on a lake?", ("a brick", "a cork", "an anvil", "a coin"), 1),

@@ -13,20 +13,24 @@ from tokenizers import processors
 
 import furina
 from furina.backbones import load_backbone, tiny_tokenizer
-from furina.data.prompts import Prompt
+from furina.data.protocols import get_protocol
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError, FurinaError
-from furina.evaluation.harness import TASKS, evaluate
+from furina.evaluation.choices import TASKS
+from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import read_samples
 from furina.records import Score
 
+ARC = get_task("arc_easy")
 
-def lm_eval_alone(folder, data_dir, form, dtype, batch_size):
+
+def lm_eval_alone(folder, data_dir, protocol, dtype, batch_size):
     """Score a plain model folder by lm-eval and the task files, without the evaluation's code."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    name = f"furina_arc_easy_{form}"
-    metadata = {"data_dir": str(data_dir)}
+    name = f"furina_{protocol}"
+    metadata = {"benchmark": "arc_easy", "data_dir": str(data_dir)}
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     results = simple_evaluate(
         model="hf",
@@ -40,23 +44,36 @@ def lm_eval_alone(folder, data_dir, form, dtype, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "batch_size"),
-    [("text", "bfloat16", 4), ("text", "float32", 3), ("letter", "bfloat16", 4)],
+    ("protocol", "dtype", "batch_size"),
+    [("text", "bfloat16", 4), ("text", "float32", 3), ("label", "bfloat16", 4)],
 )
 def test_the_score_is_lm_evals_own_question_by_question(
-    form, dtype, batch_size, questions, data_dir, tokenizer, tmp_path
+    protocol, dtype, batch_size, questions, data_dir, tokenizer, tmp_path
 ):
     model = load_backbone("tiny-llama", dtype=dtype)
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "model")
-    ours = evaluate(model, tokenizer, "arc_easy", questions, form, batch_size=batch_size)
-    scores, samples = lm_eval_alone(tmp_path / "model", data_dir, form, dtype, batch_size)
+    options = {"batch_size": batch_size, "engine": "lm_eval"}
+    ours = evaluate(model, tokenizer, "arc_easy", questions, protocol, **options)
+    scores, samples = lm_eval_alone(tmp_path / "model", data_dir, protocol, dtype, batch_size)
     theirs = [tuple(value for value, _ in sample["filtered_resps"]) for sample in samples]
     assert [sample.loglikelihoods for sample in ours.samples] == theirs
     for metric, score in ours.scores.items():
         assert [sample.correct[metric] for sample in ours.samples] == [s[metric] for s in samples]
         assert score.value == scores[f"{metric},none"]
-        assert score.stderr == scores[f"{metric}_stderr,none"]
+        assert score.stderr == pytest.approx(scores[f"{metric}_stderr,none"], rel=1e-12)
+
+
+@pytest.mark.parametrize("protocol", ["text", "label"])
+def test_the_engine_does_not_change_what_is_predicted(protocol, model, tokenizer, questions):
+    ours, theirs = (
+        evaluate(model, tokenizer, "arc_easy", questions, protocol, engine=engine)
+        for engine in ("shared", "lm_eval")
+    )
+    assert (ours.engine, theirs.engine) == ("shared", "lm_eval")
+    for one, other in zip(ours.samples, theirs.samples, strict=True):
+        assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-3)
+        assert one.prediction == other.prediction
 
 
 @pytest.mark.slow
@@ -67,25 +84,27 @@ def test_the_score_is_that_of_lm_evals_command_line(
         saved.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={tmp_path / 'model'},softmax_dtype=float32"]
-    command += ["--include_path", str(TASKS), "--tasks", "furina_arc_easy_text"]
-    command += ["--metadata", json.dumps({"data_dir": str(data_dir)})]
+    command += ["--include_path", str(TASKS), "--tasks", "furina_text"]
+    metadata = {"benchmark": "arc_easy", "data_dir": str(data_dir)}
+    command += ["--metadata", json.dumps(metadata)]
     command += ["--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"]
     subprocess.run(command, check=True, capture_output=True)
     (file,) = (tmp_path / "out").rglob("samples_*.jsonl")
     rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
     theirs = [tuple(float(value) for value, _ in row["filtered_resps"]) for row in rows]
-    ours = evaluate(model, tokenizer, "arc_easy", questions, batch_size=4)
+    ours = evaluate(model, tokenizer, "arc_easy", questions, batch_size=4, engine="lm_eval")
     assert [sample.loglikelihoods for sample in ours.samples] == theirs
 
 
-@pytest.mark.parametrize("form", ["text", "letter"])
-def test_loglikelihoods_are_those_of_the_choice_tokens(form, model, tokenizer, questions):
-    prompt = Prompt(form)
-    evaluation = evaluate(model, tokenizer, "openbookqa", questions, form, batch_size=4)
+@pytest.mark.parametrize("name", ["text", "label"])
+def test_loglikelihoods_are_those_of_the_answer_tokens(name, model, tokenizer, questions):
+    protocol, task = get_protocol(name), get_task("commonsense_qa")
+    evaluation = evaluate(model, tokenizer, "commonsense_qa", questions, name, batch_size=4)
     for question, sample in zip(questions, evaluation.samples, strict=True):
-        for i, found in enumerate(sample.loglikelihoods):
-            context = tokenizer.encode(prompt.context(question))
-            whole = tokenizer.encode(prompt.context(question) + prompt.continuation(question, i))
+        answers = protocol.answers(task, question)
+        for answer, found in zip(answers, sample.loglikelihoods, strict=True):
+            context = tokenizer.encode(protocol.context(task, question))
+            whole = tokenizer.encode(protocol.context(task, question) + answer)
             with torch.no_grad():
                 logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             expected = sum(
@@ -98,7 +117,7 @@ def test_loglikelihoods_are_those_of_the_choice_tokens(form, model, tokenizer, q
 def test_the_batch_size_reaches_the_model_and_long_prompts_come_first(model, tokenizer, questions):
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
-    evaluate(model, tokenizer, "arc_easy", questions, batch_size=5)
+    evaluate(model, tokenizer, "arc_easy", questions, batch_size=5, engine="lm_eval")
     sizes, lengths = zip(*shapes, strict=True)
     assert set(sizes[:-1]) == {5} and 1 <= sizes[-1] <= 5
     assert list(lengths) == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
@@ -197,8 +216,7 @@ def test_the_tokenizers_own_bos_stays_none_or_one(model, questions):
     for adds_bos in (False, True):
         tokenizer = tiny_tokenizer(adds_bos=adds_bos)
         first = evaluate(model, tokenizer, "arc_easy", questions).first_prompt
-        assert first.context_ids.count(tokenizer.bos_token_id) == adds_bos
-        assert tokenizer.bos_token_id not in first.continuation_ids
+        assert first.ids.count(tokenizer.bos_token_id) == adds_bos
 
 
 @pytest.mark.parametrize(
@@ -209,16 +227,14 @@ def test_misplaced_special_tokens_are_an_error(template, message, model, questio
         evaluate(model, add_tokens(template), "arc_easy", questions)
 
 
-@pytest.mark.parametrize("form", ["text", "letter"])
-def test_the_first_prompt_is_kept_as_text_and_tokens(form, model, tokenizer, questions):
-    evaluation = evaluate(model, tokenizer, "arc_easy", questions, form)
-    first, prompt = evaluation.first_prompt, Prompt(form)
-    assert (first.context, first.continuation) == (
-        prompt.context(questions[0]),
-        prompt.target(questions[0]),
-    )
-    assert tokenizer.decode(first.context_ids) == first.context
-    assert tokenizer.decode(first.continuation_ids) == first.continuation
+@pytest.mark.parametrize("protocol", ["text", "label", "lm_eval", "generate_clean"])
+def test_the_first_prompt_is_kept_as_text_and_tokens(protocol, model, tokenizer, questions):
+    evaluation = evaluate(model, tokenizer, "arc_easy", questions, protocol)
+    first = evaluation.first_prompt
+    if protocol == "lm_eval":  # the harness's ARC prompt is the one that `text` follows
+        protocol = "text"
+    assert first.text == get_protocol(protocol).context(ARC, questions[0])
+    assert tokenizer.decode(first.ids) == first.text
     assert first.sha256 == evaluation.samples[0].prompt_sha256
 
 
@@ -226,14 +242,14 @@ def test_cut_prompts_are_counted_and_warned_of(tokenizer, questions):
     model = load_backbone("tiny-llama", dtype="float32")
     whole = evaluate(model, tokenizer, "arc_easy", questions)
     assert whole.truncated == 0
-    model.config.max_position_embeddings = len(whole.first_prompt.context_ids)
+    model.config.max_position_embeddings = len(whole.first_prompt.ids)
     with pytest.warns(UserWarning, match="beginnings were cut"):
         cut = evaluate(model, tokenizer, "arc_easy", questions)
-    window, prompt = model.config.max_position_embeddings + 1, Prompt("text")
+    window, text = model.config.max_position_embeddings + 1, get_protocol("text")
     assert cut.truncated == sum(
-        len(tokenizer.encode(prompt.context(q) + prompt.continuation(q, i))) > window
-        for q in questions
-        for i in range(len(q.choices))
+        len(tokenizer.encode(text.context(ARC, question) + answer)) > window
+        for question in questions
+        for answer in text.answers(ARC, question)
     )
     assert 0 < cut.truncated < sum(len(question.choices) for question in questions)
 
@@ -277,7 +293,10 @@ def test_records_hold_every_metric_with_its_provenance(model, tokenizer, questio
     assert [record.metric for record in records] == ["acc", "acc_norm"]
     assert all(isinstance(record, Score) and record.variant == "merged" for record in records)
     assert {record.lm_eval for record in records} == {lm_eval.__version__}
-    assert {(record.n, record.task_version) for record in records} == {(len(questions), "1.0")}
+    assert {record.n for record in records} == {len(questions)}
+    asked = {(r.task, r.protocol, r.protocol_version, r.engine) for r in records}
+    assert asked == {("arc_easy", "text", "1", "shared")}
+    assert {record.first_prompt_ids for record in records} == {evaluation.first_prompt.ids}
     assert {record.first_prompt_sha256 for record in records} == {evaluation.first_prompt.sha256}
 
 

@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 from furina.errors import ConfigurationError, DataError
-from furina.evaluation.samples import Sample, predict, read_samples, write_samples
+from furina.evaluation.samples import (
+    ChoiceSample,
+    TextSample,
+    predict,
+    read_samples,
+    write_samples,
+)
 
 SAMPLES = [
-    Sample(
+    ChoiceSample(
         id=f"q{number}\u2028°",
         prompt_sha256="ab" * 32,
         answer=1,
@@ -22,9 +28,15 @@ SAMPLES = [
 ]
 
 
-def test_what_is_written_is_read_back_exactly(tmp_path):
-    write_samples(tmp_path / "deep" / "samples.jsonl.gz", SAMPLES)
-    assert read_samples(tmp_path / "deep" / "samples.jsonl.gz") == SAMPLES
+TEXTS = [
+    TextSample("t", "cd" * 32, "5", "2 + 3\n#### 5", {"strict": "5", "flexible": None}, {"a": True})
+]
+
+
+@pytest.mark.parametrize("samples", [SAMPLES, TEXTS])
+def test_what_is_written_is_read_back_exactly(tmp_path, samples):
+    write_samples(tmp_path / "deep" / "samples.jsonl.gz", samples)
+    assert read_samples(tmp_path / "deep" / "samples.jsonl.gz") == samples
 
 
 def test_equal_samples_give_equal_bytes_under_any_name(tmp_path):

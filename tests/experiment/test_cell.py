@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from furina.backbones import backbone_hash, load_backbone
-from furina.data.questions import data_hash
-from furina.evaluation.harness import Evaluation, evaluate
+from furina.data.items import data_hash
+from furina.evaluation.evaluation import Evaluation
+from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import Sample, read_samples
 from furina.experiment import cell
 from furina.experiment.cell import run_cell
@@ -81,10 +82,10 @@ def test_the_record_says_what_was_run(first: Done, finished: Finished) -> None:
     assert RunConfig().updated(record.config) == config
     assert record.backbone.sha256 == backbone_hash(load_backbone("tiny-llama", "float32"))
     assert record.training == finished.fitted.training
-    data = finished.fitted.data
-    assert record.data.source == "folder"
-    assert record.data.train_sha256 == data_hash(data.train_questions)
-    assert record.data.validation_sha256 == data_hash(data.validation_questions)
+    data, (rows,) = finished.fitted.data, record.data
+    assert (rows.task, rows.source) == ("arc_easy", "folder")
+    assert rows.train_sha256 == data_hash(data.train_items["arc_easy"])
+    assert rows.validation_sha256 == data_hash(data.validation_items["arc_easy"])
 
 
 @pytest.mark.parametrize("variant", ["unmerged", "merged"])
@@ -146,7 +147,7 @@ def test_a_cell_killed_before_the_merged_scoring_repeats_only_that(
         return evaluate(*arguments, **options)
 
     monkeypatch.setattr(cell, "evaluate", counted)
-    (copy.folder / "run" / "scores-merged.json").unlink()
+    (copy.folder / "run" / "scores-arc_easy-text-merged.json").unlink()
     assert measured(copy.again()) == measured(before)
     assert len(calls) == 1
 
@@ -170,7 +171,7 @@ def test_changed_answers_are_counted(copy: Done, monkeypatch: pytest.MonkeyPatch
         ]
         return replace(found, samples=(*turned, *found.samples[3:]))
 
-    (copy.folder / "run" / "scores-merged.json").unlink()
+    (copy.folder / "run" / "scores-arc_easy-text-merged.json").unlink()
     monkeypatch.setattr(cell, "evaluate", first_three_turned)
     merge = copy.again().merge
     pairs = zip(copy.samples("unmerged"), copy.samples("merged"), strict=True)
@@ -188,7 +189,7 @@ def test_the_base_is_scored_and_timed_once_and_trains_nothing(
     assert {score.variant for score in record.evaluations} == {"base"}
     assert {score.n for score in record.evaluations} == {SIZES["test"]}
     assert [result.variant for result in record.latency] == ["base"]
-    assert record.data.test_subset == "full" and record.data.train_sha256 is None
+    assert (record.data[0].test_subset, record.data[0].train_sha256) == ("full", None)
 
 
 def test_a_diverged_run_leaves_a_record_that_says_so(data_dir: str, tmp_path: Path) -> None:
@@ -199,3 +200,29 @@ def test_a_diverged_run_leaves_a_record_that_says_so(data_dir: str, tmp_path: Pa
     record = done.record
     assert (record.status, record.error) == ("diverged", str(caught.value))
     assert (record.training, record.evaluations, record.latency) == (None, (), ())
+
+
+def test_a_mixture_is_trained_at_once_and_each_task_scored_as_asked(
+    data_dir: str, tmp_path: Path
+) -> None:
+    mixture = {"arc_easy": {"cap": 9, "task_type": 0}, "openbookqa": {"task_type": 1}}
+    asked = ("arc_easy", "openbookqa:label")
+    config = tiny(data_dir, "lora", task="both", mixture=mixture, score=asked, test_size=None)
+    record = Done(config, tmp_path).again()
+    assert record.task == "both"
+    assert [data.task for data in record.data] == ["arc_easy", "openbookqa"]
+    assert all(data.train_sha256 and data.test_sha256 for data in record.data)
+    found = {(s.task, s.protocol, s.variant) for s in record.evaluations}
+    assert found == {
+        (task, protocol, variant)
+        for task, protocol in (("arc_easy", "text"), ("openbookqa", "label"))
+        for variant in ("unmerged", "merged")
+    }
+    assert len({score.samples for score in record.evaluations}) == 4
+    assert record.merge is not None and record.merge.answers_changed is not None
+
+
+def test_a_generated_score_names_its_engine(data_dir: str, tmp_path: Path) -> None:
+    config = tiny(data_dir, "base", protocol="generate_clean", test_size=3)
+    (score,) = Done(config, tmp_path).again().evaluations
+    assert (score.engine, score.protocol, score.metric) == ("generate", "generate_clean", "acc")

@@ -29,7 +29,13 @@ from furina.experiment.config import RunConfig
         ("steps", 1.5, "must be int"),
         ("gradient_checkpointing", "no", "must be bool"),
         ("targets", "q_proj", "must be tuple"),
-        ("form", "txt", "Did you mean 'text'?"),
+        ("protocol", "txt", "Did you mean 'text'?"),
+        ("protocol", "lm_eval", "only evaluates"),
+        ("task", "arc_esay", "Did you mean 'arc_easy'?"),
+        ("score", ("arc_easy", "arc_easy:text"), "names something twice"),
+        ("mixture", {"arc_easy": {}}, "is itself a task: choose another name"),
+        ("mixture", [1], "one 'name: options' a line"),
+        ("engine", "hf", "Known: lm_eval, shared"),
         ("dtype", "bfloat", "Did you mean 'bfloat16'?"),
         ("schedule", "liner", "Did you mean 'linear'?"),
         ("adapter", None, "one 'name: value' a line"),
@@ -42,6 +48,21 @@ def test_a_value_no_run_could_use_is_one_sentence_with_its_field(
         RunConfig().updated({field: value})
     assert field in str(caught.value) and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"protocol": "cot"}, {"score": ["arc_easy:cot"]}])
+def test_a_task_that_a_protocol_cannot_ask_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="Protocol cot cannot ask arc_easy: it is not"):
+        RunConfig().updated(change)
+
+
+def test_what_is_scored_is_what_is_trained_unless_said() -> None:
+    assert RunConfig().scored == (("arc_easy", "text"),)
+    mixture = RunConfig(task="both", mixture={"arc_easy": None, "piqa": {"weight": 2}})
+    assert mixture.scored == (("arc_easy", "text"), ("piqa", "text"))
+    assert mixture.trained["piqa"].weight == 2
+    held_out = RunConfig(score=("arc_easy:lm_eval", "gsm8k:cot", "mmlu"))
+    assert held_out.scored == (("arc_easy", "lm_eval"), ("gsm8k", "cot"), ("mmlu", "text"))
 
 
 def test_an_unknown_field_suggests_the_nearest() -> None:

@@ -76,8 +76,9 @@ def test_what_was_measured_is_that_of_the_run(finished: Finished) -> None:
     assert (training.trainable, training.total) == (counts.trainable, counts.total)
     assert training.seconds > 0 and training.peak_memory_bytes > 0
     data = finished.fitted.data
-    assert len(data.validation_questions) == config.validation_size
-    assert not {q.id for q in data.train_questions} & {q.id for q in data.validation_questions}
+    train, validation = data.train_items["arc_easy"], data.validation_items["arc_easy"]
+    assert len(validation) == config.validation_size
+    assert not {q.id for q in train} & {q.id for q in validation}
 
 
 def test_furina_records_its_gradient_ratio_and_selection(finished: Finished) -> None:
@@ -99,8 +100,8 @@ def test_a_finished_run_is_loaded_and_gives_the_same(finished: Finished) -> None
         again = fit(finished.config, finished.run_dir)
     assert steps == []
     assert again.training == finished.fitted.training
-    assert again.data.train_questions == finished.fitted.data.train_questions
-    assert again.data.validation_questions == finished.fitted.data.validation_questions
+    assert again.data.train_items == finished.fitted.data.train_items
+    assert again.data.validation_items == finished.fitted.data.validation_items
     torch.testing.assert_close(
         dict(adapter_state_dict(again.model)),
         dict(adapter_state_dict(finished.fitted.model)),

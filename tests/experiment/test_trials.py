@@ -30,7 +30,11 @@ def test_a_search_trial_scores_the_held_out_questions(finished: Finished, run_di
     record = search_trial(finished.config, run_dir, "command")
     fitted = finished.fitted
     score = evaluate(
-        fitted.model, fitted.tokenizer, "arc_easy", fitted.data.validation_questions, batch_size=8
+        fitted.model,
+        fitted.tokenizer,
+        "arc_easy",
+        fitted.data.validation_items["arc_easy"],
+        batch_size=8,
     ).scores["acc"]
     assert (record.value, record.stderr, record.n) == (score.value, score.stderr, 4)
     assert record.split == "train-held-out"

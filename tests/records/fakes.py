@@ -82,16 +82,18 @@ def score(variant: Variant, task: str, answers: list[bool], samples: str | None)
     stderr = math.sqrt(value * (1 - value) / (n - 1))
     return Score(
         variant=variant,
+        task=task,
+        protocol="text",
+        protocol_version="1",
         metric="acc",
         value=value,
         stderr=stderr,
         n=n,
         chance=chance,
         suspect=value <= chance + 2 * stderr,
-        task_version="1.0",
-        prompt_form="text",
-        prompt_version="1",
+        engine="shared",
         first_prompt_sha256="c" * 64,
+        first_prompt_ids=(1, 2, 3),
         truncated=0,
         lm_eval="0.4.13",
         samples=samples,
@@ -132,7 +134,7 @@ def run_record(method: str, task: str, seed: int = 0, samples: bool = True) -> R
         finished="2026-11-20T10:06:00+00:00",
         provenance=PROVENANCE,
         backbone=Backbone("smollm2-135m-instruct", "b" * 64),
-        data=Data(task, "wheel", "d" * 64, "e" * 64, "f" * 64, f"test-{TASKS[task][0]}-seed0"),
+        data=(Data(task, "wheel", "d" * 64, "e" * 64, "f" * 64, f"test-{TASKS[task][0]}-seed0"),),
         training=training(method, task, seed) if trains else None,
         evaluations=tuple(
             score(v, task, answers[v], names[v] if samples else None) for v in variants
@@ -183,7 +185,7 @@ def search_record(
     return SearchRecord(
         method=method,
         task=task,
-        form="text",
+        protocol="text",
         learning_rate=learning_rate,
         magnitude_multiplier=multiplier,
         steps=60,

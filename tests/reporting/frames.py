@@ -1,6 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 from furina.reporting.cells import Cell, Table
+from furina.reporting.suites import Suite, load_suites
+
+
+def load_suite(folder: Path, metric: str | None = None) -> Suite:
+    """Return the suite of a folder that was scored under one protocol."""
+    (suite,) = load_suites(folder, metric)
+    return suite
 
 
 def rows_of(table: Table) -> list[dict[tuple[str, str], Cell]]:

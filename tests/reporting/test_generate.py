@@ -147,9 +147,22 @@ def test_the_suite_of_the_readme_must_be_said_where_there_are_two(whole: Path) -
 def test_two_suites_may_have_other_prompts(whole: Path) -> None:
     for task in fakes.TASKS:
         record = fakes.run_record("base", task, samples=False)
-        scores = tuple(replace(score, prompt_form="letter") for score in record.evaluations)
+        scores = tuple(replace(score, protocol="label") for score in record.evaluations)
         fakes.write_run(whole / "letters", replace(record, evaluations=scores))
     report(whole)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_second_protocol_has_a_table_of_its_own(whole: Path) -> None:
+    for path in (whole / "quickstart").glob("*.json"):
+        record = RunRecord.read(path)
+        again = [replace(s, protocol="label", samples=None) for s in record.evaluations]
+        replace(record, evaluations=(*record.evaluations, *again)).write(path)
+    made = report(whole, suite="quickstart")
+    tables = [table for table in made.tables if table.title.startswith("quickstart: accuracy")]
+    assert [table.name for table in tables] == ["main", "main-label"]
+    assert ["under protocol text" in table.title for table in tables] == [True, False]
+    assert (whole / "quickstart" / "tables" / "main-label.md").is_file()
 
 
 def test_a_results_folder_without_records_is_an_error(tmp_path: Path) -> None:

@@ -13,15 +13,15 @@ from matplotlib.lines import Line2D
 
 from furina.records import RunRecord
 from furina.reporting import plots
-from furina.reporting.suites import load_suite
 from tests.records import fakes
+from tests.reporting.frames import load_suite
 
 DRAW = """
 import sys
 from pathlib import Path
 from furina.reporting import plots
-from furina.reporting.suites import load_suite
-suite = load_suite(Path(sys.argv[1]))
+from furina.reporting.suites import load_suites
+suite = load_suites(Path(sys.argv[1]))[0]
 for figure in (plots.accuracy_latency(suite), plots.loss_curves(suite)):
     sys.stdout.write(plots.svg(figure))
 """
@@ -77,7 +77,7 @@ def test_each_task_has_a_panel_with_every_method_unmerged_and_merged(folder: Pat
         for method in ("lora", "furina"):
             run = suite.select(method, task)[0]
             for variant in ("unmerged", "merged"):
-                score = run.score(variant, "acc")
+                score = run.score(variant, task, "text", "acc")
                 assert score
                 assert any(y == pytest.approx(100 * score.value) for _, y in shown)
 

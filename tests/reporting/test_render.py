@@ -10,9 +10,8 @@ from rich.console import Console
 
 from furina.reporting import render
 from furina.reporting.cells import MISSING, Cell, Table, build, label, missing
-from furina.reporting.suites import load_suite
 from furina.reporting.tables import main_table
-from tests.reporting.frames import rows_of
+from tests.reporting.frames import load_suite, rows_of
 
 NASTY = "50 % of a_b & c|d <e> ~ ^ {x} # $ \\ “q” × – *"
 

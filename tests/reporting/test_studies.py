@@ -102,7 +102,7 @@ def test_the_effort_of_the_search_is_counted() -> None:
 
 
 def test_steps_and_forms_are_searched_apart() -> None:
-    letters = [replace(record, form="letter", value=0.9) for record in LORA]
+    letters = [replace(record, protocol="label", value=0.9) for record in LORA]
     longer = [replace(record, steps=120) for record in LORA]
     table = search_table(filed([*LORA, *letters, *longer]))
     assert sum(cell.bold for cell in table.frame.to_numpy().ravel()) == 3

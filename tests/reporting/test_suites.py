@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting.suites import load_suite, read_correct
+from furina.reporting import accuracy
+from furina.reporting.suites import read_correct
 from tests.records import fakes
+from tests.reporting.frames import load_suite
 
 Edit = Callable[[RunRecord], RunRecord]
 
@@ -29,15 +31,20 @@ def retimed(**changes: int) -> Edit:
     return edit
 
 
+def rerowed(**changes: str) -> Edit:
+    return lambda r: replace(r, data=tuple(replace(data, **changes) for data in r.data))
+
+
 MIXTURES: dict[str, Edit] = {
-    "the prompt form is": rescored(prompt_form="letter"),
-    "the prompt version is": rescored(prompt_version="2"),
+    "the protocol is": rescored(protocol="label"),
+    "the protocol's version is": rescored(protocol_version="2"),
+    "the first prompt's hash is": rescored(first_prompt_sha256="0" * 64),
+    "the scoring engine is": rescored(engine="lm_eval"),
     "the metric is": rescored(metric="acc_norm"),
     "the lm-eval version is": rescored(lm_eval="0.4.12"),
-    "the task version is": rescored(task_version="0"),
     "the number of questions is": rescored(n=50),
-    "the test subset is": lambda r: replace(r, data=replace(r.data, test_subset="full")),
-    "the test rows' hash is": lambda r: replace(r, data=replace(r.data, test_sha256="0" * 64)),
+    "the test subset is": rerowed(test_subset="full"),
+    "the test rows' hash is": rerowed(test_sha256="0" * 64),
     "the backbone's hash is": lambda r: replace(r, backbone=replace(r.backbone, sha256="0" * 64)),
     "the number of prompt tokens is": retimed(prompt_tokens=50),
     "the number of new tokens is": retimed(new_tokens=50),
@@ -98,9 +105,41 @@ def test_only_successful_runs_are_selected_and_the_others_listed(folder: Path) -
     assert [run.record.error for run in suite.failures] == ["killed"]
 
 
+def test_tasks_are_those_that_were_scored_and_have_a_mean(folder: Path) -> None:
+    """A mixture's record bears the mixture's name, its scores their tasks'."""
+    for path in sorted(folder.glob("*.json")):
+        path.unlink()
+    for method in ("base", "lora"):
+        parts = [fakes.run_record(method, task, samples=False) for task in fakes.TASKS]
+        fakes.write_run(
+            folder,
+            replace(
+                parts[0],
+                task="both",
+                data=tuple(data for part in parts for data in part.data),
+                evaluations=tuple(score for part in parts for score in part.evaluations),
+            ),
+        )
+    suite = load_suite(folder)
+    assert (suite.tasks, suite.trained) == (sorted(fakes.TASKS), ["both"])
+    values = [
+        100 * score.value
+        for score in suite.select("lora")[0].record.evaluations
+        if score.variant == "unmerged"
+    ]
+    assert accuracy.macro(suite, "lora", "unmerged").numbers[""] == pytest.approx(sum(values) / 2)
+
+
+def test_two_runs_that_score_the_same_are_an_error(folder: Path) -> None:
+    record = fakes.run_record("lora", "arc_easy", samples=False)
+    fakes.write_run(folder, replace(record, task="other"))
+    with pytest.raises(RecordError, match="both score lora, seed 0, on arc_easy under text"):
+        load_suite(folder)
+
+
 def test_per_question_outputs_are_read_by_metric(folder: Path) -> None:
     run = load_suite(folder).select("lora", "arc_easy")[0]
-    score = run.score("unmerged", "acc")
+    score = run.score("unmerged", "arc_easy", "text", "acc")
     assert score
     found = read_correct(run, score)
     assert found
@@ -109,7 +148,7 @@ def test_per_question_outputs_are_read_by_metric(folder: Path) -> None:
 
 def test_a_record_without_its_per_question_outputs_gives_none(folder: Path) -> None:
     run = load_suite(folder).select("lora", "arc_easy")[0]
-    score = run.score("unmerged", "acc")
+    score = run.score("unmerged", "arc_easy", "text", "acc")
     assert score
     assert score.samples
     assert read_correct(run, replace(score, samples=None)) is None
@@ -120,7 +159,7 @@ def test_a_record_without_its_per_question_outputs_gives_none(folder: Path) -> N
 @pytest.mark.parametrize("damage", [b"text", b"\x1f\x8b\x08\x00"])
 def test_damaged_per_question_outputs_are_one_sentence(damage: bytes, folder: Path) -> None:
     run = load_suite(folder).select("lora", "arc_easy")[0]
-    score = run.score("unmerged", "acc")
+    score = run.score("unmerged", "arc_easy", "text", "acc")
     assert score
     assert score.samples
     (folder / score.samples).write_bytes(damage)
@@ -131,7 +170,7 @@ def test_damaged_per_question_outputs_are_one_sentence(damage: bytes, folder: Pa
 @pytest.mark.parametrize("kept", [0, 1, 599])
 def test_per_question_outputs_of_another_score_are_an_error(kept: int, folder: Path) -> None:
     run = load_suite(folder).select("lora", "arc_easy")[0]
-    score = run.score("unmerged", "acc")
+    score = run.score("unmerged", "arc_easy", "text", "acc")
     assert score
     assert score.samples
     answers = fakes.correct("lora", "arc_easy", 0)

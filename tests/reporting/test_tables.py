@@ -10,10 +10,10 @@ from furina.records import Provenance, RecordError, RunRecord, Status, Variant
 from furina.reporting import accuracy, notes
 from furina.reporting.cells import Cell, Table
 from furina.reporting.details import latency_table, merge_table
-from furina.reporting.suites import load_suite, read_correct
+from furina.reporting.suites import read_correct
 from furina.reporting.tables import main_table
 from tests.records import fakes
-from tests.reporting.frames import rows_of
+from tests.reporting.frames import load_suite, rows_of
 
 ARC = "arc_easy acc, %"
 
@@ -70,7 +70,7 @@ def test_the_gain_is_paired_over_questions(folder: Path) -> None:
     outputs = []
     for method, variant in (("furina", "unmerged"), ("base", "base")):
         run = suite.select(method, "arc_easy")[0]
-        score = run.score(variant, "acc")
+        score = run.score(variant, "arc_easy", "text", "acc")
         assert score
         found = read_correct(run, score)
         assert found
@@ -238,10 +238,10 @@ def test_cost_columns_are_those_of_training(folder: Path) -> None:
 def test_remarks_say_on_what_the_numbers_were_taken(folder: Path) -> None:
     text = " ".join(main_table(load_suite(folder)).remarks)
     for part in (
-        "arc_easy: 600 questions (test-600-seed0)",
+        "arc_easy: 600 items (test-600-seed0)",
         "100 tokens in and 100 out",
         "smollm2-135m-instruct",
-        "prompt form text version 1",
+        "protocol text version 1",
         "lm-eval 0.4.13",
         fakes.PROVENANCE.hardware.cpu,
         "0123456789",

@@ -8,8 +8,10 @@ import lightning
 import pytest
 import torch
 
-from furina.data.module import ChoiceDataModule
-from furina.data.questions import overlap
+from furina.data.items import overlap
+from furina.data.module import TaskDataModule
+from furina.data.protocols import get_protocol
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
 
 
@@ -54,7 +56,7 @@ def rows(tmp_path, write_rows):
 def data(rows, tokenizer):
     def data(**options):
         defaults = {"batch_size": 4, "micro_batch_size": 2, "validation_size": 10, "seed": 5}
-        return ChoiceDataModule(tokenizer, "arc_easy", data_dir=rows, **defaults | options)
+        return TaskDataModule(tokenizer, "arc_easy", data_dir=rows, **defaults | options)
 
     return data
 
@@ -85,15 +87,16 @@ def _fit(data, folder, max_steps, **options):
 def test_questions_are_split_encoded_and_disjoint(data):
     module = data()
     module.setup()
-    assert (len(module.train_questions), len(module.validation_questions)) == (30, 10)
-    assert overlap(module.train_questions, module.validation_questions) == []
+    train, validation = module.train_items["arc_easy"], module.validation_items["arc_easy"]
+    assert (len(train), len(validation)) == (30, 10)
+    assert overlap(train, validation) == []
     assert len(module.train_dataloader()) == 7
 
 
 def test_setup_reads_once(data, monkeypatch):
     module = data()
     module.setup("fit")
-    monkeypatch.setattr("furina.data.module.load_questions", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("furina.data.module.load_items", lambda *_: pytest.fail("read again"))
     module.setup("validate")
 
 
@@ -130,17 +133,18 @@ def test_the_seed_decides_the_split_and_the_order(data):
     modules = [data(seed=seed) for seed in (5, 5, 6)]
     for module in modules:
         module.setup()
-    first, same, other = ([q.id for q in m.validation_questions] for m in modules)
+    first, same, other = ([q.id for q in m.validation_items["arc_easy"]] for m in modules)
     assert first == same != other
 
 
 def test_training_reads_the_text_that_evaluation_asks(data, tokenizer):
-    module = data(prompt_form="letter")
+    module = data(protocol="label")
     module.setup()
     window = module.train_dataloader().window(0)
+    task, label = get_task("arc_easy"), get_protocol("label")
     texts = {
-        module.prompt.context(question) + module.prompt.target(question)
-        for question in module.train_questions
+        label.context(task, question) + label.target(task, question)
+        for question in module.train_items["arc_easy"]
     }
     for batch in window:
         for ids, mask, labels in zip(*batch.values(), strict=True):
@@ -152,11 +156,71 @@ def test_training_reads_the_text_that_evaluation_asks(data, tokenizer):
 def test_a_tokenizer_without_a_pad_token_is_refused(rows, tokenizer):
     tokenizer.pad_token = None
     with pytest.raises(ConfigurationError, match=r"no pad token: set tokenizer.pad_token"):
-        ChoiceDataModule(tokenizer, "arc_easy", data_dir=rows)
+        TaskDataModule(tokenizer, "arc_easy", data_dir=rows)
 
 
 def test_unknown_names_are_refused_at_once(tokenizer):
     with pytest.raises(ConfigurationError, match="no task 'arc'"):
-        ChoiceDataModule(tokenizer, "arc")
-    with pytest.raises(ConfigurationError, match="no prompt form 'words'"):
-        ChoiceDataModule(tokenizer, "arc_easy", prompt_form="words")
+        TaskDataModule(tokenizer, "arc")
+    with pytest.raises(ConfigurationError, match=r"no protocol 'labels'. Did you mean 'label'"):
+        TaskDataModule(tokenizer, "arc_easy", "labels")
+    with pytest.raises(ConfigurationError, match="lm_eval only evaluates: train under another"):
+        TaskDataModule(tokenizer, "arc_easy", "lm_eval")
+    with pytest.raises(ConfigurationError, match="cot cannot ask arc_easy: it is not a mathem"):
+        TaskDataModule(tokenizer, "arc_easy", "cot")
+
+
+@pytest.fixture
+def mixed(rows, tokenizer, write_rows):
+    choices = {"text": ["up", "down"], "label": ["A", "B"]}
+    made = [
+        {"id": f"o{n}", "question_stem": f"Other {n}?", "choices": choices, "answerKey": "A"}
+        for n in range(20)
+    ]
+    write_rows(rows / "openbookqa" / "train.jsonl.gz", made)
+
+    def mixed(mixture, **options):
+        module = TaskDataModule(
+            tokenizer, mixture, data_dir=rows, batch_size=4, validation_size=10, **options
+        )
+        module.setup()
+        return module
+
+    return mixed
+
+
+def test_a_mixture_holds_each_tasks_rows_by_weight_and_cap(mixed):
+    module = mixed({"arc_easy": {"cap": 12, "weight": 2}, "openbookqa": {"task_type": 1}})
+    assert {name: len(rows) for name, rows in module.train_items.items()} == {
+        "arc_easy": 12,
+        "openbookqa": 15,
+    }
+    assert {name: len(rows) for name, rows in module.validation_items.items()} == {
+        "arc_easy": 5,
+        "openbookqa": 5,
+    }
+    batches = module.train_dataloader()
+    assert len(batches) == (2 * 12 + 15) // 4
+    types = torch.cat([b["task_types"] for s in range(len(batches)) for b in batches.window(s)])
+    assert set(types.tolist()) == {0, 1}
+    half = mixed({"arc_easy": {"weight": 0.5}, "openbookqa": None})
+    assert len(half.train_dataloader().examples) == round(0.5 * 35) + 15
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"arc_easy": {"wait": 1}}, "unknown option 'wait'. Did you mean 'weight'"),
+        ({"arc_easy": {"weight": 0}}, "weight=0 of a mixture's task must be positive"),
+        ({"arc_easy": {"weight": "two"}}, "has weight='two': give a number"),
+        ({"arc_easy": {"cap": 1.5}}, "has cap=1.5: give a number"),
+        ({"arc_easy": {"cap": 0}}, "cap=0 of a mixture's task must be at least 1"),
+        ({"arc_easy": {"task_type": 2}}, "task_type=2 of a mixture must be 0 or 1"),
+        ({"arc_easy": 3}, "arc_easy must hold options such as weight and cap, not 3"),
+        ({"arc_easi": {}}, "no task 'arc_easi'. Did you mean 'arc_easy'"),
+        ({}, "mixture of no tasks"),
+    ],
+)
+def test_a_mixture_that_cannot_be_sampled_is_refused(tokenizer, mixture, message):
+    with pytest.raises(ConfigurationError, match=message):
+        TaskDataModule(tokenizer, mixture)

@@ -1,4 +1,4 @@
-"""Prompts are fixed byte for byte, and tokenised as lm-eval tokenises them."""
+"""Prompts are tokenised as lm-eval tokenises them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,14 @@ from hypothesis import strategies as st
 
 from furina.assets import is_cached
 from furina.backbones import load_backbone, load_tokenizer, tiny_tokenizer
-from furina.data.prompts import VERSION, Prompt, encode_pair
-from furina.data.questions import Question
+from furina.data.encoding import encode_pair
 from furina.errors import ConfigurationError
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = Question("1", "Where does °C = 0?", ("on ice", "in fire", "at sea"), 2)
-
-
-def test_the_text_form_is_these_bytes():
-    prompt = Prompt("text")
-    assert prompt.context(QUESTION).encode() == b"Question: Where does \xc2\xb0C = 0?\nAnswer:"
-    assert prompt.continuation(QUESTION, 0).encode() == b" on ice"
-    assert prompt.target(QUESTION).encode() == b" at sea"
-    assert VERSION == 1
-
-
-def test_the_letter_form_is_these_bytes():
-    prompt = Prompt("letter")
-    assert prompt.context(QUESTION).encode() == (
-        b"Question: Where does \xc2\xb0C = 0?\nA. on ice\nB. in fire\nC. at sea\nAnswer:"
-    )
-    assert prompt.continuation(QUESTION, 1).encode() == b" B"
-    assert prompt.target(QUESTION).encode() == b" C"
-
-
-def test_an_unknown_form_suggests_the_nearest():
-    with pytest.raises(
-        ConfigurationError, match=r"no prompt form 'letters'. Did you mean 'letter'"
-    ):
-        Prompt("letters")
+PAIRS = [
+    ("Question: Where does °C = 0?\nAnswer:", " at sea"),
+    ("Which? (A) on ice (B) in fire\nAnswer:", " B"),
+]
 
 
 def test_an_empty_context_is_refused(tokenizer):
@@ -95,23 +73,21 @@ def test_any_pair_is_encoded_as_the_harness_does(harness, context, continuation)
     assert encode_pair(harness.tokenizer, context, continuation) == expected
 
 
-@pytest.mark.parametrize("form", ["text", "letter"])
-def test_there_is_one_bos_if_the_tokenizer_adds_it_and_none_otherwise(form):
+@pytest.mark.parametrize("pair", PAIRS)
+def test_there_is_one_bos_if_the_tokenizer_adds_it_and_none_otherwise(pair):
     for adds_bos in (True, False):
         tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-        prompt = Prompt(form)
-        context, answer = encode_pair(tokenizer, prompt.context(QUESTION), prompt.target(QUESTION))
+        context, answer = encode_pair(tokenizer, *pair)
         assert (context + answer).count(tokenizer.bos_token_id) == int(adds_bos)
         text = tokenizer.decode(context + answer, skip_special_tokens=True)
-        assert text == prompt.context(QUESTION) + prompt.target(QUESTION)
+        assert text == "".join(pair)
 
 
 @pytest.mark.assets
 @pytest.mark.skipif(not is_cached(MODEL), reason=f"{MODEL} is not cached: run `furina assets`")
 def test_the_real_tokenizer_encodes_pairs_as_the_harness_does_and_adds_no_bos():
     harness = _harness(load_tokenizer(MODEL))
-    for form in ("text", "letter"):
-        context, answer = Prompt(form).context(QUESTION), Prompt(form).target(QUESTION)
+    for context, answer in PAIRS:
         pair = encode_pair(harness.tokenizer, context, answer)
         assert pair == harness._encode_pair(context, answer)
         assert harness.tokenizer.bos_token_id not in pair[0] + pair[1]

@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from furina.data.questions import Question, chance_level, data_hash, overlap
+from furina.data.items import (
+    Instruction,
+    Problem,
+    Program,
+    Question,
+    chance_level,
+    content_id,
+    data_hash,
+    normalised,
+    overlap,
+)
 from furina.errors import DataError
 
 QUESTION = Question("1", "Which one flies?", ("a stone", "a bird"), 1)
@@ -49,3 +59,31 @@ def test_overlap_ignores_case_and_spacing_but_not_words():
 
 def test_chance_is_the_mean_over_questions():
     assert chance_level([QUESTION, replace(QUESTION, choices=("a", "b", "c", "d"))]) == 0.375
+
+
+def test_chance_counts_questions_alone():
+    assert chance_level([QUESTION, Problem("2", "?", "", "1")]) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("item", "text"),
+    [
+        (replace(QUESTION, context="Sky"), "sky which one flies?"),
+        (Problem("1", "How\n many?", "", "1"), "how many?"),
+        (Program("1", "def f():", "f", "", ""), "def f():"),
+        (Instruction("1", "Sort", "b a", "a b"), "sort b a"),
+        (Instruction("1", "Sort", "", "a b"), "sort"),
+    ],
+)
+def test_every_kind_of_item_has_a_normalised_text_and_a_hash(item, text):
+    assert normalised(item) == text
+    assert data_hash([item]) != data_hash([replace(item, id="other")])
+
+
+def test_a_context_changes_the_hash():
+    assert data_hash([replace(QUESTION, context="Sky")]) != data_hash([QUESTION])
+
+
+def test_a_content_id_sees_every_field_and_its_border():
+    assert len({content_id("ab"), content_id("a", "b"), content_id("b", "a")}) == 3
+    assert content_id("ab") == content_id("ab") and len(content_id("ab")) == 16

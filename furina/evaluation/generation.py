@@ -1,0 +1,228 @@
+"""Let a model write: deterministic answers that do not depend on what else is in the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from furina.data.protocols.base import Decoding
+from furina.errors import ConfigurationError, FurinaError
+from furina.mode import evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after each prompt.
+
+    Attributes:
+        texts: the new text of each prompt, in the prompts' order, without its stop.
+        prompt_ids: the token ids of the first prompt as the model read them, padding left off.
+        truncated: number of prompts whose beginning was cut to leave room for an answer.
+    """
+
+    texts: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    truncated: int
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    batch_size: int,
+) -> Generated:
+    """Continue every prompt by greedy or beam search, never by sampling.
+
+    Prompts are padded on the left. With `decoding.pass_mask` padding is masked, and prompts are
+    batched by length. Without, every position is attended to, padding included, and the batches
+    are consecutive prompts as in LLM-Adapters: an answer then depends on its batch by design.
+
+    A prompt is encoded as the tokenizer does by itself, with at most one BOS. One that leaves no
+    room for `max_new_tokens` loses its beginning, not its BOS, and is counted and warned about.
+    Writing ends at any end-of-text token of the tokenizer or of the model's generation config,
+    of which nothing else is used. Model, tokenizer and config are left as they were.
+
+    Raises:
+        ConfigurationError: a bad batch size, an empty prompt, a tokenizer without padding token or
+            with misplaced special tokens, or an answer longer than the model's positions.
+        FurinaError: the model's outputs are not finite.
+    """
+    if batch_size < 1:
+        raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
+    pad_id = _pad_id(tokenizer, decoding)
+    whole = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [_fitted(ids, tokenizer, _room(model, decoding)) for ids in whole]
+    truncated = sum(len(ids) > len(cut) for ids, cut in zip(whole, encoded, strict=True))
+    if truncated:
+        warnings.warn(
+            f"{truncated} of {len(prompts)} prompts leave no room for {decoding.max_new_tokens} "
+            "new tokens: their beginnings were cut.",
+            stacklevel=2,
+        )
+    order = list(range(len(prompts)))
+    if decoding.pass_mask:  # the longest first: too large a batch fails at once
+        order.sort(key=lambda index: -len(encoded[index]))
+    texts = [""] * len(prompts)
+    writer = _Writer(model, tokenizer, decoding, pad_id)
+    with evaluation_mode(model), _own_defaults(model), torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            written = writer.write([encoded[index] for index in indices])
+            for index, text in zip(indices, written, strict=True):
+                texts[index] = text
+    return Generated(tuple(texts), tuple(encoded[0]) if encoded else (), truncated)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> int:
+    for candidate in (decoding.pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    raise ConfigurationError(
+        "The tokenizer has neither a padding nor an end-of-text token: give it a pad_token."
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    ids = list(tokenizer.encode(prompt))
+    if bos is not None and ids[:2] == [bos, bos]:  # the prompt brings its own
+        ids = ids[1:]
+    if ids and eos is not None and eos != bos and ids[-1] == eos:
+        raise ConfigurationError(
+            "The tokenizer appends EOS to a prompt: load it with add_eos_token=False."
+        )
+    if not ids:
+        raise ConfigurationError("A prompt is empty: there is nothing to continue.")
+    return ids
+
+
+def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
+    """Return the longest prompt in tokens, None where the model knows no limit."""
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    room = int(positions) - decoding.max_new_tokens
+    if room < 2:  # a BOS and one token more
+        raise ConfigurationError(
+            f"The model has {positions} positions: max_new_tokens={decoding.max_new_tokens} "
+            "leaves none for a prompt."
+        )
+    return room
+
+
+def _fitted(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int | None) -> list[int]:
+    if room is None or len(ids) <= room:
+        return ids
+    bos = tokenizer.bos_token_id
+    return [ids[0], *ids[1 - room :]] if ids[0] == bos else ids[-room:]
+
+
+@contextmanager
+def _own_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model's generation config out: transformers fills gaps from it, samplers too."""
+    from transformers import GenerationConfig
+
+    config = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = config
+
+
+class _Writer:
+    """One model's deterministic `generate`, batch by batch."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        pad_id: int,
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self.model, self.tokenizer, self.decoding, self.pad_id = model, tokenizer, decoding, pad_id
+        self.ends = _ends(model, tokenizer)
+        self.config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(self.ends) or None,
+        )
+
+    def write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """Return the new text of each prompt of one batch."""
+        width = max(map(len, prompts))
+        device = self.model.device
+        ids = torch.full((len(prompts), width), self.pad_id, device=device)
+        # Without a mask transformers would infer one from the padding tokens it finds
+        # (`_prepare_attention_mask_for_generation`): an unmasked batch takes a mask of ones.
+        mask = torch.full_like(ids, 0 if self.decoding.pass_mask else 1)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
+            mask[row, width - len(prompt) :] = 1
+        model: Any = self.model  # its `generate` is typed as a tensor
+        output: Tensor = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=self.config,
+            logits_processor=[_refuse_nan],
+            stopping_criteria=[self._stops(width)] if self.decoding.stop else [],
+        )
+        return [self.text(row) for row in output[:, width:].tolist()]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Decode up to the end of text, then cut at the earliest stop."""
+        # What follows the end is padding, and `pad_id` may be the id of an ordinary token.
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        text = self._decode(ids[:end])
+        return text[: min([text.find(s) for s in self.decoding.stop if s in text] or [len(text)])]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _stops(self, width: int) -> Any:
+        """Return the criterion that ends a row once its text holds a stop.
+
+        The text that will be cut is what is looked at, so none ends early without being cut;
+        transformers' own `stop_strings` match tokens instead.
+        """
+
+        def stops(ids: Tensor, scores: Any, **options: Any) -> Tensor:
+            texts = map(self._decode, ids[:, width:].tolist())
+            found = [any(stop in text for stop in self.decoding.stop) for text in texts]
+            return torch.tensor(found, device=ids.device)
+
+        return stops
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, (list, tuple)) else [own]
+    return frozenset(int(token) for token in [tokenizer.eos_token_id, *ids] if token is not None)
+
+
+def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
+    if torch.isnan(scores).any():
+        raise FurinaError(
+            "The model's outputs are not finite, so it cannot answer: check its weights and dtype."
+        )
+    return scores
