@@ -3,7 +3,8 @@
     python benchmarks/equality.py --rows 300
 
 Every task is lm-eval's, untouched, on the first rows of the test split, in fp32; question by
-question. Exits with 1 if a prediction differs whose two best choices are more than 1e-3 apart.
+question. Exits with 1 if a log-likelihood differs by more than 1e-3, or a prediction whose two best
+choices are further apart than that.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def main() -> None:
     versions = {module.__name__: module.__version__ for module in modules}
     tasks = {name: asdict(result) for name, result in results.items()}
     print(json.dumps({"tasks": tasks, "settings": vars(options), "versions": versions}))
-    sys.exit(any(result.differing_beyond_gap for result in results.values()))
+    sys.exit(any(r.differing_beyond_gap or r.max_difference > GAP for r in results.values()))
 
 
 if __name__ == "__main__":

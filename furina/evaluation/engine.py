@@ -12,14 +12,14 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from furina.errors import ConfigurationError
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
+from furina.logits import logits_at
 from furina.mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -188,11 +188,7 @@ class Scorer:
         if any(row.branches for row in batch):
             mask = tree_mask(ends, self.model.dtype)
             inputs = {"attention_mask": mask, "position_ids": depths}
-        with _rows_of_lm_head(self.model, ids.shape, slots):
-            logits: Tensor = self.model(input_ids=ids, **inputs, use_cache=False).logits
-        if logits.shape[:-1] != (1, len(slots)):
-            raise _not_by_lm_head(self.model)
-        return logits[0]
+        return logits_at(self.model, slots, ids, **inputs)
 
     def _why_not_packed(self) -> str | None:
         """Return None if a small group scores the same packed and plain, else what is in the way.
@@ -319,33 +315,3 @@ def _window(model: PreTrainedModel) -> int | None:
         return None
     names = ("sliding_window", "attention_chunk_size", "window_size")
     return min((span for name in names if (span := getattr(config, name, None))), default=None)
-
-
-@contextmanager
-def _rows_of_lm_head(model: PreTrainedModel, shape: torch.Size, slots: Tensor) -> Iterator[None]:
-    """Let `lm_head` see the hidden states at these flat positions only, as one sequence (1, n, H).
-
-    What the model does to its logits afterwards (scaling, soft-capping) stays in place.
-    """
-    lm_head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if lm_head is None:
-        raise _not_by_lm_head(model)
-
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        (hidden,) = args
-        if hidden.shape[:-1] != shape:
-            raise _not_by_lm_head(model)
-        return (hidden.flatten(0, 1).index_select(0, slots)[None],)
-
-    handle = lm_head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _not_by_lm_head(model: nn.Module) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(model).__name__} does not compute its logits from one hidden state per token "
-        'through get_output_embeddings(): score it with engine="lm_eval".'
-    )

@@ -1,0 +1,61 @@
+"""Logits at chosen positions only: all of a large vocabulary would cost more than the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from furina.errors import ConfigurationError
+
+
+def logits_at(model: nn.Module, positions: Tensor, input_ids: Tensor, **inputs: Any) -> Tensor:
+    """Run the whole model, with `lm_head` at n of the B·T flattened positions only.
+
+    Whatever the model does to its logits afterwards (scaling, soft-capping) stays in place.
+    Shape: `positions` (n,), `input_ids` (B, T) → (n, V). Raises ConfigurationError if the model's
+    output embedding is not applied to its (B, T, H) hidden states.
+    """
+    with _rows_of_lm_head(model, input_ids.shape, positions):
+        output = model(input_ids=input_ids, **inputs, use_cache=False)
+    logits: Tensor = output.logits
+    if logits.shape[:-1] != (1, len(positions)):
+        raise _not_by_lm_head(model)
+    return logits[0]
+
+
+@contextmanager
+def _rows_of_lm_head(model: nn.Module, shape: torch.Size, positions: Tensor) -> Iterator[None]:
+    """Let `lm_head` see the hidden states of these positions only, as one sequence (1, n, H)."""
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        (hidden,) = args
+        if hidden.shape[:-1] != shape:
+            raise _not_by_lm_head(model)
+        return (hidden.flatten(0, 1).index_select(0, positions)[None],)
+
+    handle = _lm_head(model).register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _lm_head(model: nn.Module) -> nn.Module:
+    get: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    lm_head = get() if get is not None else None
+    if lm_head is None:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no output embedding: use a causal language model."
+        )
+    return lm_head
+
+
+def _not_by_lm_head(model: nn.Module) -> ConfigurationError:
+    return ConfigurationError(
+        f"{type(model).__name__} does not compute its logits from one hidden state per token "
+        "through get_output_embeddings(), so they cannot be restricted to the tokens that count."
+    )
