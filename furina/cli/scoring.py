@@ -139,7 +139,22 @@ def _print(done: Sequence[tuple[Variant, Evaluation]]) -> None:
             asked = f"{evaluation.protocol} v{evaluation.protocol_version}"
             row = (evaluation.task, asked, variant, score.metric, value, str(score.n), chance)
             table.add_row(*row)
+    for (variant, metric), values in _by_metric(done).items():
+        if len(values) > 1:
+            mean = f"{sum(values) / len(values):.3f}"
+            table.add_row(f"mean of {len(values)} tasks", "", variant, metric, mean, "", "")
     console().print(table)
+
+
+def _by_metric(
+    done: Sequence[tuple[Variant, Evaluation]],
+) -> dict[tuple[Variant, str], list[float]]:
+    """Return each variant's scores by metric, a value per task."""
+    values: dict[tuple[Variant, str], list[float]] = {}
+    for variant, evaluation in done:
+        for score in evaluation.scores.values():
+            values.setdefault((variant, score.metric), []).append(score.value)
+    return values
 
 
 def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:

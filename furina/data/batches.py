@@ -52,12 +52,12 @@ def encode_examples(
 ) -> list[Example]:
     """Tokenise each item with its right answer as the protocol trains it, once.
 
-    An example longer than `max_length` loses the start of its context, never the answer; how
-    many did is warned about.
+    An example longer than `max_length` loses the start of its context, never of its answer; one
+    whose answer alone is as long is left out. How many were is warned about.
 
     Raises:
-        ConfigurationError: `max_length` leaves no room for the context of some answer, or the
-            protocol ends its examples and the tokenizer has no end-of-text token.
+        ConfigurationError: `max_length` leaves no room for any answer, or the protocol ends its
+            examples and the tokenizer has no end-of-text token.
     """
     examples, truncated = [], 0
     end = _end(tokenizer, protocol)
@@ -65,18 +65,25 @@ def encode_examples(
         context, answer = encode_pair(tokenizer, *protocol.pair(task, item))
         answer = [*answer, *end]
         if len(answer) >= max_length:
-            raise ConfigurationError(
-                f"max_length={max_length} is too short: the answer of question {item.id!r} "
-                f"alone has {len(answer)} tokens; raise it."
-            )
+            continue
         ids = tuple((context + answer)[-max_length:])
         truncated += len(context) + len(answer) > max_length
         trained = len(ids) if protocol.loss_on_prompt else len(answer)
         examples.append(Example(ids, trained, task_type))
+    if items and not examples:
+        raise ConfigurationError(
+            f"max_length={max_length} is too short: every answer of {task.name} alone is as long; "
+            "raise it."
+        )
+    lost = f"of {len(items)} examples of {task.name}", f"max_length={max_length} tokens"
     if truncated:
         warnings.warn(
-            f"{truncated} of {len(items)} examples of {task.name} are longer than "
-            f"max_length={max_length} tokens and lost the start of their context.",
+            f"{truncated} {lost[0]} are longer than {lost[1]} and lost the start of their context.",
+            stacklevel=2,
+        )
+    if left_out := len(items) - len(examples):
+        warnings.warn(
+            f"{left_out} {lost[0]} have an answer that alone fills {lost[1]} and were left out.",
             stacklevel=2,
         )
     return examples

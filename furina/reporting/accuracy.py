@@ -61,7 +61,7 @@ def accuracy(suite: Suite, method: str, task: str, variant: str) -> Cell:
         "seeds": len(found),
         "n": found[0].n,
     }
-    return Cell(text, numbers, _chance_notes(found))
+    return Cell(text, numbers, (*_chance_notes(found), *_truncation_notes(found)))
 
 
 def macro(suite: Suite, method: str, variant: str) -> Cell:
@@ -86,6 +86,11 @@ def _chance_notes(found: Sequence[Score]) -> tuple[str, ...]:
     return (
         f"not more than two standard errors above chance ({100 * found[0].chance:.1f} %){which}",
     )
+
+
+def _truncation_notes(found: Sequence[Score]) -> tuple[str, ...]:
+    cut = max(score.truncated for score in found)
+    return (f"{cut} prompts were longer than the model reads and lost their start",) if cut else ()
 
 
 def gain(suite: Suite, method: str, task: str, variant: str = "unmerged") -> Difference | None:

@@ -78,8 +78,16 @@ def test_truncation_drops_the_start_of_the_context_and_is_counted(own_questions,
 
 
 def test_an_answer_is_never_cut(own_questions, tokenizer):
-    with pytest.raises(ConfigurationError, match=r"max_length=3 is too short: the answer"):
-        _encode(tokenizer, own_questions, 3)
+    answers = [example.answer_length for example in _encode(tokenizer, own_questions)]
+    longest = max(answers)
+    kept = [length for length in answers if length < longest]
+    with pytest.warns(UserWarning) as caught:
+        examples = _encode(tokenizer, own_questions, longest)
+    assert [example.answer_length for example in examples] == kept
+    said = f"{len(answers) - len(kept)} of {len(answers)} examples of arc_easy have an answer that"
+    assert any(str(warning.message).startswith(said) for warning in caught)
+    with pytest.raises(ConfigurationError, match=r"max_length=1 is too short: every answer"):
+        _encode(tokenizer, own_questions, 1)
 
 
 def test_a_mixtures_rows_carry_their_task_type_and_others_none():

@@ -235,6 +235,18 @@ def test_cost_columns_are_those_of_training(folder: Path) -> None:
     assert cell(table, "lora", "training", "steps").text == "60"
 
 
+def test_a_cell_with_cut_prompts_says_how_many(folder: Path) -> None:
+    path = folder / "lora--arc_easy--seed0.json"
+    record = RunRecord.read(path)
+    cut = tuple(replace(score, truncated=7) for score in record.evaluations)
+    replace(record, evaluations=cut).write(path)
+    table = main_table(load_suite(folder))
+    assert cell(table, "lora", ARC, "unmerged").notes == (
+        "7 prompts were longer than the model reads and lost their start",
+    )
+    assert cell(table, "furina", ARC, "unmerged").notes == ()
+
+
 def test_remarks_say_on_what_the_numbers_were_taken(folder: Path) -> None:
     text = " ".join(main_table(load_suite(folder)).remarks)
     for part in (
