@@ -148,6 +148,7 @@ def _expand(defaults: RunConfig, shared: list[Point], content: dict[str, Any]) -
         for point, own in itertools.product(shared, own_points)
     ]
     for run in runs:
+        run.check_tasks()
         run.adapter_config()
     return [run for index, run in enumerate(runs) if run not in runs[:index]]
 

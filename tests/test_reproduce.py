@@ -138,6 +138,15 @@ def test_a_file_that_holds_no_options_is_one_sentence(tmp_path: Path, text: str,
     assert str(folder / "a.yaml") in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_defaults_may_leave_the_task_to_the_sweep(tmp_path: Path) -> None:
+    shared = {"protocol": "cot", "sweep": {"task": ["gsm8k", "mawps"]}}
+    suite = read_suite(write_suite(tmp_path / "s", shared, a=lora()))
+    assert [run.task for run in suite.runs] == ["gsm8k", "mawps"]
+    folder = write_suite(tmp_path / "t", {"protocol": "cot"}, a=lora())
+    with pytest.raises(ConfigurationError, match="Protocol cot cannot ask arc_easy"):
+        read_suite(folder)
+
+
 def test_a_folder_that_is_no_suite_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="There is no suite file"):
         read_suite(tmp_path / "nowhere")

@@ -78,6 +78,7 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
 
     A run that diverges leaves a record that says so, and raises DivergedError.
     """
+    config.check_tasks()
     started = timestamp()
     reset_peak_memory()
     claim(config, run_dir)

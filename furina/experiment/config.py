@@ -112,9 +112,13 @@ class RunConfig:
             raise ConfigurationError(
                 "method base trains nothing: options of an adapter and targets would be ignored."
             )
-        self._check_tasks()
 
-    def _check_tasks(self) -> None:
+    def check_tasks(self) -> None:
+        """Refuse tasks and protocols that do not fit; a suite's defaults alone need not.
+
+        Raises ConfigurationError for an unknown one, with the nearest right one, for a task that
+        its protocol cannot ask, or for training under a protocol that only evaluates.
+        """
         if self.mixture and self.task in tasks():
             raise ConfigurationError(
                 f"task={self.task} names the mixture, and is itself a task: choose another name."

@@ -52,6 +52,7 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     """
     if config.is_base:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
+    config.check_tasks()
     config.adapter_config()
     tokenizer = load_tokenizer(config.backbone)
     model = load_backbone(

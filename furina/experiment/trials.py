@@ -22,6 +22,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
 
     Raises ConfigurationError for what a search does not score: a mixture, or generated answers.
     """
+    config.check_tasks()
     asked = get_protocol(config.protocol)
     if config.mixture or config.score or not isinstance(asked, ChoiceProtocol):
         raise ConfigurationError(

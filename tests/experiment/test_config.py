@@ -45,7 +45,7 @@ def test_a_value_no_run_could_use_is_one_sentence_with_its_field(
     field: str, value: Any, said: str
 ) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        RunConfig().updated({field: value})
+        RunConfig().updated({field: value}).check_tasks()
     assert field in str(caught.value) and said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -53,7 +53,7 @@ def test_a_value_no_run_could_use_is_one_sentence_with_its_field(
 @pytest.mark.parametrize("change", [{"protocol": "cot"}, {"score": ["arc_easy:cot"]}])
 def test_a_task_that_a_protocol_cannot_ask_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="Protocol cot cannot ask arc_easy: it is not"):
-        RunConfig().updated(change)
+        RunConfig().updated(change).check_tasks()
 
 
 def test_what_is_scored_is_what_is_trained_unless_said() -> None:
