@@ -52,6 +52,8 @@ def metavar(hint: Any) -> str | None:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     if get_origin(kind) in (list, tuple, Sequence):
         return "'[A, B]'"
+    if get_origin(kind) is dict:
+        return "'{A: {…}}'"
     return _METAVARS.get(kind, "TEXT")
 
 
