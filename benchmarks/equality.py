@@ -3,9 +3,9 @@
     python benchmarks/equality.py --rows 300
 
 Every task is lm-eval's, untouched, on the first rows of the test split, in fp32; question by
-question. HFLM adds up a long answer's terms in fp32, so where the two are more than 1e-3 apart both
-are held against HFLM in float64. Ours being more than 1e-3 off then makes the exit status 1, and so
-does a prediction that differs where the two best choices are further apart than that.
+question. HFLM normalises and adds up in fp32, so where the two are more than 1e-3 apart both are
+held against the definition in float64. If ours is more than 1e-3 off then, or a prediction differs
+where the two best choices are further apart than that, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import furina
+from furina.data.encoding import encode_pair
 from furina.data.items import data_hash
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
@@ -77,27 +78,33 @@ def distance(one: BuiltinSample, other: BuiltinSample) -> float:
     return max(abs(a - b) for a, b in pairs)
 
 
-def held_against_float64(
-    options: argparse.Namespace, tokenizer, name: str, rows: list, pairs: list
-) -> list[Apart]:
-    """Score the rows on which the engines are apart once more, one at a time, in float64."""
+def exact(model, tokenizer, sample: BuiltinSample) -> list[float]:
+    """Score a question's answers by the definition, in float64 throughout."""
+    values = []
+    for prompt, answer in zip(sample.prompts, sample.answers, strict=True):
+        context, continuation = encode_pair(tokenizer, prompt, answer)
+        ids = torch.tensor([[*context, *continuation]], device=model.device)
+        with torch.inference_mode():
+            terms = model(ids[:, :-1]).logits[0].log_softmax(-1)[-len(continuation) :]
+        values.append(terms.gather(1, ids[0, -len(continuation) :, None]).sum().item())
+    return values
+
+
+def held_against_float64(options: argparse.Namespace, tokenizer, pairs: list) -> list[Apart]:
+    """Score the questions on which the engines are apart once more, in float64."""
     found = [(one, other) for one, other in pairs if distance(one, other) > GAP]
     if not found:
         return []
-    model = furina.load_backbone(options.backbone, "float32", options.device).double()
-    harness = get_task(name).harness
-    assert harness
-    again = {harness: [rows[one.doc_id] for one, _ in found]}
-    exact = builtin(model, tokenizer, [harness], batch_size=1, rows=again, engine="lm_eval")
-    return [
-        Apart(
-            one.doc_id,
-            max(map(len, one.answers)),
-            distance(one, reference),
-            distance(other, reference),
+    model = furina.load_backbone(options.backbone, "float32", options.device).double().eval()
+    apart = []
+    for one, other in found:
+        true = exact(model, tokenizer, one)
+        errors = (
+            max(abs(a - b) for a, b in zip(sample.loglikelihoods, true, strict=True))
+            for sample in (one, other)
         )
-        for (one, other), reference in zip(found, exact[0].samples, strict=True)
-    ]
+        apart.append(Apart(one.doc_id, max(map(len, one.answers)), *errors))
+    return apart
 
 
 def compare(model, tokenizer, name: str, options: argparse.Namespace) -> Comparison:
@@ -121,7 +128,7 @@ def compare(model, tokenizer, name: str, options: argparse.Namespace) -> Compari
         rows=len(questions),
         data=data_hash(questions),
         max_difference=max(distance(one, other) for one, other in pairs),
-        apart=held_against_float64(options, tokenizer, name, rows[task.harness], pairs),
+        apart=held_against_float64(options, tokenizer, pairs),
         differing=len(differing),
         differing_beyond_gap=sum(gap(sample) > GAP for sample in differing),
         scores={
