@@ -203,9 +203,8 @@ else:
 """
     command = [sys.executable, "-I", "-c", script]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if printed == "refused":
-        pytest.skip("the kernel grants no user namespace")
-    assert printed == "['lo']"
+    # Where the kernel refuses, the audit hook remains: see the attempts at a network above.
+    assert printed in ("refused", "['lo']")
 
 
 def test_limits_that_let_nothing_run_are_refused():

@@ -7,6 +7,8 @@ attended to, beam search, and the first label word anywhere in the output. `clea
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from furina.data import extraction
@@ -59,6 +61,25 @@ class Generate(GenerationProtocol):
         assert task.instructed and isinstance(item, Question)
         return task.instructed.answer(item)
 
+    @abstractmethod
+    def word(self, output: str, words: Sequence[str]) -> str | None:
+        """Return which of a task's answer words the output gives, None for none."""
+
+    @abstractmethod
+    def letter(self, output: str) -> str | None:
+        """Return which of AQuA's letters the output gives, None for none."""
+
+    def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
+        """Read out a word, a letter, or the last number, whichever answers the task."""
+        if task.kind == "choice":
+            assert task.instructed
+            answer = self.word(output, task.instructed.words)
+        elif task.answer_kind == "letter":
+            answer = self.letter(output)
+        else:
+            answer = extraction.last_number(output)
+        return {"acc": _judged(task, answer, self.gold(task, item))}
+
 
 class GenerateV1(Generate):
     """LLM-Adapters byte for byte; only right truncation at 256 tokens is not repeated."""
@@ -91,16 +112,13 @@ class GenerateV1(Generate):
         """Return beam search that attends to padding of id 0."""
         return Decoding(NEW_TOKENS[task.kind], (RESPONSE,), BEAMS, pass_mask=False, pad_id=0)
 
-    def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
-        """Take the first label word, the last number, or the first capital A to E, anywhere."""
-        if task.kind == "choice":
-            assert task.instructed
-            answer = extraction.first_word(output, task.instructed.words)
-        elif task.answer_kind == "letter":
-            answer = extraction.first_letter(output)
-        else:
-            answer = extraction.last_number(output)
-        return {"acc": _judged(task, answer, self.gold(task, item))}
+    def word(self, output: str, words: Sequence[str]) -> str | None:
+        """Return the first label word anywhere."""
+        return extraction.first_word(output, words)
+
+    def letter(self, output: str) -> str | None:
+        """Return the first capital A to E anywhere."""
+        return extraction.first_letter(output)
 
 
 class GenerateClean(Generate):
@@ -122,16 +140,13 @@ class GenerateClean(Generate):
         """Return greedy decoding up to the next section."""
         return Decoding(NEW_TOKENS[task.kind], ("\n### ",))
 
-    def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
-        """Take only what the output states as its answer."""
-        if task.kind == "choice":
-            assert task.instructed
-            answer = extraction.anchored_word(output, task.instructed.words)
-        elif task.answer_kind == "letter":
-            answer = extraction.anchored_letter(output)
-        else:
-            answer = extraction.last_number(output)
-        return {"acc": _judged(task, answer, self.gold(task, item))}
+    def word(self, output: str, words: Sequence[str]) -> str | None:
+        """Return the label word that the output states as its answer."""
+        return extraction.anchored_word(output, words)
+
+    def letter(self, output: str) -> str | None:
+        """Return the letter that the output states as its answer."""
+        return extraction.anchored_letter(output)
 
 
 def _judged(task: Task, answer: str | None, gold: str) -> Judgement:
