@@ -81,8 +81,8 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
     config.check_tasks()
     started = timestamp()
     reset_peak_memory()
-    claim(config, run_dir)
     tests = _test_sets(config)
+    claim(config, run_dir)
     record = partial(_record, config, command, started, tests)
     file = results_dir / f"{config.name}.json"
     try:

@@ -69,6 +69,7 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         )
         return Fitted(model, tokenizer, data, training)
     adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
+    data.setup("fit")
     claim(config, run_dir)  # only now: a config that cannot run must not own the folder
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from furina import adapter_state_dict, describe
-from furina.errors import ConfigurationError
+from furina.errors import ConfigurationError, DataError
 from furina.experiment import fit as fit_module
 from furina.experiment.fit import fit
 from furina.training import LossHistory
@@ -159,3 +159,10 @@ def test_a_run_killed_while_it_is_saved_trains_no_step_again(
     assert steps == []
     assert adapter_bytes(tmp_path) == adapter_bytes(finished.run_dir)
     assert training.loss_curve == finished.fitted.training.loss_curve
+
+
+def test_a_run_whose_items_cannot_be_read_leaves_its_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="There is no folder"):
+        fit(tiny(str(tmp_path / "empty"), "lora"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
