@@ -20,7 +20,6 @@ from torch import Tensor
 from furina.errors import ConfigurationError
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
 from furina.logits import logits_at
-from furina.mode import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -242,18 +241,6 @@ class Scorer:
                 "scored in rows of their own, which is slower.",
                 stacklevel=4,
             )
-
-
-def score(
-    model: PreTrainedModel,
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    max_length: int,
-    batch_size: int | None = None,
-) -> list[Answer]:
-    """Score (context ids, continuation ids) with a model put into eval mode; see `Scorer`."""
-    with evaluation_mode(model):
-        return Scorer(model, max_length, batch_size).score(requests)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import furina
 from furina.adapters import methods
 from furina.errors import ConfigurationError
 from furina.evaluation.bridge import live_model
-from furina.evaluation.engine import PATHS, Scorer, score
+from furina.evaluation.engine import PATHS, Scorer
 from furina.evaluation.packing import (
     Limits,
     Packing,
@@ -30,6 +30,11 @@ def every_warning_is_an_error():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def score(model, requests, max_length, batch_size=None):
+    model.eval()
+    return Scorer(model, max_length, batch_size).score(requests)
 
 
 def draw(rng: random.Random, count: int) -> list[int]:
