@@ -1,0 +1,100 @@
+"""Losses of 20 optimiser steps of every method, recorded before anything was optimised.
+
+    python -m tests.training.golden    # writes golden_losses.json anew: only if results may change
+
+Each step has two micro-batches with padding; the method's auxiliary loss is on and every switch of
+the method is off its default once. Float64 runs have dropout, too: the masks are part of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+
+import furina
+from furina.adapters import AdapterConfig, methods
+from furina.backbones import load_backbone
+from furina.data.batches import collate
+from furina.storage import write_json
+from furina.training.loss import answer_loss, select_answers
+from tests.helpers import small, variants
+from tests.training.helpers import examples
+
+FILE = Path(__file__).with_name("golden_losses.json")
+STEPS, ROWS = 20, 6
+ACTIVE = {
+    "loramoe": {"balance_coefficient": 0.1, "task_type": 1},
+    "mola": {"allocation": (2, 3)},
+}
+
+
+def configs() -> Iterator[tuple[str, AdapterConfig]]:
+    """Yield every method with at most one switch off its default, and with dropout."""
+    for method in methods():
+        options = ACTIVE.get(method, {})
+        for config in variants(method, together=1):
+            changed = {**config.to_dict(), **options}
+            if changed.get("router_removed"):
+                changed.pop("balance_coefficient", None)
+            config = furina.adapters.configure(method, changed)
+            yield name_of(config), config
+        config = small(method, dropout=0.1, **options)
+        yield name_of(config), config
+
+
+def name_of(config: AdapterConfig) -> str:
+    """Name a config by what differs from the small default."""
+    default = small(config.name).to_dict()
+    changed = {k: v for k, v in config.to_dict().items() if v != default[k]}
+    return " ".join([config.name, *(f"{k}={v}" for k, v in sorted(changed.items()))])
+
+
+def losses(config: AdapterConfig, dtype: str, order: int = 0) -> list[float]:
+    """Return the loss of each step; `order` shuffles the rows inside the micro-batches."""
+    model = furina.adapt(load_backbone("tiny-llama", dtype), config, seed=1).train()
+    optimizer = AdamW(furina.parameter_groups(model, 2e-3, weight_decay=0.01))
+    rows, shuffle = examples(), torch.Generator().manual_seed(order)
+    found = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        window = [[rows[(step * 2 * ROWS + half * ROWS + i) % len(rows)] for i in range(ROWS)]
+                  for half in range(2)]  # fmt: skip
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in window:
+            places = torch.randperm(ROWS, generator=shuffle).tolist() if order else range(ROWS)
+            batch = select_answers(collate([micro[place] for place in places], pad_id=0))
+            loss = (answer_loss(model, batch)[0] + furina.auxiliary_loss(model)) / 2
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(list(furina.adapter_parameters(model).values()), 1.0)
+        optimizer.step()
+        furina.after_step(model)
+        found.append(total)
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    runs = {
+        name: {dtype: losses(config, dtype) for dtype in ("float64", "float32")}
+        for name, config in configs()
+    }
+    write_json(FILE, {"commit": commit.stdout.strip(), "torch": torch.__version__, "losses": runs})
+    print(len(runs), "runs written to", FILE)
+
+
+def recorded() -> dict[str, dict[str, list[float]]]:
+    """Return the recorded losses by config and dtype."""
+    losses: dict[str, dict[str, list[float]]] = json.loads(FILE.read_text())["losses"]
+    return losses
+
+
+if __name__ == "__main__":
+    main()
