@@ -81,7 +81,8 @@ def losses(config: AdapterConfig, dtype: str, order: int = 0) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    ask = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(ask, capture_output=True, text=True, check=True)
     runs = {
         name: {dtype: losses(config, dtype) for dtype in ("float64", "float32")}
         for name, config in configs()
