@@ -12,9 +12,10 @@ PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MOE_PEFT := .venv-moe-peft
 WORKS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup reproduce test test-slow lint report clean
+.PHONY: help setup reproduce test test-slow lint report moe-peft clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +42,10 @@ lint: $(STAMP) ## Check style (ruff), types (mypy --strict) and layers (import-l
 report: $(STAMP) ## Regenerate every table and figure from results/ (ARGS=--check only compares)
 	@$(BIN)/furina report $(ARGS)
 
+moe-peft: $(MOE_PEFT)/.installed ## Make the environment of a peer that benchmarks/training.py times
+
 clean: ## Remove .venv and caches; runs/ and results/ stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MOE_PEFT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find furina tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A shim may be on the path and yet not run, so each candidate is tried; a broken .venv is remade.
@@ -61,4 +64,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing the pinned requirements into $(VENV) (a few minutes the first time)."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch setuptools
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# It asks for torch before 2.6, but is to be timed on ours.
+$(MOE_PEFT)/.installed: | $(STAMP)
+	@$(BIN)/python -m venv --clear $(MOE_PEFT)
+	@echo "Installing moe_peft into $(MOE_PEFT) (a few minutes)."
+	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check transformers==4.46.3 'datasets<4' 'pyarrow<20' 'numpy<2' accelerate evaluate scikit-learn sentencepiece tiktoken
+	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check --no-deps moe_peft==2.0.2
 	@touch $@

@@ -20,6 +20,8 @@ from furina.storage import write_text
 
 STUDIES = ("search", "selection")
 PAPER = "paper"
+BENCHMARK = "training"
+"""Folder of what the scripts in benchmarks/ write: no runs."""
 GENERATED = {"tables": ("md", "csv", "tex"), "figures": ("svg",)}
 
 
@@ -91,7 +93,7 @@ def generate(
 
 
 def _suites(results_dir: Path) -> list[str]:
-    reserved = (*STUDIES, PAPER)
+    reserved = (*STUDIES, PAPER, BENCHMARK)
     found = sorted({path.parent.name for path in results_dir.glob("*/*.json")})
     return [name for name in found if name not in reserved and not name.startswith(".")]
 

@@ -1,0 +1,162 @@
+"""Optimiser steps of one moe_peft method; training.py runs this in moe_peft's own environment.
+
+Speaks lines on stdin and stdout. The first is the setup, as JSON, and is answered by what was
+built; then `step N` is answered by a list of N seconds, `memory N` by the bytes that N steps need
+and `loss` by the last step's loss. An error is answered by {"error": reason}. What is printed
+meanwhile goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from moe_peft import LLMBatchConfig, LLMModel, LLMModelInput, TrainConfig, adapter_factory
+from moe_peft.trainer import _compute_loss
+from peak_memory import rise
+from torch import Tensor
+
+NAME = "trial"
+NO_DROPOUT = 1e-9  # its LoRA asserts a rate above 0
+
+
+class Trial:
+    """A model with one adapter, trained on one batch as moe_peft's trainer does it."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        """Load, adapt and prepare the trainer's own optimiser."""
+        self.setup = setup
+        torch.manual_seed(setup["seed"])
+        self.model = LLMModel.from_pretrained(
+            setup["folder"],
+            device=setup["device"],
+            attn_impl="eager",
+            load_dtype=getattr(torch, setup["dtype"]),
+        )
+        self.model.init_adapter(adapter(setup))
+        if setup["dropout"] == 0:
+            self.silence_experts()
+        rows = len(setup["input_ids"])
+        self.config = TrainConfig(
+            adapter_name=NAME,
+            num_epochs=1,
+            batch_size=rows,
+            micro_batch_size=rows,
+            learning_rate=setup["learning_rate"],
+        )
+        weights = self.model.get_adapter_weight_dict(NAME)
+        self.trainable = sum(weight.numel() for weight in weights.values() if weight.requires_grad)
+        self.config.prepare(weights)
+        self.config.prepare_lr_scheduler(rows)
+        self.loss = float("nan")
+
+    def linears(self) -> Iterator[Any]:
+        """Yield every linear of every block."""
+        for layer in self.model.model_.layers_:
+            for group in layer.state_dict():
+                yield from group.values()
+
+    def silence_experts(self) -> None:
+        """Turn the experts' dropout off; only the LoRA outside a mixture needs it above 0."""
+        for linear in self.linears():
+            for name, lora in linear.loras_.items():
+                if name.startswith("moe."):
+                    lora.dropout_.p = 0.0
+
+    def inputs(self) -> LLMModelInput:
+        """Return the batch as its dispatcher does: a forward takes it out of the object."""
+        return LLMModelInput(
+            batch_configs_=[LLMBatchConfig(NAME, 0, len(self.setup["input_ids"]))],
+            batch_tokens_=self.setup["input_ids"],
+            batch_labels_=self.setup["labels"],
+            batch_masks_=self.setup["attention_mask"],
+            gradient_checkpoint_=self.setup["checkpoint"],
+        )
+
+    def step(self) -> float:
+        """Do one step as `moe_peft.train` does, which clips no gradient; return the seconds."""
+        synchronise()
+        start = time.perf_counter()
+        loss = _compute_loss({NAME: self.config}, self.model.forward(self.inputs()))
+        loss.backward()
+        self.config.step()
+        synchronise()
+        seconds = time.perf_counter() - start
+        self.loss = loss.item()
+        return seconds
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield what was loaded."""
+        yield self.model.model_.embed_tokens_.token_embedding_
+        yield self.model.model_.lm_head_.weight
+        for linear in self.linears():
+            yield linear.base_layer_.weight
+
+    def answer(self, words: list[str]) -> object:
+        """Do what a line asks for."""
+        if words == ["loss"]:
+            return self.loss
+        command, count = words
+        if command == "memory":
+            return rise(lambda: [self.step() for _ in range(int(count))], self.weights())
+        assert command == "step", command
+        return [self.step() for _ in range(int(count))]
+
+
+def adapter(setup: dict[str, Any]) -> Any:
+    """Return the adapter's config; plain LoRA ignores what is said of experts."""
+    method = setup["method"]
+    return adapter_factory(
+        method.upper(),
+        NAME,
+        r=setup["rank"],
+        lora_alpha=setup["alpha"],
+        lora_dropout=setup["dropout"] or NO_DROPOUT,
+        target_modules=setup["targets"],
+        num_experts=setup["experts"],
+        top_k=setup["top_k"],
+        routing_strategy=method,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return moe_peft's version and, named as its own, those of what it runs on."""
+    own = {f"{name} (moe_peft)": name for name in ("torch", "transformers")}
+    names = {"moe_peft": "moe_peft", **own}
+    return {label: importlib.metadata.version(name) for label, name in names.items()}
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Answer every line until there is none."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    trial: Trial | None = None
+    for line in sys.stdin:
+        answer: object
+        try:
+            if trial is None:
+                setup = json.loads(line)
+                torch.set_num_threads(setup["threads"])
+                trial = Trial(setup)
+                answer = {"trainable": trial.trainable, "versions": versions()}
+            else:
+                answer = trial.answer(line.split())
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

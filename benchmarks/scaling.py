@@ -1,0 +1,257 @@
+"""Measure how an adapted linear's training cost grows; the last line printed is JSON.
+
+    python benchmarks/scaling.py --results results/training
+    python benchmarks/scaling.py --sweeps shapes --rounds 20
+
+One linear runs forward and backward in training mode four ways: frozen (with a gradient to its
+input only), LoRA of total rank N·r, FURINA of N experts of rank r without and with its selection
+loss. FURINA has one shared expert and top_k = 2 as by default; a single expert is not shared, and
+below four experts there are too few routed ones for a selection loss.
+
+Seconds are medians over rounds that run all four in a new order; ratios to LoRA are of the times of
+one round. `saved_bytes` is what autograd keeps for the backward beyond the parameters, the same in
+every run; on a CUDA device `peak_bytes` is the most that a step allocates.
+
+FLOPs are counted by FlopCounterMode and by the closed form that scaling_points.py derives. Torch
+counts addmm and baddbmm but not their in-place forms, so these are added to its registry. Then the
+two are equal: any difference means that the code has changed, and above 2 % the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import scaling_points
+import scaling_report
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import furina
+from furina.adapters import methods
+from furina.inject import is_adapted, state_of
+from furina.records.environment import provenance
+from furina.storage import write_json
+
+TOLERANCE = 0.02
+TOP_K = 2
+
+
+def product_flops(added: Sequence[int], left: Sequence[int], right: Sequence[int], **_) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: product_flops, torch.ops.aten.baddbmm_: product_flops}
+
+
+class Single(nn.Module):
+    """The smallest model with a linear to adapt."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@dataclass
+class Variant:
+    """A model with its input (1, T, d) and the gradient of its output (1, T, k)."""
+
+    model: Single
+    x: Tensor
+    gradient: Tensor
+    mask: Tensor
+    with_loss: bool
+
+    def clear(self) -> None:
+        """Free what the last step left."""
+        self.model.zero_grad()
+        self.x.grad = None
+        if is_adapted(self.model):
+            state_of(self.model).tracker.last = None
+
+    def forward(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return what to go back from and its gradients."""
+        y = self.model(self.x, attention_mask=self.mask)
+        if self.with_loss:
+            return [y, furina.auxiliary_loss(self.model)], [self.gradient, None]
+        return [y], [self.gradient]
+
+    def step(self) -> None:
+        torch.autograd.backward(*self.forward())
+
+    def seconds(self) -> float:
+        self.clear()
+        self._wait()
+        start = time.perf_counter()
+        self.step()
+        self._wait()
+        return time.perf_counter() - start
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+    def saved_bytes(self) -> int:
+        """Return the size of all storages kept for the backward, but those of parameters."""
+        kept = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage  # held, so that no address is used again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.forward()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        return sum(storage.nbytes() for address, storage in kept.items() if address not in owned)
+
+    def peak_bytes(self) -> int | None:
+        if not self.x.is_cuda:
+            return None
+        self.clear()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _wait(self) -> None:
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sweeps = scaling_points.SWEEPS
+    parser.add_argument("--sweeps", nargs="+", choices=sweeps, default=list(sweeps))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="of weight and input")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="tiny layers, to try the script")
+    parser.add_argument("--results", type=Path, help="folder for scaling.json, .md and .svg")
+    return parser.parse_args()
+
+
+def adapters_of(point: scaling_points.Point) -> dict[str, dict]:
+    """Return the options of each method's config by variant."""
+    n, shared = point.num_experts, point.num_shared
+    experts = {"num_experts": n, "num_shared_experts": shared, "rank": point.rank, "top_k": TOP_K}
+    options = {
+        "lora": {"rank": n * point.rank},
+        "furina_no_loss": {**experts, "selection_coefficient": 0.0},
+    }
+    return {**options, "furina": experts} if n - shared > TOP_K else options
+
+
+def models_of(point: scaling_points.Point, base: nn.Linear, seed: int) -> dict[str, Single]:
+    """Return the variants' models, which share the frozen linear."""
+    models = {"frozen": Single(base).requires_grad_(False)}
+    for name, options in adapters_of(point).items():
+        config = methods()[name.partition("_")[0]](**options)
+        model = furina.adapt(Single(base), config, targets=["linear"], seed=seed)
+        with torch.no_grad():  # the selection loss has a gradient once v is not 0
+            for tensor in state_of(model).layers["linear"].adapter_tensors().values():
+                tensor.normal_(std=0.02)
+        models[name] = model
+    return {name: model.train() for name, model in models.items()}
+
+
+def variants_of(point: scaling_points.Point, options: argparse.Namespace) -> dict[str, Variant]:
+    kind = {"dtype": getattr(torch, options.dtype), "device": options.device}
+    base = nn.Linear(point.in_features, point.out_features, bias=False, **kind)
+    x = torch.randn(1, point.tokens, point.in_features, **kind).requires_grad_()
+    gradient = torch.randn(1, point.tokens, point.out_features, **kind)
+    mask = torch.ones(1, point.tokens, dtype=torch.long, device=options.device)
+    return {
+        name: Variant(model, x, gradient, mask, with_loss=name == "furina")
+        for name, model in models_of(point, base, options.seed).items()
+    }
+
+
+def measure(point: scaling_points.Point, options: argparse.Namespace, rng: random.Random) -> dict:
+    torch.manual_seed(options.seed)  # how much dropout drops is part of what is kept
+    variants = variants_of(point, options)
+    found = {name: counts(variant, point, name) for name, variant in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(options.rounds + 1):
+        for name in rng.sample(list(variants), k=len(variants)):
+            took = variants[name].seconds()
+            if number:  # the first round warms up
+                seconds[name].append(took)
+    for name, own in seconds.items():
+        ratios = (mine / lora for mine, lora in zip(own, seconds["lora"], strict=True))
+        found[name] |= {
+            "seconds": statistics.median(own),
+            "seconds_by_round": own,
+            "ratio_to_lora": statistics.median(ratios),
+        }
+    return {**asdict(point), "variants": found}
+
+
+def counts(variant: Variant, point: scaling_points.Point, name: str) -> dict:
+    """Return what does not depend on the machine's load."""
+    flops, expected = variant.flops(), scaling_points.closed_form(point, name)
+    return {
+        "flops": flops,
+        "closed_form": expected,
+        "difference": flops / expected - 1,
+        "peak_bytes": variant.peak_bytes(),
+        "saved_bytes": variant.saved_bytes(),
+    }
+
+
+def worst(points: Sequence[dict]) -> float:
+    return max(abs(v["difference"]) for point in points for v in point["variants"].values())
+
+
+def line(point: dict) -> str:
+    times = "   ".join(
+        f"{name} {1e3 * found['seconds']:.2f} ms ({found['ratio_to_lora']:.2f}x)"
+        for name, found in point["variants"].items()
+    )
+    return f"{point['series']} = {point['value']}: {times}   FLOPs {worst([point]):.2%} apart"
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    rng = random.Random(options.seed)
+    sizes = scaling_points.QUICK if options.quick else scaling_points.Sizes()
+    points = []
+    for sweep in options.sweeps:
+        for point in scaling_points.points_of(sweep, sizes):
+            points.append(measure(point, options, rng))
+            print(line(points[-1]), flush=True)
+    report = {
+        "settings": {key: value for key, value in vars(options).items() if key != "results"},
+        "environment": asdict(provenance()),
+        "points": points,
+        "backbones": scaling_points.backbone_costs(points),
+    }
+    for cost in report["backbones"]:
+        print(scaling_report.sentence(cost))
+    if options.results is not None:
+        write_json(options.results / "scaling.json", report)
+        scaling_report.write(options.results)
+    print(json.dumps(report))
+    if worst(points) > TOLERANCE:
+        sys.exit(f"FLOPs as counted and by the closed form are {worst(points):.1%} apart.")
+
+
+if __name__ == "__main__":
+    main()

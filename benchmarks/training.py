@@ -1,0 +1,249 @@
+"""Time one optimiser step of every method, and of peft's and moe_peft's; the last line is JSON.
+
+    make moe-peft
+    python benchmarks/training.py --memory --results results/training
+    python benchmarks/training.py --backbone tiny-llama --only lora furina peft_lora --rounds 1
+
+A step is forward, backward, clipping and optimiser on one fixed batch of random tokens of which
+only the last eight of a row are the answer; all methods have the same total rank. Variants are
+stepped in rounds of random order, and a ratio is the median over rounds of two times of one round.
+
+`same_loop/` puts peft's adapter into our loop (logits of the answer only, fused AdamW);
+`as_shipped/` is a peer's usual loop: logits of every token and a plain AdamW. moe_peft runs in an
+environment of its own; its trainer clips no gradient, and recomputes activations in the backward,
+which costs time and saves memory: here they are kept unless --moe-peft-checkpoint says otherwise.
+Its plain LoRA, on attention in a mixture too, cannot do without drawing dropout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import training_report
+from training_peers import ENVIRONMENT, MOE_PEFT, Peer
+from training_variants import NO_LOSS, PEFT, Batch, Variant, build, random_batch
+
+import furina
+from furina.errors import FurinaError
+from furina.records.environment import provenance
+
+FIRST = ("floor", "lora", "furina", NO_LOSS, "dora")
+MEMORY_STEPS = 3
+Rounds = dict[str, list[float]]
+Variants = dict[str, Variant | Peer]
+Failed = dict[str, str]
+"""Why a variant has no time, and under memory/NAME why it has no memory."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", default="smollm2-135m-instruct", help="asset, folder or name")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="eager", help="of transformers; moe_peft's is eager")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64, help="of a row")
+    parser.add_argument("--rank", type=int, default=128, help="of all experts together")
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=7, help="0 to time nothing")
+    parser.add_argument("--only", nargs="+", help="variants, with or without their loop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="fresh processes each")
+    parser.add_argument("--moe-peft", type=Path, default=ENVIRONMENT, help="its environment")
+    choices = ("none", "recompute")
+    parser.add_argument("--moe-peft-checkpoint", choices=choices, default="none")
+    parser.add_argument("--results", type=Path, help="folder for step.json, step.md and step.svg")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.rank % options.experts:
+        parser.error("--experts must divide --rank")
+    return options
+
+
+def variant_names() -> list[str]:
+    others = [name for name in furina.methods() if name not in FIRST]
+    peers = [f"{loop}/{name}" for loop in ("same_loop", "as_shipped") for name in PEFT]
+    return [*FIRST, *others, *peers, *(f"as_shipped/{name}" for name in MOE_PEFT)]
+
+
+def select(only: Sequence[str] | None) -> list[str]:
+    """Return the chosen variants; exits with the choice where a word names none."""
+    names = variant_names()
+    if only is None:
+        return names
+    chosen = [name for name in names if {name, name.rpartition("/")[2]} & set(only)]
+    known = {word for name in names for word in (name, name.rpartition("/")[2])}
+    if unknown := sorted(set(only) - known):
+        sys.exit(f"error: no variant is called {', '.join(unknown)}; choose of {', '.join(names)}")
+    return chosen
+
+
+def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Batch]:
+    """Return the frozen backbone and the batch."""
+    torch.set_num_threads(options.threads)
+    model = furina.load_backbone(
+        options.backbone, options.dtype, options.device, options.attention
+    ).requires_grad_(False)
+    return model, random_batch(model.config.vocab_size, options)
+
+
+def make(
+    name: str, model: torch.nn.Module, batch: Batch, options: argparse.Namespace
+) -> Variant | Peer:
+    peer = name.rpartition("/")[2]
+    if peer in MOE_PEFT:
+        return Peer(peer, batch, options)
+    return build(name, model, batch, options)
+
+
+@contextlib.contextmanager
+def running(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[Variants, Failed]]:
+    """Yield the variants that can be built, on one copy of the weights, and why others cannot."""
+    variants: Variants = {}
+    failed: Failed = {}
+    model, batch = prepare(options)
+    try:
+        for name in names:
+            try:
+                variants[name] = make(name, model, batch, options)
+            except Exception as error:
+                fail(failed, name, error)
+        yield variants, failed
+    finally:
+        for variant in variants.values():
+            variant.close()
+
+
+def fail(failed: Failed, name: str, reason: Exception | str) -> None:
+    """Note and print why a variant has no result; the others go on."""
+    plain = isinstance(reason, FurinaError | str)
+    failed[name] = str(reason) if plain else f"{type(reason).__name__}: {reason}"
+    print(f"{name}: failed: {failed[name]}", flush=True)
+
+
+def time_rounds(
+    variants: Variants, failed: Failed, rounds: int, seed: int
+) -> tuple[Rounds, dict[str, float]]:
+    """Step each variant once to warm up, then once in every round; return seconds and first losses.
+
+    One that fails is left out of all rounds.
+    """
+    seconds: Rounds = {name: [] for name in variants}
+    losses: dict[str, float] = {}
+    order = random.Random(seed)
+    for number in range(rounds + 1):
+        for name in order.sample(list(seconds), k=len(seconds)):
+            try:
+                took = variants[name].seconds()
+                if number:
+                    seconds[name].append(took)
+                else:
+                    losses[name] = variants[name].loss
+            except Exception as error:
+                fail(failed, name, error)
+                del seconds[name]
+        print(f"round {number} of {rounds}" if number else "warm", flush=True)
+    return seconds, {name: losses[name] for name in seconds}
+
+
+def memory_of(
+    names: Sequence[str], failed: Failed, options: argparse.Namespace, arguments: Sequence[str]
+) -> dict[str, int]:
+    """Return each variant's peak memory, the median over fresh processes."""
+    found: dict[str, int] = {}
+    for name in names:
+        command = [sys.executable, __file__, *arguments, "--one", name]
+        answers = []
+        for _ in range(options.memory_repeats):
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = done.stdout.splitlines() or ["{}"]
+            told = json.loads(lines[-1]) if done.returncode == 0 else {}
+            if "bytes" not in told:
+                last = (done.stderr.splitlines() or [f"status {done.returncode}"])[-1]
+                fail(failed, f"memory/{name}", told.get("error", last))
+                break
+            answers.append(told["bytes"])
+        else:
+            found[name] = int(statistics.median(answers))
+            print(f"{name:<28} {found[name] / 2**20:8.0f} MiB", flush=True)
+    return found
+
+
+def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the memory of one variant, in this fresh process."""
+    with running([name], options) as (variants, failed):
+        if failed:
+            return {"error": failed[name]}
+        return {"bytes": variants[name].memory(MEMORY_STEPS)}
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Measure what the options ask for; return the report."""
+    names, failed = select(options.only), Failed()
+    memory = memory_of(names, failed, options, arguments) if options.memory else {}
+    trainable: dict[str, int] = {}
+    versions: dict[str, str] = {}
+    rounds: Rounds = {}
+    losses: dict[str, float] = {}
+    if options.rounds:
+        with running(names, options) as (variants, new):
+            failed |= new
+            for name, variant in variants.items():
+                trainable[name] = variant.trainable
+                versions |= variant.versions
+            rounds, losses = time_rounds(variants, failed, options.rounds, options.seed)
+    hidden = ("moe_peft", "results", "one")
+    environment = asdict(provenance())
+    environment["packages"] |= versions
+    return {
+        "settings": {key: value for key, value in vars(options).items() if key not in hidden},
+        "environment": environment,
+        "seconds": {name: spread(values) for name, values in rounds.items()},
+        "rounds": rounds,
+        "memory_bytes": memory,
+        "trainable": trainable,
+        "first_loss": losses,
+        "ratios": training_report.ratios(rounds, memory),
+        "ratios_to": {
+            other: training_report.ratios_to(rounds, other) for other in ("lora", "floor")
+        },
+        "failed": failed,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median and quartiles; a single value is all three."""
+    more = [*values, *values][: max(len(values), 2)]
+    q1, median, q3 = statistics.quantiles(more, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "n": len(values)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parse(arguments)
+    if options.one:
+        print(json.dumps(one(options.one, options)))
+        return
+    report = measure(options, arguments)
+    print(training_report.text(report), end="")
+    if options.results:
+        training_report.write(report, options.results)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
