@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from furina.accumulation import accumulating as accumulating
     from furina.adapters import configure as configure
     from furina.adapters import methods as methods
     from furina.auxiliary import auxiliary_loss as auxiliary_loss
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "accumulation": ("accumulating",),
     "adapters": ("configure", "methods"),
     "auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
     "backbones": ("load_backbone", "load_tokenizer"),

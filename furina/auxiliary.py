@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from furina.context import Forward
+from furina.adapters.product import no_autocast
+from furina.context import Forward, Record
 from furina.errors import ConfigurationError
 from furina.inject import state_of
 
@@ -45,7 +46,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         )
     if not names:  # MixLoRA without an FFN
         return forward.tokens().to(torch.float32) * 0
-    parts = [forward.records[name] for name in names]
+    records = {name: forward.records[name] for name in names}
+    with no_autocast(records[names[0]][0].device):
+        parts = list(state.config.statistics(records, forward.column).values())
     tokens = forward.tokens().to(parts[0])
     *parts, tokens = _sum_over_ranks([*parts, tokens.reshape(1)])
     # Without a real token every sum is 0, and so must the gradient be, not 0/0.
@@ -136,12 +139,13 @@ def record_selection(model: nn.Module) -> Iterator[SelectionRecord]:
         )
     tracker, record = state.tracker, SelectionRecord()
 
-    def observe(layer: str, statistics: Tensor) -> None:
+    def observe(layer: str, statistics: Record) -> None:
         assert tracker.active is not None
         if not record.sums or layer == next(iter(record.sums)):
             tokens = tracker.active.tokens()
             record.tokens += int(tokens)
-        wide = statistics.to(torch.float64)
+        sums = state.config.statistics({layer: statistics}, tracker.active.column)[layer]
+        wide = sums.to(torch.float64)
         record.sums[layer] = record.sums[layer] + wide if layer in record.sums else wide
 
     tracker.observer = observe

@@ -1,4 +1,4 @@
-"""What the adapted layers know of the forward they take part in: padding mask and task types.
+"""What the adapted layers of a model share: the forward they take part in, and its optimiser step.
 
 The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record sums over
 real tokens into it. Gradient checkpointing runs layers again in the backward pass, so the
@@ -9,14 +9,26 @@ same mask, however many forwards happened since, and a second record of a layer 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from furina.errors import ConfigurationError
+
+Record = tuple[Tensor, ...]
+"""What a layer recorded in a forward: sums over real tokens, or what its method makes them of."""
+
+
+class Operands(NamedTuple):
+    """What a layer's forward needs of its parameters alone."""
+
+    a: Tensor
+    b: Tensor
+    extra: tuple[Tensor, ...] = ()
+    """Whatever else the method makes; unlike A and B it is never cast."""
 
 
 @dataclass
@@ -26,7 +38,7 @@ class Forward:
     mask: Tensor | None
     positions: int
     task_types: Tensor | None = None
-    records: dict[str, Tensor] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict)
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
@@ -52,13 +64,55 @@ class Forward:
                 f"{layer} saw {tokens} token vectors but the attention mask has "
                 f"{self.mask.numel()} positions; pass a (batch, sequence) mask of the same tokens."
             )
-        return self.mask.reshape(-1, 1)
+        return self.column
+
+    @property
+    def column(self) -> Tensor | None:
+        """The boolean mask of real tokens as (T, 1), or None when none was given."""
+        return None if self.mask is None else self.mask.reshape(-1, 1)
 
     def tokens(self) -> Tensor:
         """Return the number of real tokens of this forward on this rank, as an integer scalar."""
         if self.mask is not None:
             return self.mask.sum()
         return torch.tensor(self.positions)
+
+
+class SharedOperands:
+    """What layers derive from their parameters, made once for several forwards and backwards.
+
+    Each layer's tensors with a gradient are cut off from how they were made: their gradients gather
+    in these leaves, and `backward` passes the sums on to the parameters.
+    """
+
+    def __init__(self, made: Mapping[str, Operands]) -> None:
+        """Cut off what the layers called by these names have made."""
+        self._made = made
+        self.leaves = {
+            name: Operands(_leaf(each.a), _leaf(each.b), tuple(map(_leaf, each.extra)))
+            for name, each in made.items()
+        }
+
+    def backward(self) -> None:
+        """Pass the gathered gradients on; once."""
+        pairs = [
+            (tensor, leaf.grad)
+            for name, made in self._made.items()
+            for tensor, leaf in zip(_tensors(made), _tensors(self.leaves[name]), strict=True)
+            if leaf is not tensor and leaf.grad is not None
+        ]
+        if pairs:
+            tensors, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(tensors, gradients)
+
+
+def _tensors(operands: Operands) -> tuple[Tensor, ...]:
+    return (operands.a, operands.b, *operands.extra)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Return a leaf in place of a derived tensor; a parameter or constant stays itself."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 class ForwardTracker:
@@ -68,7 +122,8 @@ class ForwardTracker:
         """Start with no forward seen."""
         self.active: Forward | None = None
         self.last: Forward | None = None
-        self.observer: Callable[[str, Tensor], None] | None = None
+        self.observer: Callable[[str, Record], None] | None = None
+        self.shared: SharedOperands | None = None
         self._training_grad = False
 
     def attach(self, model: nn.Module) -> list[Any]:
@@ -89,14 +144,14 @@ class ForwardTracker:
             )
         return True
 
-    def record(self, layer: str, statistics: Tensor) -> bool:
+    def record(self, layer: str, *statistics: Tensor) -> bool:
         """Keep the first record of `layer`: a recomputation of the same forward counts once.
 
         Returns whether it was kept; what an observer takes is not.
         """
         assert self.active is not None
         if self.observer is not None:
-            self.observer(layer, statistics.detach())
+            self.observer(layer, tuple(tensor.detach() for tensor in statistics))
             return False
         if layer in self.active.records:
             return False
@@ -136,7 +191,7 @@ class ForwardTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last forward's graph out of copies and pickles."""
-        return {**self.__dict__, "active": None, "last": None}
+        return {**self.__dict__, "active": None, "last": None, "shared": None}
 
 
 @dataclass

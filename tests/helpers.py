@@ -125,7 +125,7 @@ def perturb_layer(layer: AdapterLinear, target: float = 0.2, seed: int = 0) -> f
     trained = [(n, p) for n, p in layer.named_parameters() if not n.startswith("base.")]
     start = {name: parameter.detach().clone() for name, parameter in trained}
     noise = {
-        name: _rms(value) * torch.randn(value.shape, generator=generator).to(value)
+        name: _rms(value) * _normal(name, value, generator).to(value)
         for name, value in start.items()
     }
     for size in (0.5, 0.3, 0.2, 0.1, 0.05):
@@ -147,6 +147,13 @@ def perturb_layer(layer: AdapterLinear, target: float = 0.2, seed: int = 0) -> f
 
 def _rms(value: Tensor) -> float:
     return value.square().mean().sqrt().item() or 0.5
+
+
+def _normal(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a tensor; that of B is the same whether B or Bᵀ is stored."""
+    if name.endswith("Bt"):
+        return torch.randn(like.t().shape, generator=generator).t()
+    return torch.randn(like.shape, generator=generator)
 
 
 def _ratio(layer: AdapterLinear) -> float:

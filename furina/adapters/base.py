@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import NoneType
@@ -31,7 +30,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from furina.context import ForwardTracker
+from furina.context import ForwardTracker, Operands, Record
 from furina.errors import ConfigurationError, nearest
 
 _REGISTRY: dict[str, type[AdapterConfig]] = {}
@@ -118,6 +117,15 @@ class AdapterConfig(ABC):
         """Return the options of peft's LoraConfig that its exported adapter needs."""
         return {}
 
+    def statistics(
+        self, records: Mapping[str, Record], mask: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        """Reduce what the linears recorded to sums over real tokens; by default it is these sums.
+
+        Shape: `mask` (T, 1) is true for real tokens, None if all are.
+        """
+        return {name: sums for name, (sums,) in records.items()}
+
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Reduce the linears' sums over `tokens` real tokens to the weighted auxiliary loss."""
         raise AssertionError(f"{self.name} has no auxiliary loss")
@@ -150,6 +158,9 @@ def _choices(config: type[AdapterConfig]) -> dict[str, tuple[Any, ...]]:
 class AdapterLinear(nn.Module, ABC):
     """A frozen linear with a method's update beside it: y = W x + b + update(x)."""
 
+    dropout: float = 0.0
+    """Probability of dropping an element of the update's input in training."""
+
     def __init__(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> None:
         """Keep `base` as it is; the method's parameters are at least fp32."""
         super().__init__()
@@ -158,6 +169,7 @@ class AdapterLinear(nn.Module, ABC):
         self.tracker = tracker
         self._pristine: Tensor | None = None
         self._merged = False
+        self._kept: tuple[object, Operands] | None = None
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -168,6 +180,47 @@ class AdapterLinear(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Apply the adapted linear. Shape: (..., I) → (..., O)."""
+
+    @property
+    def drop_rate(self) -> float:
+        """Return `dropout` in training mode, else 0."""
+        return self.dropout if self.training else 0.0
+
+    def derive(self) -> Operands | None:
+        """Return what the forward needs of the parameters; None if it uses them as they are."""
+        return None
+
+    def operands(self, x: Tensor) -> Operands:
+        """Return `derive()`, which must not be None, made once where possible.
+
+        Inside `furina.accumulating` it is made once for all forwards. Without gradients it is kept,
+        with A and B in x's dtype, until a parameter changes. Autograd does not count writes through
+        `.data`: call `model.eval()` after such a write.
+        """
+        if torch.is_grad_enabled():
+            self._kept = None  # a step may come, and fused optimisers leave no trace in `_version`
+            shared = self.tracker.shared
+            return self._derived() if shared is None else shared.leaves[self.name]
+        tensors = self.adapter_tensors().values()
+        if torch.compiler.is_compiling() or any(tensor.grad is not None for tensor in tensors):
+            return self._derived()
+        state = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        key = (x.dtype, self.training, *state)
+        if self._kept is None or self._kept[0] != key:
+            made = self._derived()
+            self._kept = key, Operands(made.a.to(x.dtype), made.b.to(x.dtype), made.extra)
+        return self._kept[1]
+
+    def _derived(self) -> Operands:
+        made = self.derive()
+        assert made is not None, f"{type(self).__name__} asks for operands and derives none"
+        return made
+
+    def train(self, mode: bool = True) -> AdapterLinear:
+        """Switch the mode and forget what was kept."""
+        self._kept = None
+        super().train(mode)
+        return self
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -279,13 +332,6 @@ class AdapterLinear(nn.Module, ABC):
         self._pristine = None
         self._merged = False
         self.train(self.base.training).to(self.base.weight.device)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which fp32 stays fp32: row norms must not follow autocast to bf16."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def kaiming_uniform(rows: int, columns: int, fan_in: int, like: AdapterLinear) -> nn.Parameter:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from furina.adapters.base import (
@@ -21,13 +22,13 @@ from furina.adapters.base import (
     Mergeability,
     ParameterCount,
     kaiming_uniform,
-    no_autocast,
     register,
     zeros,
 )
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig
-from furina.context import ForwardTracker
+from furina.adapters.product import low_rank_product, no_autocast
+from furina.context import ForwardTracker, Operands
 
 
 @register("dora")
@@ -73,20 +74,31 @@ class DoRALinear(AdapterLinear):
         self.magnitude = nn.Parameter(self.row_norm())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add (m/n − 1) ⊙ W x' + (m/n) ⊙ s·B A x', x' = dropout(x). Shape: (..., I) → (..., O).
+        """Apply (m/n) ⊙ (W + s·B A) x + b. Shape: (..., I) → (..., O).
 
-        Where elements of x are dropped, W x' is a second product with W.
+        Where elements of x are dropped, x' = dropout(x), it is W x + b and beside it
+        (m/n − 1) ⊙ W x' + (m/n) ⊙ s·B A x', which is a second product with W.
         """
-        y: Tensor = self.base(x)
-        dropped = dropout(x, self.dropout, self.training)
-        if dropped is x:
-            plain = y if self.base.bias is None else y - self.base.bias
-        else:
-            plain = functional.linear(dropped, self.base.weight)
-        h = functional.linear(dropped, self.lora_A.to(x.dtype))
-        update = functional.linear(h, (self.scale * self.lora_B).to(x.dtype))
-        ratio = self.ratio(self.row_norm())
-        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update
+        a, b, (norm,) = self.operands(x)
+        turn, p = self.ratio(norm) - 1, self.drop_rate
+        if p:
+            y: Tensor = self.base(x)
+            x = dropout(x, p)
+            plain = functional.linear(x, self.base.weight)
+            h = functional.linear(x, a.to(x.dtype)) * self.scale
+            update = functional.linear(h, b.to(x.dtype))
+            return y + turn.to(y.dtype) * plain + (turn + 1).to(y.dtype) * update
+        y, _ = low_rank_product(self.base, x, a, b, scale=self.scale)
+        turn = turn.to(y.dtype)
+        bias: Tensor | None = self.base.bias
+        if bias is not None:
+            return torch.addcmul(y, y - bias.to(y.dtype), turn)
+        stretched: Tensor = _Stretch.apply(y, turn)  # type: ignore[no-untyped-call]
+        return stretched
+
+    def derive(self) -> Operands:
+        """Return A and B, and n (O,), which has no gradient."""
+        return Operands(self.lora_A, self.lora_B, (self.row_norm(),))
 
     def ratio(self, norm: Tensor) -> Tensor:
         """Return m/n, and 1 for a row of zeros, which has no direction. Shape: (O,)."""
@@ -133,3 +145,20 @@ class DoRALinear(AdapterLinear):
         weight = self.pristine_weight.to(self.lora_A.device, torch.float64)
         turned = weight + self.scale * self.lora_B.to(torch.float64) @ self.lora_A.to(torch.float64)
         return self.ratio(turned.norm(dim=1))[:, None] * turned - weight
+
+
+class _Stretch(torch.autograd.Function):
+    """y + δ ⊙ y in one pass; δ = m/n − 1 keeps digits in bf16 that m/n would lose."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, delta: Tensor) -> Tensor:
+        """Stretch each output unit. Shape: (..., O), (O,) → (..., O)."""
+        ctx.save_for_backward(y, delta)
+        return torch.addcmul(y, y, delta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Stretch the gradient, too."""
+        y, delta = ctx.saved_tensors
+        return torch.addcmul(gradient, gradient, delta), (gradient * y).flatten(0, -2).sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,48 +10,38 @@ from torch import Tensor
 from torch.nn import functional
 
 
-@dataclass(frozen=True)
-class DropMask:
-    """Which elements of one tensor are dropped, and the factor that keeps the mean.
+def draw_dropped(x: Tensor, p: float) -> Tensor:
+    """Draw which elements of `x` are dropped, each by itself with probability `p`, 0 < p < 1.
 
-    On the CPU `dropped` lists the places of the dropped elements, which are few; elsewhere, and
-    under torch.compile, it is a boolean mask of the tensor's shape.
-    """
-
-    dropped: Tensor
-    scale: float
-
-    def zero_(self, x: Tensor) -> Tensor:
-        """Zero the dropped elements of the contiguous `x` in place."""
-        if self.dropped.dtype == torch.bool:
-            return x.masked_fill_(self.dropped, 0)
-        x.view(-1).index_fill_(0, self.dropped, 0)
-        return x
-
-
-def drop_mask(x: Tensor, p: float) -> DropMask:
-    """Draw the elements of `x` that are dropped with probability `p`, 0 < p < 1, each by itself.
-
-    On the CPU, drawing a number an element takes longer than the matmuls of a small adapter. The
-    gaps between dropped elements are geometric, so one number for each dropped element does.
+    On the CPU the places of the few dropped elements, increasing; there, drawing a number for every
+    element takes longer than the matmuls of a small adapter. Elsewhere, and under torch.compile, a
+    boolean mask of x's shape.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return DropMask(_dropped_places(x.numel(), p), 1 / (1 - p))
-    return DropMask(torch.empty_like(x, dtype=torch.bool).bernoulli_(p), 1 / (1 - p))
+        return _dropped_places(x.numel(), p)
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(p)
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero elements with probability `p` and scale the rest to keep the mean; identity in eval."""
-    if not training or p == 0:
+def drop_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Zero the dropped elements of the contiguous `x` in place."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0)
+    x.view(-1).index_fill_(0, dropped, 0)
+    return x
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero elements with probability `p` and scale the rest to keep the mean."""
+    if p == 0:
         return x
     if torch.compiler.is_compiling():
         return functional.dropout(x, p)
-    result: Tensor = _Drop.apply(x, drop_mask(x, p))  # type: ignore[no-untyped-call]
+    result: Tensor = _Drop.apply(x, draw_dropped(x, p), 1 / (1 - p))  # type: ignore[no-untyped-call]
     return result
 
 
 def _dropped_places(n: int, p: float) -> Tensor:
-    """Return increasing places below `n`, each of which is in it with probability `p`."""
+    """Return increasing places below `n`; the gaps between them are geometric."""
     parts: list[Tensor] = []
     last = -1
     while not parts or last < n - 1:
@@ -66,21 +55,17 @@ def _dropped_places(n: int, p: float) -> Tensor:
 
 
 class _Drop(torch.autograd.Function):
-    """Zero and scale, and again in the backward."""
+    """Scale and zero, and again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: DropMask) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: Tensor, scale: float) -> Tensor:
         """Return x·scale, with zeros where it is dropped."""
-        ctx.save_for_backward(mask.dropped)
-        ctx.scale = mask.scale
-        return _masked(x, mask)
+        ctx.save_for_backward(dropped)
+        ctx.scale = scale
+        return drop_((x * scale).contiguous(), dropped)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Send the gradient the same way."""
         (dropped,) = ctx.saved_tensors
-        return _masked(gradient, DropMask(dropped, ctx.scale)), None
-
-
-def _masked(x: Tensor, mask: DropMask) -> Tensor:
-    return mask.zero_((x * mask.scale).contiguous())
+        return drop_((gradient * ctx.scale).contiguous(), dropped), None, None

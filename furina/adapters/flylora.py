@@ -26,7 +26,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import lora_scale
-from furina.context import ForwardTracker
+from furina.context import ForwardTracker, Operands
 from furina.errors import NotMergeableError
 
 
@@ -107,7 +107,7 @@ class FlyLoRALinear(AdapterLinear):
     ) -> None:
         """Draw A with max(1, ⌊I·K/r⌋) entries from N(0, 1/r²) in each row, and set B to zero."""
         super().__init__(base, name, tracker)
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         d, r = base.in_features, config.rank
         entries = max(1, d * config.active_rank // r)
         device = base.weight.device
@@ -121,13 +121,16 @@ class FlyLoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B [(A dropout(x)) ⊙ 1_S]. Shape: (..., I) → (..., O)."""
+        a, b, _ = self.operands(x)
         y: Tensor = self.base(x)
-        h = functional.linear(
-            dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype)
-        )
+        h = functional.linear(dropout(x, self.drop_rate), a.to(x.dtype))
         if self.config.selects:
             h = h * self._selected(x, h, self.must_record(has_auxiliary_loss=True))
-        return y + functional.linear(h * self.config.scale, self.lora_B.to(x.dtype)).to(y.dtype)
+        return y + functional.linear(h * self.config.scale, b.to(x.dtype)).to(y.dtype)
+
+    def derive(self) -> Operands:
+        """Return A and B."""
+        return Operands(self.lora_A, self.lora_B)
 
     @torch.no_grad()
     def _selected(self, x: Tensor, h: Tensor, recording: bool) -> Tensor:

@@ -7,8 +7,8 @@ normalised per output unit and one magnitude vector v scales them all. The updat
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
 No k×d product is ever formed in training:
-    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ        (with a
-    |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i      Cholesky factor for stability)
+    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ  (with a Cholesky factor for stability)
+    |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
 routed, r rank of one expert.
@@ -18,12 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from furina.adapters.base import (
     AdapterConfig,
@@ -31,13 +29,13 @@ from furina.adapters.base import (
     Mergeability,
     ParameterCount,
     kaiming_uniform,
-    no_autocast,
     register,
     zeros,
 )
-from furina.adapters.dropout import dropout
+from furina.adapters.directions import Directions, direction_gram, directions, l2_activity
 from furina.adapters.lora import lora_scale
-from furina.context import ForwardTracker
+from furina.adapters.product import low_rank_product, moved_product, no_autocast
+from furina.context import ForwardTracker, Operands, Record
 
 
 @register("furina")
@@ -148,7 +146,7 @@ class FurinaConfig(AdapterConfig):
 
         L_div = 1 − share/T; L_bal = R Σ_i F_i P_i with F_i = count_i/(K·T) and P_i = p_i/T, which
         is 1 at balance (section 3.3 of the paper; the definitions are our reading of its words).
-        Shape: each statistic is (1 + 2R,), see `FurinaLinear.selection_statistics`.
+        Shape: each statistic is (1 + 2R,), see `selection_sums`.
         """
         r = self.num_routed_experts
         share, p, count = torch.split(
@@ -160,64 +158,40 @@ class FurinaConfig(AdapterConfig):
         total = loss.sum() if self.selection_reduction == "sum" else loss.mean()
         return self.selection_coefficient * total
 
+    def statistics(
+        self, records: Mapping[str, Record], mask: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        """Return each linear's `selection_sums` from what `FurinaLinear.selection` recorded."""
+        if self.activity == "per_unit":  # large, and not of one shape
+            return {
+                name: selection_sums(activity[None], mask, self.top_k)[0]
+                for name, (activity,) in records.items()
+            }
+        if self.activity == "l2":
+            h, gram, moved = zip(*records.values(), strict=True)
+            activity = l2_activity(h, gram, self.eps, torch.stack(moved))
+            activity = activity[:, :, None, self.num_shared_experts :]
+        else:
+            activity = torch.stack([activity for (activity,) in records.values()])
+        sums = selection_sums(activity, mask, self.top_k)
+        return dict(zip(records, sums.unbind(), strict=True))
 
-class Directions(NamedTuple):
-    """B̃ (O, N·r), such that Δy = B̃ A x, and the routed Û = diag(d̃)^-1 B (O, R, r) in it."""
 
-    b: Tensor
-    routed: Tensor
+def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
+    """Return each linear's sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
 
-
-def directions(config: FurinaConfig, a: Tensor, b: Tensor, v: Tensor | None) -> Directions:
-    """Return B̃ = [s·B_shared, diag(v) Û] and Û, in the dtype of the parameters.
-
-    Shape: A (N·r, I), B (O, N·r), v (O,) or (R, O); None without routed experts.
+    p are the experts' shares of activity; with the activity of U units apart, means over these.
+    Shape: activity (linears, T, U, R), mask (T, 1) → (linears, 1 + 2R).
     """
-    r, shared_rank = config.rank, config.num_shared_experts * config.rank
-    shared = b[:, :shared_rank] * config.scale
-    if v is None:
-        return Directions(shared, shared.new_zeros(b.shape[0], 0, r))
-    routed = b[:, shared_rank:].reshape(b.shape[0], -1, r)
-    experts = a[shared_rank:].view(-1, r, a.shape[1])
-    norm: Tensor = ExpertRowNorm.apply(experts, routed, config.eps)  # type: ignore[no-untyped-call]
-    routed = routed / (norm.detach() if config.detach_norm else norm)[..., None]
-    v = v * config.scale if config.scale_routed else v
-    v = v[:, None, None] if v.dim() == 1 else v.t()[..., None]
-    return Directions(torch.cat([shared, (v * routed).flatten(1)], dim=1), routed)
-
-
-class ExpertRowNorm(torch.autograd.Function):
-    """d̃_i = sqrt(rowsum((B_i L_i)²) + ε²) for every expert, where A_i A_iᵀ = L_i L_iᵀ.
-
-    The factor keeps the digits that rowsum((B_i G_i)∘B_i) cancels when A_i is nearly of rank one,
-    and the root is finite with a finite gradient at an all-zero row.
-    Shape: A (R, r, I), B (O, R, r) → (O, R).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, eps: float) -> Tensor:
-        """Factor the Gram matrices in float64 and sum squares."""
-        wide = a.to(torch.float64)
-        gram = wide @ wide.mT
-        # Relative to each row, so that a small row next to large ones keeps its digits.
-        jitter = 4 * a.shape[1] * torch.finfo(torch.float64).eps * gram.diagonal(dim1=-2, dim2=-1)
-        jitter = jitter + torch.finfo(torch.float64).tiny
-        factor, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(jitter))
-        factor = factor.to(a.dtype)
-        product = torch.einsum("kri,rij->krj", b, factor)
-        norm = (product.square().sum(-1) + eps**2).sqrt()
-        ctx.save_for_backward(a, b, factor, product, norm)
-        return norm
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Use ∂d̃/∂B = B G / d̃ and ∂d̃/∂A = Bᵀ diag(1/d̃) B A, per expert."""
-        a, b, factor, product, norm = ctx.saved_tensors
-        weight = (gradient / norm)[..., None]
-        grad_b = weight * torch.einsum("krj,rij->kri", product, factor)
-        grad_a = torch.einsum("kri,krj->rij", weight * b, b) @ a
-        return grad_a, grad_b, None
+    p = activity / activity.sum(-1, keepdim=True)
+    top = p.topk(top_k, dim=-1)
+    chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
+    real = p.new_ones(p.shape[1]) if mask is None else mask.squeeze(1).to(p.dtype)
+    real = real / p.shape[2]
+    share = torch.einsum("t,ltu->l", real, top.values.sum(-1))
+    return torch.cat(
+        [share[:, None], *(torch.einsum("t,ltur->lr", real, each) for each in (p, chosen))], dim=1
+    )
 
 
 class FurinaLinear(AdapterLinear):
@@ -231,20 +205,23 @@ class FurinaLinear(AdapterLinear):
     ) -> None:
         """Draw the experts: A (N·r, I), B (O, N·r), v (O,) or (R, O), so that ΔW starts at 0."""
         super().__init__(base, name, tracker)
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         n, s, r = config.num_experts, config.num_shared_experts, config.rank
         d, k = base.in_features, base.out_features
         self.shared_rank = s * r
         self.lora_A = kaiming_uniform(n * r, d, d, like=self)
-        self.lora_B = kaiming_uniform(k, n * r, r, like=self)
-        first_zero = n * r if config.start == "zero_b" else self.shared_rank
-        with torch.no_grad():
-            self.lora_B[:, :first_zero] = 0
+        b = kaiming_uniform(k, n * r, r, like=self).detach()
+        b[:, : n * r if config.start == "zero_b" else self.shared_rank] = 0
+        self.lora_Bt = nn.Parameter(b.t().contiguous())
         if config.num_routed_experts:
             self.magnitude = self._initial_magnitude()
         if config.start == "subtract" and config.num_routed_experts:
             self._remember_start()
-        self._cached: tuple[object, Tensor] | None = None
+
+    @property
+    def lora_B(self) -> Tensor:  # noqa: N802
+        """B (O, N·r). The parameter is Bᵀ: an expert's part of it is contiguous."""
+        return self.lora_Bt.t()
 
     def _initial_magnitude(self) -> nn.Parameter:
         config, k = self.config, self.base.out_features
@@ -261,76 +238,81 @@ class FurinaLinear(AdapterLinear):
     def _remember_start(self) -> None:
         """Keep the initial routed update, which the forward subtracts ("subtract" start)."""
         with torch.no_grad():
-            b = self.directions().b.clone()
+            b = self.derive().b.clone()
         # With the shared experts' zeros: the same shapes round alike, so the start cancels exactly.
         self.register_buffer("start_B", b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + B̃ A dropout(x). Shape: (..., I) → (..., O)."""
-        y: Tensor = self.base(x)
-        x = dropout(x, self.config.dropout, self.training)
-        h = functional.linear(x, self.lora_A.to(x.dtype))
-        recording = self.must_record(self.config.has_auxiliary_loss)
-        if torch.is_grad_enabled() or recording:
-            directions, self._cached = self.directions(), None
-            b = directions.b.to(x.dtype)
-            if recording:
-                self.tracker.record(self.name, self.selection_statistics(x, h, directions.routed))
-        else:
-            b = self._inference_b(x.dtype)
-        update = functional.linear(h, b)
+        a, b, extra = self.operands(x)
         if self.config.start == "subtract" and self.config.num_routed_experts:
-            update = update - self._start_update(x)
-        return y + update.to(y.dtype)
+            start = self.start_A, self.start_B
+            y, h = moved_product(self.base, x, (a, b), start, dropout=self.drop_rate)
+        else:
+            y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
+        if self.must_record(self.config.has_auxiliary_loss):
+            self.tracker.record(self.name, *self.selection(x, h, *extra))
+        return y
 
-    def directions(self) -> Directions:
-        """Return B̃ and Û of this layer's parameters."""
+    def derive(self) -> Operands:
+        """Return A and B̃, and d̃ (N, O) and, where the selection loss needs it, M (N, r, r)."""
+        config = self.config
+        recorded = self.training and config.has_auxiliary_loss
         with no_autocast(self.lora_A.device):
-            v = getattr(self, "magnitude", None)
-            return directions(self.config, self.lora_A, self.lora_B, v)
+            made = self.directions(
+                self.lora_A,
+                self.lora_Bt,
+                getattr(self, "magnitude", None),
+                with_gram=recorded and config.activity == "l2",
+            )
+        return Operands(self.lora_A, made.b, (made.norm, made.gram))
 
-    def selection_statistics(self, x: Tensor, h: Tensor, routed: Tensor) -> Tensor:
-        """Return the sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
+    def directions(
+        self, a: Tensor, bt: Tensor, v: Tensor | None, with_gram: bool = False
+    ) -> Directions:
+        """Return what A, Bᵀ and v come to by the options."""
+        config = self.config
+        if v is not None and config.scale_routed:
+            v = v * config.scale
+        return directions(
+            *(a, bt, v),
+            num_experts=config.num_experts,
+            num_shared=config.num_shared_experts,
+            scale=config.scale,
+            eps=config.eps,
+            detach_norm=config.detach_norm,
+            with_gram=with_gram,
+        )
 
-        They have no gradient until v has moved: with v = 0 the task gives A and B no gradient, and
-        Adam would turn the selection loss alone into a full step, whatever its coefficient.
-        Shape: x (..., I), h (..., N·r), routed (O, R, r) → (1 + 2R,).
+    def selection(self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
+        """Return what the experts' activity is made of: h, M and whether v has moved, with "l2".
+
+        With "l1" and "per_unit" the activity itself, (T, 1, R) and (T, O, R). It has no gradient
+        until v has moved: with v = 0 the task gives A and B no gradient, and Adam would turn the
+        selection loss alone into a full step, whatever its coefficient.
+        Shape: x (..., I), h (..., N·r), d̃ (N, O), M (N, r, r).
         """
-        with no_autocast(h.device):
-            activity = self.activity(h.reshape(-1, h.shape[-1]), routed)
-        p = activity / activity.sum(-1, keepdim=True)
-        top = p.topk(self.config.top_k, dim=-1)
-        chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
-        sums = torch.cat([top.values.sum(-1, keepdim=True), p, chosen], dim=-1).mean(1)
         assert self.tracker.active is not None
-        mask = self.tracker.active.real_tokens(x, self.name)
-        if mask is not None:
-            sums = sums.masked_fill(~mask, 0.0)
-        total = sums.sum(0)
+        self.tracker.active.real_tokens(x, self.name)
+        h, shared = h.reshape(-1, h.shape[-1]), self.config.num_shared_experts
         moved = (self.magnitude.detach() != 0).any()
-        return torch.where(moved, total, total.detach())
-
-    def activity(self, h: Tensor, routed: Tensor) -> Tensor:
-        """Return each routed expert's activity n from h = A x, by `config.activity`.
-
-        Shape: (T, N·r), (O, R, r) → (T, 1, R), or (T, O, R) for "per_unit".
-        """
-        experts, rank, eps = self.config.num_routed_experts, self.config.rank, self.config.eps
-        h = h[:, self.shared_rank :].to(routed.dtype).view(-1, experts, rank)
-        if self.config.activity == "l2":
-            gram = torch.einsum("krs,krt->rst", routed, routed)
-            square = (torch.einsum("nrs,rst->nrt", h, gram) * h).sum(-1)
-            return (square.clamp(min=0) + eps**2).sqrt()[:, None]
-        a = torch.einsum("krs,nrs->nkr", routed, h).abs()
-        return a + eps if self.config.activity == "per_unit" else a.sum(1, keepdim=True) + eps
+        norm = norm.detach() if self.config.detach_norm else norm
+        with no_autocast(h.device):
+            if self.config.activity == "l2":
+                gram = gram if gram.numel() else direction_gram(self.lora_Bt, norm, shared)
+                return h, gram, moved
+            b, h = (m.reshape(len(m), -1, self.config.rank)[:, shared:] for m in (self.lora_B, h))
+            a = torch.einsum("krs,nrs->nkr", b / norm[shared:].t()[..., None], h.to(b.dtype)).abs()
+            a = a if self.config.activity == "per_unit" else a.sum(1, keepdim=True)
+            return (torch.where(moved, a, a.detach()) + self.config.eps,)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (B̃, A) in float64: one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
         wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
-        a, b = wide["lora_A"], wide["lora_B"]
-        b = directions(self.config, a, b, wide.get("magnitude")).b
+        a = wide["lora_A"]
+        b = self.directions(a, wide["lora_Bt"], wide.get("magnitude")).b
         if "start_B" in wide:
             b = torch.cat([b, -wide["start_B"][:, self.shared_rank :]], dim=1)
             a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
@@ -342,30 +324,6 @@ class FurinaLinear(AdapterLinear):
         return self.config.records_selection
 
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
-        """Return the routed experts' rows of A and columns of B, which the loss specialises."""
+        """Return the routed experts' rows of A and Bᵀ, which the loss specialises."""
         routed = slice(self.shared_rank, None)
-        return [(self.lora_A, (routed,)), (self.lora_B, (slice(None), routed))]
-
-    def _start_update(self, x: Tensor) -> Tensor:
-        h = functional.linear(x, self.start_A.to(x.dtype))
-        return functional.linear(h, self.start_B.to(x.dtype))
-
-    def _inference_b(self, dtype: torch.dtype) -> Tensor:
-        """Return B̃ in `dtype`, kept between forwards until a parameter changes.
-
-        Autograd does not count writes through `.data`: call `model.eval()` after such a write.
-        """
-        tensors = (self.lora_A, self.lora_B, getattr(self, "magnitude", self.lora_A))
-        if any(tensor.grad is not None for tensor in tensors):
-            # A step may come, and fused optimisers leave no trace in `_version`.
-            return self.directions().b.to(dtype)
-        key = (dtype, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
-        if self._cached is None or self._cached[0] != key:
-            self._cached = key, self.directions().b.to(dtype)
-        return self._cached[1]
-
-    def train(self, mode: bool = True) -> FurinaLinear:
-        """Switch the mode and forget B̃."""
-        self._cached = None
-        super().train(mode)
-        return self
+        return [(self.lora_A, (routed,)), (self.lora_Bt, (routed,))]

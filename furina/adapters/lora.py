@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from furina.adapters.base import (
     AdapterConfig,
@@ -19,8 +18,8 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.dropout import dropout
-from furina.context import ForwardTracker
+from furina.adapters.product import low_rank_product
+from furina.context import ForwardTracker, Operands
 
 
 def lora_scale(rank: int, alpha: float | None, use_rslora: bool) -> float:
@@ -89,9 +88,12 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B A dropout(x). Shape: (..., I) → (..., O)."""
-        y: Tensor = self.base(x)
-        h = functional.linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return y + functional.linear(h * self.scale, self.lora_B.to(x.dtype)).to(y.dtype)
+        a, b, _ = self.operands(x)
+        return low_rank_product(self.base, x, a, b, scale=self.scale, dropout=self.drop_rate).y
+
+    def derive(self) -> Operands:
+        """Return A and B."""
+        return Operands(self.lora_A, self.lora_B)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (s·B, A) in float64."""

@@ -178,13 +178,13 @@ class MixLoRALinear(RoutedLinear):
 
     def low_rank(self, x: Tensor) -> Tensor:
         """Return A dropout(x) per expert. Shape: (..., I) → (..., N, r)."""
-        x = dropout(x, self.config.dropout, self.training)
-        h = functional.linear(x, self.lora_A.to(x.dtype))
+        x = dropout(x, self.drop_rate)
+        h = functional.linear(x, self.operands(x).a.to(x.dtype))
         return h.reshape(*h.shape[:-1], self.num_experts, self.config.rank)
 
     def update(self, z: Tensor) -> Tensor:
         """Return s·B z. Shape: (..., N, r) → (..., O)."""
-        return functional.linear(self.config.scale * z.flatten(-2), self.lora_B.to(z.dtype))
+        return functional.linear(self.config.scale * z.flatten(-2), self.operands(z).b.to(z.dtype))
 
     def per_expert(self, x: Tensor, routing: Routing) -> Tensor:
         """Return (W + s·B_e A_e) x for each selected e. Shape: (..., I) → (K, ..., O)."""

@@ -16,11 +16,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from furina.adapters.base import register
-from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig, LoRALinear
+from furina.adapters.product import moved_product
 from furina.context import ForwardTracker
 
 
@@ -105,14 +104,15 @@ class PiSSALinear(LoRALinear):
         """Apply W x + b + s·(B A − B₀ A₀) dropout(x). Shape: (..., I) → (..., O)."""
         if self._original is not None:
             return super().forward(x)
-        y: Tensor = self.base(x)
-        x = dropout(x, self.dropout, self.training)
-        update = self._product(x, self.lora_A, self.lora_B)
-        return y + (update - self._product(x, self.start_A, self.start_B)).to(y.dtype)
-
-    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        h = functional.linear(x, a.to(x.dtype))
-        return functional.linear(h, (self.scale * b).to(x.dtype))
+        a, b, _ = self.operands(x)
+        return moved_product(
+            self.base,
+            x,
+            (a, b),
+            (self.start_A, self.start_B),
+            scale=self.scale,
+            dropout=self.drop_rate,
+        ).y
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

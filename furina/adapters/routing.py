@@ -25,12 +25,11 @@ from furina.adapters.base import (
     Mergeability,
     ParameterCount,
     kaiming_uniform,
-    no_autocast,
     zeros,
 )
-from furina.adapters.dropout import dropout
 from furina.adapters.lora import LowRankConfig
-from furina.context import ForwardTracker
+from furina.adapters.product import low_rank_product, no_autocast
+from furina.context import ForwardTracker, Operands
 from furina.errors import NotMergeableError
 
 
@@ -88,7 +87,7 @@ class RoutedLinear(AdapterLinear):
     ) -> None:
         """Draw A (N·r, I) and the router (N, I), and set B (O, N·r) to zero."""
         super().__init__(base, name, tracker)
-        self.config = config
+        self.config, self.dropout = config, config.dropout
         self.num_experts = config.num_experts_of(name)
         d, k, rows = base.in_features, base.out_features, self.num_experts * config.rank
         self.lora_A = kaiming_uniform(self.rows_of_a, d, d, like=self)
@@ -118,13 +117,12 @@ class RoutedLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B [(A dropout(x)) ⊙ g(x)]. Shape: (..., I) → (..., O)."""
-        y: Tensor = self.base(x)
-        h = functional.linear(
-            dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype)
-        )
-        h = h.reshape(*h.shape[:-1], self.rows_of_a // self.config.rank, self.config.rank)
-        z = (h * self.gates(x).to(h.dtype)[..., None]).flatten(-2)
-        return y + functional.linear(z, self.lora_B.to(x.dtype)).to(y.dtype)
+        a, b, _ = self.operands(x)
+        return low_rank_product(self.base, x, a, b, gates=self.gates(x), dropout=self.drop_rate).y
+
+    def derive(self) -> Operands:
+        """Return A and B of all experts."""
+        return Operands(self.lora_A, self.lora_B)
 
     def gates(self, x: Tensor) -> Tensor:
         """Return s·g, at least fp32. Shape: (..., I) → (..., N), or (N,) without a router."""

@@ -23,7 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from furina.adapters.base import ParameterCount, no_autocast, register
+from furina.adapters.base import ParameterCount, register
+from furina.adapters.product import no_autocast
 from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
 from furina.context import ForwardTracker
 

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import RunningMean, SumMetric
 
+from furina.accumulation import accumulating
 from furina.auxiliary import after_step, auxiliary_loss
 from furina.errors import ConfigurationError
 from furina.inject import (
@@ -144,9 +145,10 @@ class FinetuneModule(pl.LightningModule):
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LambdaLR)
         optimizer.zero_grad()
         window, parts = _located(batch), []
-        for micro, share in zip(window, self._shares(window), strict=True):
-            with self._gradient_sync(micro is window[-1]):
-                parts.append(self._backward(micro, share))
+        with self._accumulation(len(window)):
+            for micro, share in zip(window, self._shares(window), strict=True):
+                with self._gradient_sync(micro is window[-1]):
+                    parts.append(self._backward(micro, share))
         norm = self._clip()
         loss = self._log_step(functools.reduce(torch.add, parts), norm, scheduler)
         self._watch.note(done + 1, loss, norm)
@@ -224,6 +226,11 @@ class FinetuneModule(pl.LightningModule):
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
         assert isinstance(total, Tensor)
         return total
+
+    def _accumulation(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Make norms and the like once for several micro-batches, but where ranks share a model."""
+        alone = not isinstance(self.trainer.strategy, ParallelStrategy)
+        return accumulating(self.model) if alone and micro_batches > 1 else nullcontext()
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Let the ranks exchange gradients in the last backward of a step only."""

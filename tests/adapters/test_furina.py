@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import furina
 from furina import reference
-from furina.adapters.furina import FurinaConfig, FurinaLinear, directions
+from furina.adapters.furina import FurinaConfig, FurinaLinear
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
 from furina.inject import state_of
@@ -47,7 +47,7 @@ class Equations:
         self.start = {name: p.detach().clone() for name, p in layer.adapter_tensors().items()}
 
     def experts(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        a, b = tensors["lora_A"], tensors["lora_B"]
+        a, b = tensors["lora_A"], tensors["lora_Bt"].t()
         count, rank = self.config.num_experts, self.config.rank
         return a.view(count, rank, -1), b.view(-1, count, rank).transpose(0, 1)
 
@@ -258,7 +258,7 @@ def test_the_selection_loss_pulls_on_the_experts_as_soon_as_v_has_moved() -> Non
     furina.auxiliary_loss(model).backward()
     layer = state_of(model).layers["first"]
     shared = layer.shared_rank
-    assert layer.lora_A.grad[shared:].any() and layer.lora_B.grad[:, shared:].any()
+    assert layer.lora_A.grad[shared:].any() and layer.lora_Bt.grad[shared:].any()
 
 
 def test_the_subtracted_start_has_the_magnitude_of_the_weight() -> None:
@@ -280,12 +280,12 @@ def test_inference_follows_every_way_that_changes_a_parameter() -> None:
     def current() -> bool:
         layers = state_of(model).layers.values()
         with torch.no_grad():
-            found, kept = model(x), [layer._cached for layer in layers]
+            found, kept = model(x), [layer._kept for layer in layers]
             for layer in layers:
-                layer._cached = None
+                layer._kept = None
             fresh = model(x)
-        for layer, cached in zip(layers, kept, strict=True):
-            layer._cached = cached
+        for layer, before in zip(layers, kept, strict=True):
+            layer._kept = before
         return torch.equal(found, fresh)
 
     layer = state_of(model).layers["second"]
@@ -380,7 +380,8 @@ def test_one_magnitude_for_all_equals_the_same_magnitude_for_each() -> None:
 
 def test_the_layers_norms_are_those_of_the_reference_in_float64() -> None:
     layer = layer_of(furina_config())
-    found = directions(layer.config, layer.lora_A, layer.lora_B, layer.magnitude).routed
+    found = layer.derive().extra[0][1:].t()
     a = layer.lora_A.detach().view(EXPERTS, RANK, -1)
-    unit = torch.stack([found[:, e] @ a[e + 1] for e in range(EXPERTS - 1)])
-    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(5, 7).double(), rtol=1e-9, atol=0)
+    b = layer.lora_B.detach().view(7, EXPERTS, RANK)
+    exact = torch.stack([(b[:, e] @ a[e]).norm(dim=1) for e in range(1, EXPERTS)], dim=1)
+    torch.testing.assert_close(found.detach(), exact, rtol=1e-9, atol=0)

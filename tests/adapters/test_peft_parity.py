@@ -119,7 +119,7 @@ def test_doras_dropped_input_feeds_both_products(monkeypatch: pytest.MonkeyPatch
     for parameter in (layer.lora_B, layer.magnitude):
         parameter.data += 0.3 * torch.randn_like(parameter)
     x, mask = torch.randn(4, 11, dtype=torch.float64), torch.randint(0, 2, (4, 11)) * 2.0
-    monkeypatch.setattr(dora, "dropout", lambda x, p, training: x * mask if training else x)
+    monkeypatch.setattr(dora, "dropout", lambda x, p: x * mask if p else x)
     turned = layer.base.weight + layer.scale * layer.lora_B @ layer.lora_A
     ratio = layer.magnitude / turned.norm(dim=1)
     dropped = x * mask

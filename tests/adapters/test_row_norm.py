@@ -9,20 +9,33 @@ import torch
 from torch import Tensor
 
 from furina import reference
-from furina.adapters.furina import ExpertRowNorm
+from furina.adapters.directions import directions
 
 RANK = 3
 
 
+def row_norm(a: Tensor, b: Tensor, rank: int, num_shared: int, eps: float) -> Tensor:
+    """Return d̃ of the routed experts. Shape: A (N·r, I), B (O, N·r) → (O, R)."""
+    made = directions(
+        *(a, b.t().contiguous(), b.new_ones(len(b))),
+        num_experts=len(a) // rank,
+        num_shared=num_shared,
+        scale=1.0,
+        eps=eps,
+    )
+    return made.norm[num_shared:].t()
+
+
 def test_a_row_norm_passes_gradcheck_at_ordinary_tiny_and_zero_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(2, RANK, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(4, 2, RANK, generator=generator, dtype=torch.float64)
+    a = torch.randn(3 * RANK, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(4, 3 * RANK, generator=generator, dtype=torch.float64)
     b[0] = 0
     b[1] *= 1e-3
-    assert torch.autograd.gradcheck(
-        lambda a, b: ExpertRowNorm.apply(a, b, 0.1), (a, b.requires_grad_())
-    )
+    for shared in (0, 1):
+        assert torch.autograd.gradcheck(
+            lambda a, b, shared=shared: row_norm(a, b, RANK, shared, 0.1), (a, b.requires_grad_())
+        )
 
 
 def ill_conditioned(kind: str, rank: int, width: int, generator: torch.Generator) -> Tensor:
@@ -69,7 +82,7 @@ def test_the_fp32_row_norm_meets_its_error_bound_for_ill_conditioned_experts(kin
         b = torch.randn(40, rank, generator=generator)
         b[:20] -= b[:20].mean(1, keepdim=True)  # nearly orthogonal to what the rows share
         b[30:] /= a.norm(dim=1)
-        norm = ExpertRowNorm.apply(a[None], b[:, None], 1e-6)[:, 0]
+        norm = row_norm(a, b, rank, 0, 1e-6)[:, 0]
         exact = reference.row_norm(b.double() @ a.double(), 1e-6)
         bound = norm_bound(a, b, exact)
         assert ((norm.double() - exact).abs() <= bound).all(), (rank, width)
@@ -93,6 +106,5 @@ def test_the_gram_matrix_of_a_degenerate_expert_can_always_be_factored(kind: str
     generator = torch.Generator().manual_seed(1)
     for rank, width in ((1, 3), (16, 8), (64, 40), (16, 2000), (64, 4096)):
         a = ill_conditioned(kind, rank, width, generator).to(dtype)
-        b = torch.eye(rank, dtype=dtype)[:, None]
-        norm = ExpertRowNorm.apply(a[None], b, 1e-18)[:, 0]
+        norm = row_norm(a, torch.eye(rank, dtype=dtype), rank, 0, 1e-18)[:, 0]
         torch.testing.assert_close(norm, a.norm(dim=1), rtol=1e-5, atol=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -99,11 +100,12 @@ def test_plain_pytorch_loop_gives_bitwise_equal_losses_and_adapter(
         answers = [int((batch["labels"] != -100).sum()) for batch in window]
         tokens = [int(batch["attention_mask"].sum()) for batch in window]
         task = auxiliary = torch.zeros(())
-        for batch, n, t in zip(window, answers, tokens, strict=True):
-            loss, _ = answer_loss(model, batch)
-            loss, pull = n / sum(answers) * loss, t / sum(tokens) * furina.auxiliary_loss(model)
-            torch.autograd.backward(loss + pull)
-            task, auxiliary = task + loss.detach(), auxiliary + pull.detach()
+        with furina.accumulating(model) if len(window) > 1 else nullcontext():
+            for batch, n, t in zip(window, answers, tokens, strict=True):
+                loss, _ = answer_loss(model, batch)
+                loss, pull = n / sum(answers) * loss, t / sum(tokens) * furina.auxiliary_loss(model)
+                torch.autograd.backward(loss + pull)
+                task, auxiliary = task + loss.detach(), auxiliary + pull.detach()
         torch.nn.utils.clip_grad_norm_(furina.adapter_parameters(model).values(), 1.0)
         optimizer.step()
         scheduler.step()

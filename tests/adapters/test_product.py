@@ -1,0 +1,137 @@
+"""The fused product is its equation, forward and backward, however its parts are drawn and kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from furina.adapters import product
+from furina.adapters.directions import direction_gram, directions, l2_activity
+from furina.adapters.dropout import drop_
+from furina.adapters.product import low_rank_product
+
+IN, OUT, RANK, EXPERTS, TOKENS = 5, 4, 2, 3, 6
+CASES = [
+    (shared, gated, masked, bias, by_columns)
+    for shared, gated in ((False, False), (False, True), (True, True))
+    for masked in (None, "places", "boolean")
+    for bias, by_columns in ((False, False), (True, True))
+]
+
+
+def tensors(shared: bool, bias: bool, by_columns: bool) -> tuple[nn.Linear, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    base = nn.Linear(IN, OUT, bias=bias, dtype=torch.float64).requires_grad_(False)
+    rows = RANK if shared else EXPERTS * RANK
+    b = draw(EXPERTS * RANK, OUT) if by_columns else draw(OUT, EXPERTS * RANK)
+    return base, {
+        "x": draw(2, TOKENS // 2, IN),
+        "a": draw(rows, IN),
+        "b": b,
+        "gates": draw(2, TOKENS // 2, EXPERTS),
+    }
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize(("shared", "gated", "masked", "bias", "by_columns"), CASES)
+def test_the_product_and_its_gradients(
+    shared: bool, gated: bool, masked: str | None, bias: bool, by_columns: bool, hooked, monkeypatch
+) -> None:
+    base, parts = tensors(shared, bias, by_columns)
+    if hooked:  # the linear is then called itself
+        base.register_forward_hook(lambda *_: None)
+    kept = torch.rand(TOKENS, IN, generator=torch.Generator().manual_seed(1)) > 0.4
+    dropped = ~kept if masked == "boolean" else (~kept).flatten().nonzero().squeeze(1)
+    monkeypatch.setattr(product, "draw_dropped", lambda x, p: dropped)
+    monkeypatch.setattr(product, "drop", lambda x, p: x * kept.view_as(x) / (1 - p) if p else x)
+    p = 0.4 if masked else 0.0
+
+    def fused(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        b = b.t() if by_columns else b
+        given = gates if gated else None
+        return low_rank_product(base, x, a, b, scale=1.7, gates=given, dropout=p)
+
+    def equation(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        b = b.t() if by_columns else b
+        seen = x * kept.view_as(x) / (1 - p) if masked else x
+        h = functional.linear(seen, a) * 1.7
+        weight = gates if gated else torch.ones_like(gates)
+        z = h.unflatten(-1, (-1, RANK)) * weight[..., None]
+        return base(x) + functional.linear(z.flatten(-2), b), h
+
+    inputs = tuple(parts.values())
+    found, expected = fused(*inputs), equation(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    weights = [torch.randn_like(each) for each in expected]
+    for used in ((0, 1), (0,), (1,)):  # an output that nothing uses sends no gradient
+        total, exact = (
+            sum((outputs[i] * weights[i]).sum() for i in used) for outputs in (found, expected)
+        )
+        one, other = (
+            torch.autograd.grad(each, inputs, retain_graph=True, materialize_grads=True)
+            for each in (total, exact)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def test_it_saves_neither_a_dropped_input_nor_gated_copies() -> None:
+    """Saved for the backward: x, W, A and B in its dtype, h, gates and the few dropped places."""
+    base = nn.Linear(64, 48).requires_grad_(False)
+    x, gates = torch.randn(256, 64, requires_grad=True), torch.rand(256, 4)
+    a, b = (nn.Parameter(torch.randn(shape)) for shape in ((32, 64), (48, 32)))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        _, h = low_rank_product(base, x, a, b, gates=gates, dropout=0.1)
+    sizes = sorted(t.numel() for t in saved if t.is_floating_point())
+    expected = [x, base.weight, a, b, gates, h]
+    assert sizes == sorted(each.numel() for each in expected)
+    places = [t for t in saved if not t.is_floating_point()]
+    assert sum(t.numel() for t in places) < 2 * 0.1 * x.numel()
+
+
+@pytest.mark.parametrize("dense", [0, 256])
+@pytest.mark.parametrize("detach_norm", [False, True])
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_directions_and_activity_pass_gradcheck(
+    dense: int, detach_norm: bool, num_shared: int, monkeypatch
+) -> None:
+    """As one function of A, B, v and h, by blocks and dense, with several linears to a chunk."""
+    monkeypatch.setattr("furina.adapters.directions.DENSE", dense)
+    monkeypatch.setattr("furina.adapters.directions.CHUNK", 2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (EXPERTS * RANK, IN), (EXPERTS * RANK, OUT), (OUT,), (3, TOKENS, EXPERTS * RANK)
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    options = {"num_experts": EXPERTS, "num_shared": num_shared, "scale": 1.5, "eps": 0.1}
+
+    def function(a: Tensor, bt: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        made = directions(a, bt, v, **options, with_gram=True)
+        moved = torch.tensor([True, False, True])
+        activity = l2_activity(h.unbind(), (made.gram,) * 3, 0.1, moved)
+        return made.b, made.norm[num_shared:], activity[::2, :, num_shared:]
+
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(function, tuple(inputs))
+    made = directions(*inputs[:3], **options, detach_norm=detach_norm, with_gram=True)
+    gram = direction_gram(inputs[1], made.norm, num_shared)
+    torch.testing.assert_close(made.gram, gram, rtol=1e-12, atol=1e-13)
+    assert not made.gram[:num_shared].any()
+
+
+def test_a_linear_whose_activity_has_no_gradient_gets_none() -> None:
+    h, gram = torch.randn(2, TOKENS, 4, requires_grad=True), torch.eye(2).expand(2, 2, 2, 2)
+    activity = l2_activity(h.unbind(), gram.unbind(), 1e-6, torch.tensor([True, False]))
+    (found,) = torch.autograd.grad(activity.sum(), h)
+    assert found[0].all() and not found[1].any()
+
+
+def test_dropping_in_place_takes_places_and_masks() -> None:
+    mask = torch.tensor([[True, False], [False, True]])
+    for dropped in (mask, mask.flatten().nonzero().squeeze(1)):
+        assert drop_(torch.ones(2, 2), dropped).tolist() == [[0, 1], [1, 0]]
