@@ -9,17 +9,18 @@ from tests.training.golden import configs, default, losses, name_of, recorded
 
 RECORDED = recorded()
 CONFIGS = dict(configs())
+QUICK = {name_of(default(method)) for method in methods()} | {
+    "furina dropout=0.1",
+    "dora dropout=0.1",
+    "hydralora dropout=0.1",
+}
+PARAMETERS = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS
+]
 
 
 def test_every_method_and_switch_is_recorded() -> None:
     assert set(CONFIGS) == set(RECORDED)
-
-
-QUICK = {name_of(default(method)) for method in methods()}
-PARAMETERS = [
-    name if name in QUICK or "dropout" in name else pytest.param(name, marks=pytest.mark.slow)
-    for name in CONFIGS
-]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -29,11 +30,15 @@ def test_float64_losses_of_20_steps_are_the_recorded_ones(name: str) -> None:
 
 @pytest.mark.parametrize("method", methods())
 def test_fp32_losses_differ_from_the_recorded_ones_as_orders_of_the_rows_do(method: str) -> None:
-    """Twice the same run is bitwise equal; rows in another order give the size of rounding."""
+    """Rows in another order give the size of rounding."""
     name = name_of(default(method))
     found = losses(CONFIGS[name], "float32")
-    assert losses(CONFIGS[name], "float32") == found
     shuffled = losses(CONFIGS[name], "float32", order=1)
     spread = max(abs(one - other) for one, other in zip(found, shuffled, strict=True))
     assert 0 < spread < 0.1
     assert found == pytest.approx(RECORDED[name]["float32"], abs=10 * spread, rel=0)
+
+
+@pytest.mark.parametrize("name", ["furina dropout=0.1", "dora dropout=0.1"])
+def test_the_same_run_twice_is_bitwise_equal(name: str) -> None:
+    assert losses(CONFIGS[name], "float32") == losses(CONFIGS[name], "float32")
