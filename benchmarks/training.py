@@ -13,6 +13,9 @@ stepped in rounds of random order, and a ratio is the median over rounds of two 
 environment of its own; its trainer clips no gradient, and recomputes activations in the backward,
 which costs time and saves memory: here they are kept unless --moe-peft-checkpoint says otherwise.
 Its plain LoRA, on attention in a mixture too, cannot do without drawing dropout.
+
+All variants of the default backbone at once need more than 24 GB; with less, name some by --only,
+lora and furina among them each time.
 """
 
 from __future__ import annotations
@@ -71,6 +74,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rank % options.experts:
         parser.error("--experts must divide --rank")
+    if options.rounds < 0 or options.memory_repeats < 1:
+        parser.error("--rounds must be 0 or larger and --memory-repeats at least 1")
     return options
 
 
@@ -238,7 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         print(json.dumps(one(options.one, options)))
         return
-    report = measure(options, arguments)
+    try:
+        report = measure(options, arguments)
+    except FurinaError as error:
+        sys.exit(f"error: {error}")
     print(training_report.text(report), end="")
     if options.results:
         training_report.write(report, options.results)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def draw_dropped(x: Tensor, p: float) -> Tensor:
@@ -34,8 +33,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Zero elements with probability `p` and scale the rest to keep the mean."""
     if p == 0:
         return x
-    if torch.compiler.is_compiling():
-        return functional.dropout(x, p)
     result: Tensor = _Drop.apply(x, draw_dropped(x, p), 1 / (1 - p))  # type: ignore[no-untyped-call]
     return result
 

@@ -55,24 +55,24 @@ def low_rank_product(
     With `gates` (..., N), B holds N blocks of r columns, and A as many blocks of rows or one for
     all. Shape: x (..., I), A (N·r, I) or (r, I), B (O, N·r).
     """
+    leading, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    if gates is not None:
+        gates = gates.to(x.dtype).expand(*leading, -1).reshape(-1, gates.shape[-1])
     if base._forward_hooks or base._forward_pre_hooks:  # somebody listens to the linear itself
-        h, update = _update(drop(x, dropout), a, b, scale, gates)
         y: Tensor = base(x)
-        return Product(y + update.to(y.dtype), h)
+        h, update = _update(drop(flat, dropout), a, b, scale, gates)
+        return Product(y + update.view_as(y).to(y.dtype), h.view(*leading, h.shape[-1]))
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
     if _has_autocast(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    flat = x.reshape(-1, x.shape[-1])
+        flat, weight = flat.to(dtype), weight.to(dtype)
+        bias, gates = (None if each is None else each.to(dtype) for each in (bias, gates))
     dropped = draw_dropped(flat, dropout) if dropout else None
-    if gates is not None:
-        gates = gates.to(x.dtype).expand(*x.shape[:-1], -1).reshape(-1, gates.shape[-1])
-    product, h = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
+    y, h = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
         flat, weight, bias, a, b, gates, scale / (1 - dropout), dropped
     )
-    leading = x.shape[:-1]
-    return Product(product.view(*leading, product.shape[-1]), h.view(*leading, h.shape[-1]))
+    return Product(y.view(*leading, y.shape[-1]), h.view(*leading, h.shape[-1]))
 
 
 def moved_product(
@@ -99,12 +99,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     """Return h and B [h ⊙ g], operation by operation."""
     h = functional.linear(x, a.to(x.dtype)) * scale
-    z = h
-    if gates is not None:
-        rank = b.shape[1] // gates.shape[-1]
-        z = h.view(*h.shape[:-1], h.shape[-1] // rank, rank) * gates.to(h.dtype)[..., None]
-        z = z.flatten(-2)
-    return h, functional.linear(z, b.to(x.dtype))
+    return h, functional.linear(_gated(h, gates, b), b.to(x.dtype))
 
 
 class _LowRankProduct(torch.autograd.Function):
