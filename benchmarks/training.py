@@ -1,7 +1,7 @@
 """Time one optimiser step of every method, and of peft's and moe_peft's; the last line is JSON.
 
     make moe-peft
-    python benchmarks/training.py --memory --results results/training
+    python benchmarks/training.py --memory furina same_loop/peft_lora --results results/training
     python benchmarks/training.py --backbone tiny-llama --only lora furina peft_lora --rounds 1
 
 A step is forward, backward, clipping and optimiser on one fixed batch of random tokens of which
@@ -14,36 +14,40 @@ environment of its own; its trainer clips no gradient, and recomputes activation
 which costs time and saves memory: here they are kept unless --moe-peft-checkpoint says otherwise.
 Its plain LoRA, on attention in a mixture too, cannot do without drawing dropout.
 
-All variants of the default backbone at once need more than 24 GB; with less, name some by --only,
-lora and furina among them each time.
+Variants are stepped in groups, one after the other, so that memory need not hold all of them. Each
+group has the floor, our LoRA and FURINA in its rounds, and a peer has its namesake beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import random
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import training_report
-from training_peers import ENVIRONMENT, MOE_PEFT, Peer
+from training_peers import ENVIRONMENT, MOE_PEFT, TOP_K, Peer
+from training_report import Rounds, experts_case
 from training_variants import NO_LOSS, PEFT, Batch, Variant, build, random_batch
 
 import furina
 from furina.errors import FurinaError
 from furina.records.environment import provenance
 
-FIRST = ("floor", "lora", "furina", NO_LOSS, "dora")
+COMMON = ("floor", "lora", "furina")
+"""What every group times, to be held against."""
+FIRST = (*COMMON, NO_LOSS, "dora")
 MEMORY_STEPS = 3
-Rounds = dict[str, list[float]]
 Variants = dict[str, Variant | Peer]
 Failed = dict[str, str]
 """Why a variant has no time, and under memory/NAME why it has no memory."""
@@ -64,7 +68,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="variants, with or without their loop")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--memory", nargs="+", default=[], help="variants whose peak is measured")
+    parser.add_argument("--memory-experts", nargs="+", type=int, default=[], help="FURINA's, too")
     parser.add_argument("--memory-repeats", type=int, default=3, help="fresh processes each")
     parser.add_argument("--moe-peft", type=Path, default=ENVIRONMENT, help="its environment")
     choices = ("none", "recompute")
@@ -95,6 +100,21 @@ def select(only: Sequence[str] | None) -> list[str]:
     if unknown := sorted(set(only) - known):
         sys.exit(f"error: no variant is called {', '.join(unknown)}; choose of {', '.join(names)}")
     return chosen
+
+
+def grouped(names: Sequence[str]) -> list[list[str]]:
+    """Cut the variants into groups: ours, peft's with their namesakes, each one of moe_peft's."""
+    ours = [name for name in names if "/" not in name]
+    peft = [name for name in names if name.rpartition("/")[2] in PEFT]
+    groups = [ours, [*_beside(ours, "dora"), *peft] if peft else []]
+    for name in names:
+        if (peer := name.rpartition("/")[2]) in MOE_PEFT:
+            groups.append([*_beside(ours, peer.rpartition("_")[2]), name])
+    return [group for group in groups if group]
+
+
+def _beside(ours: Sequence[str], method: str) -> list[str]:
+    return [name for name in ours if name in (*COMMON, method)]
 
 
 def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Batch]:
@@ -165,15 +185,50 @@ def time_rounds(
     return seconds, {name: losses[name] for name in seconds}
 
 
+class Timed(NamedTuple):
+    """What the rounds of a group showed, by variant."""
+
+    rounds: Rounds
+    first_loss: dict[str, float]
+    trainable: dict[str, int]
+    versions: dict[str, str]
+
+
+def time_group(
+    names: Sequence[str], failed: Failed, options: argparse.Namespace, seed: int
+) -> Timed:
+    """Build the variants of a group and time their rounds; nothing of them stays."""
+    with running(names, options) as (variants, new):
+        failed |= new
+        trainable = {name: variant.trainable for name, variant in variants.items()}
+        versions = {
+            package: version
+            for variant in variants.values()
+            for package, version in variant.versions.items()
+        }
+        rounds, losses = time_rounds(variants, failed, options.rounds, seed)
+    return Timed(rounds, losses, trainable, versions)
+
+
+def memory_cases(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Return by name what is measured, and the arguments that make it."""
+    cases = {name: ["--one", name] for name in (select(options.memory) if options.memory else [])}
+    for experts in options.memory_experts:
+        few = experts - 1 <= TOP_K  # routed experts to choose from, beside the shared one
+        for name in (NO_LOSS,) if few else ("furina", NO_LOSS):
+            cases[experts_case(name, experts)] = ["--one", name, "--experts", str(experts)]
+    return cases
+
+
 def memory_of(
-    names: Sequence[str], failed: Failed, options: argparse.Namespace, arguments: Sequence[str]
+    cases: dict[str, list[str]], failed: Failed, repeats: int, arguments: Sequence[str]
 ) -> dict[str, int]:
-    """Return each variant's peak memory, the median over fresh processes."""
+    """Return the peak memory of each case, the median over fresh processes."""
     found: dict[str, int] = {}
-    for name in names:
-        command = [sys.executable, __file__, *arguments, "--one", name]
+    for name, case in cases.items():
+        command = [sys.executable, __file__, *arguments, *case]
         answers = []
-        for _ in range(options.memory_repeats):
+        for _ in range(repeats):
             done = subprocess.run(command, capture_output=True, text=True)
             lines = done.stdout.splitlines() or ["{}"]
             told = json.loads(lines[-1]) if done.returncode == 0 else {}
@@ -198,36 +253,44 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """Measure what the options ask for; return the report."""
-    names, failed = select(options.only), Failed()
-    memory = memory_of(names, failed, options, arguments) if options.memory else {}
-    trainable: dict[str, int] = {}
-    versions: dict[str, str] = {}
-    rounds: Rounds = {}
-    losses: dict[str, float] = {}
-    if options.rounds:
-        with running(names, options) as (variants, new):
-            failed |= new
-            for name, variant in variants.items():
-                trainable[name] = variant.trainable
-                versions |= variant.versions
-            rounds, losses = time_rounds(variants, failed, options.rounds, options.seed)
+    failed = Failed()
+    groups = grouped(select(options.only)) if options.rounds else []
+    memory = memory_of(memory_cases(options), failed, options.memory_repeats, arguments)
+    timed = []
+    for number, names in enumerate(groups, start=1):
+        print(f"group {number} of {len(groups)}: {', '.join(names)}", flush=True)
+        timed.append(time_group(names, failed, options, options.seed + number))
+        gc.collect()  # models and their hooks hold each other
+    rounds = [group.rounds for group in timed]
     hidden = ("moe_peft", "results", "one")
     environment = asdict(provenance())
-    environment["packages"] |= versions
+    for group in timed:
+        environment["packages"] |= group.versions
     return {
         "settings": {key: value for key, value in vars(options).items() if key not in hidden},
         "environment": environment,
-        "seconds": {name: spread(values) for name, values in rounds.items()},
+        "command": shlex.join(["python", "benchmarks/training.py", *arguments]),
+        "seconds": {name: spread(values) for name, values in pooled(rounds).items()},
         "rounds": rounds,
         "memory_bytes": memory,
-        "trainable": trainable,
-        "first_loss": losses,
-        "ratios": training_report.ratios(rounds, memory),
+        "trainable": {name: size for group in timed for name, size in group.trainable.items()},
+        "first_loss": {name: loss for group in timed for name, loss in group.first_loss.items()},
+        "ratios": training_report.ratios(rounds, memory)
+        | training_report.expert_ratios(memory, options.experts),
         "ratios_to": {
             other: training_report.ratios_to(rounds, other) for other in ("lora", "floor")
         },
         "failed": failed,
     }
+
+
+def pooled(groups: Sequence[Rounds]) -> Rounds:
+    """Return every variant's seconds in all rounds of all groups."""
+    found: Rounds = {}
+    for rounds in groups:
+        for name, values in rounds.items():
+            found.setdefault(name, []).extend(values)
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

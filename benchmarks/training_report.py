@@ -17,6 +17,8 @@ from furina.reporting.render import markdown as render
 from furina.storage import write_json, write_text
 
 Report = Mapping[str, Any]
+Rounds = dict[str, list[float]]
+"""Seconds of each variant's steps, round by round."""
 SHIPPED = {
     "furina": (
         *("peft_lora", "peft_lora_bf16", "peft_dora", "peft_dora_bf16"),
@@ -52,18 +54,24 @@ def pairs() -> Iterator[tuple[str, str, str]]:
             yield f"as_shipped/{ours}/{other}", ours, f"as_shipped/{other}"
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the median over rounds of one's time over the other's in that round."""
-    return statistics.median(a / b for a, b in zip(one, other, strict=True))
+def paired(groups: Sequence[Rounds], one: str, other: str) -> float | None:
+    """Return the median of one's time over the other's in a round; None if no group has both."""
+    quotients = [
+        a / b
+        for rounds in groups
+        if one in rounds and other in rounds
+        for a, b in zip(rounds[one], rounds[other], strict=True)
+    ]
+    return statistics.median(quotients) if quotients else None
 
 
-def ratios(rounds: Mapping[str, Sequence[float]], memory: Mapping[str, int]) -> dict[str, float]:
+def ratios(groups: Sequence[Rounds], memory: Mapping[str, int]) -> dict[str, float]:
     """Return every ratio whose two variants were measured; below 1 the first needs less."""
     found: dict[str, float] = {}
     wanted = {key: (one, other) for key, one, other in pairs()}
     for key, (one, other) in wanted.items():
-        if one in rounds and other in rounds:
-            found[key] = paired(rounds[one], rounds[other])
+        if (quotient := paired(groups, one, other)) is not None:
+            found[key] = quotient
     for key, (one, other) in wanted.items():
         if one in memory and other in memory:
             # What is held against the peer in our loop needs no word for it.
@@ -71,11 +79,27 @@ def ratios(rounds: Mapping[str, Sequence[float]], memory: Mapping[str, int]) -> 
     return found
 
 
-def ratios_to(rounds: Mapping[str, Sequence[float]], other: str) -> dict[str, float]:
+def experts_case(name: str, experts: int) -> str:
+    """Return what the memory of a variant with so many experts is called."""
+    return f"{name}, experts: {experts}"
+
+
+def expert_ratios(memory: Mapping[str, int], experts: int) -> dict[str, float]:
+    """Return the memory at each number of experts over that at `experts`, at equal total rank."""
+    found: dict[str, float] = {}
+    for name in ("furina", "furina_no_loss"):
+        for case, size in memory.items():
+            if case.startswith(f"{name}, ") and (usual := memory.get(experts_case(name, experts))):
+                count = case.rpartition(" ")[2]
+                found[f"memory/{name}/experts_{count}/experts_{experts}"] = size / usual
+    return found
+
+
+def ratios_to(groups: Sequence[Rounds], other: str) -> dict[str, float]:
     """Return every variant's ratio to `other`, none if that was not timed."""
-    if other not in rounds:
-        return {}
-    return {name: paired(values, rounds[other]) for name, values in rounds.items()}
+    names = dict.fromkeys(name for rounds in groups for name in rounds)
+    found = {name: paired(groups, name, other) for name in names}
+    return {name: quotient for name, quotient in found.items() if quotient is not None}
 
 
 def tokens_per_second(report: Report, name: str) -> float:
@@ -157,7 +181,9 @@ def _remarks(report: Report) -> tuple[str, ...]:
         f"{settings['rows']} rows of {settings['tokens']} tokens, {settings['backbone']} in "
         f"{settings['dtype']}, {settings['attention']} attention, total rank {settings['rank']}, "
         f"{settings['experts']} experts, dropout {settings['dropout']:g}; rounds of "
-        f"random order: {settings['rounds']}; a ratio is the median of the rounds' own.",
+        f"random order: {settings['rounds']} in each group of variants; a ratio is the median of "
+        "the rounds' own.",
+        f"Made by `{report['command']}`.",
         "Unprefixed variants and same_loop/ run in our loop, as_shipped/ in the peer's. moe_peft's "
         f"checkpointing of activations: {settings['moe_peft_checkpoint']}.",
         "Peak memory is what the first three steps add to model and adapter.",

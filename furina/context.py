@@ -124,6 +124,8 @@ class ForwardTracker:
         self.last: Forward | None = None
         self.observer: Callable[[str, Record], None] | None = None
         self.shared: SharedOperands | None = None
+        self.step_sums: dict[str, Tensor | None] = {}
+        """Sums of the records by these names since they were last taken; see `sum_over_step`."""
         self._training_grad = False
 
     def attach(self, model: nn.Module) -> list[Any]:
@@ -144,19 +146,25 @@ class ForwardTracker:
             )
         return True
 
-    def record(self, layer: str, *statistics: Tensor) -> bool:
+    def record(self, layer: str, *statistics: Tensor) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once.
 
-        Returns whether it was kept; what an observer takes is not.
+        What an observer takes is not kept.
         """
         assert self.active is not None
         if self.observer is not None:
             self.observer(layer, tuple(tensor.detach() for tensor in statistics))
-            return False
-        if layer in self.active.records:
-            return False
-        self.active.records[layer] = statistics
-        return True
+        elif layer not in self.active.records:
+            self.active.records[layer] = statistics
+
+    def sum_over_step(self, name: str) -> None:
+        """Add up the records by this name from now on, until `take` is called."""
+        self.step_sums[name] = None
+
+    def take(self, name: str) -> Tensor | None:
+        """Return and forget the sum of the records by this name, None if there were none."""
+        total, self.step_sums[name] = self.step_sums[name], None
+        return total
 
     def _open(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,7 +182,14 @@ class ForwardTracker:
         return args, kwargs
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.active = None
+        forward, self.active = self.active, None
+        if forward is None:
+            return
+        # Here and not in the layers: a compiled forward may not depend on what came before it.
+        for name, total in self.step_sums.items():
+            if name in forward.records:
+                (sums,) = forward.records[name]
+                self.step_sums[name] = sums if total is None else total + sums
 
     def _follow_checkpointing(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -45,7 +45,8 @@ def report_of(rounds: dict[str, list[float]], **more) -> dict:
     settings |= {"attention": "eager", "experts": 4, "dropout": 0.0, "rounds": 3, "threads": 1}
     settings["moe_peft_checkpoint"] = "none"
     environment = {"hardware": hardware, "packages": {"torch": "2"}, "commit": None, "dirty": None}
-    report = {"settings": settings, "environment": environment, "rounds": rounds, "ratios": {}}
+    report = {"settings": settings, "environment": environment, "rounds": [rounds], "ratios": {}}
+    report["command"] = "python benchmarks/training.py"
     report |= {"memory_bytes": {}, "trainable": {}, "first_loss": {}, "ratios_to": {}}
     return {**report, "failed": {}, **more}
 
@@ -57,7 +58,9 @@ def test_the_script_times_ours_and_peft_and_writes_what_it_prints(load, tmp_path
     training.main([*SMALL, *only, *absent, "--results", str(tmp_path / "results")])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(report["seconds"]) == CHOSEN
-    assert all(spread["median"] > 0 and spread["n"] == 1 for spread in report["seconds"].values())
+    assert all(spread["median"] > 0 for spread in report["seconds"].values())
+    # Our own group, peft's and moe_peft's each have a round of what they share.
+    assert [spread["n"] for spread in report["seconds"].values()] == [3, 3, 3, 1, 1]
     assert set(report["ratios"]) >= {
         *("same_loop/furina/lora", "same_loop/furina/floor", "same_loop/furina/peft_lora"),
         "as_shipped/furina/peft_lora",
@@ -119,15 +122,50 @@ def test_a_ratio_is_the_median_of_the_rounds_own(load):
     ratios = load("training_report").ratios
     # 1/2, 1 and 3; the quotient of the medians is 2.
     rounds = {"furina": [2.0, 8.0, 9.0], "lora": [4.0, 8.0, 3.0]}
-    assert ratios(rounds, {}) == {"same_loop/furina/lora": 1.0}
+    assert ratios([rounds], {}) == {"same_loop/furina/lora": 1.0}
     with pytest.raises(ValueError):
-        ratios({"furina": [1.0], "lora": [1.0, 2.0]}, {})
+        ratios([{"furina": [1.0], "lora": [1.0, 2.0]}], {})
+
+
+def test_times_of_different_groups_are_never_compared(load):
+    ratios = load("training_report").ratios
+    assert ratios([{"furina": [1.0]}, {"lora": [1.0]}], {}) == {}
+    # 1/2, 1 and 3 again, in two groups.
+    groups = [{"furina": [2.0], "lora": [4.0]}, {"lora": [8.0, 3.0], "furina": [8.0, 9.0]}]
+    assert ratios(groups, {}) == {"same_loop/furina/lora": 1.0}
+
+
+def test_every_ratio_has_its_two_variants_in_one_group(load):
+    training, reporting = load("training"), load("training_report")
+    groups = training.grouped(training.variant_names())
+    assert {name for group in groups for name in group} == set(training.variant_names())
+    for key, one, other in reporting.pairs():
+        assert any({one, other} <= set(group) for group in groups), key
+    assert all({"floor", "lora", "furina"} <= set(group) for group in groups)
+
+
+def test_memory_at_other_numbers_of_experts_is_compared_with_the_usual_one(load):
+    training, reporting = load("training"), load("training_report")
+    options = training.parse(["--memory-experts", "2", "8"])
+    cases = training.memory_cases(options)
+    assert list(cases) == [  # with two experts there is one to choose from, so no loss
+        "furina_no_loss, experts: 2",
+        "furina, experts: 8",
+        "furina_no_loss, experts: 8",
+    ]
+    assert cases["furina, experts: 8"] == ["--one", "furina", "--experts", "8"]
+    memory = dict(zip(cases, (50, 80, 100), strict=True))
+    assert reporting.expert_ratios(memory, 8) == {
+        "memory/furina/experts_8/experts_8": 1.0,
+        "memory/furina_no_loss/experts_2/experts_8": 0.5,
+        "memory/furina_no_loss/experts_8/experts_8": 1.0,
+    }
 
 
 def test_ratios_name_the_loop_and_memory_is_compared_too(load):
     ratios = load("training_report").ratios
     memory = {"furina": 50, "same_loop/peft_lora": 100, "as_shipped/peft_lora": 200}
-    assert ratios({}, memory) == {
+    assert ratios([], memory) == {
         "memory/furina/peft_lora": 0.5,
         "memory/as_shipped/furina/peft_lora": 0.25,
     }
@@ -139,8 +177,8 @@ def test_the_table_is_made_from_the_json_alone(load):
     report = report_of(
         rounds,
         seconds={name: training.spread(values) for name, values in rounds.items()},
-        ratios=reporting.ratios(rounds, {}),
-        ratios_to={"lora": reporting.ratios_to(rounds, "lora")},
+        ratios=reporting.ratios([rounds], {}),
+        ratios_to={"lora": reporting.ratios_to([rounds], "lora")},
         memory_bytes={"furina": 3 * 2**20},
         failed={"as_shipped/moe_peft_mola": "it cannot run"},
     )

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 DENSE = 256
 """Up to so many columns one product with a block-diagonal matrix beats one for each block."""
-CHUNK = 16
+CHUNK = 4
 """Linears whose activity is computed together: few calls, and little memory at a time."""
 
 
@@ -75,8 +75,7 @@ def l2_activity(
 
 def direction_gram(bt: Tensor, norm: Tensor, num_shared: int) -> Tensor:
     """Return M. Shape: Bᵀ (N·r, O), d̃ (N, O) → (N, r, r)."""
-    direction = _experts(bt, len(norm)) * _inverse(norm, num_shared)[:, None]
-    return direction @ direction.mT
+    return _direction_gram(_experts(bt, len(norm)), _inverse(norm, num_shared))
 
 
 class _Directions(torch.autograd.Function):
@@ -100,17 +99,19 @@ class _Directions(torch.autograd.Function):
         The factor keeps the digits that rowsum((B_i G_i)∘B_i) cancels when A_i is nearly of rank 1.
         """
         wide = _experts(a, num_experts).to(torch.float64)
-        gram_a = wide @ wide.mT
+        gram = wide @ wide.mT
         b = _experts(bt, num_experts)
-        norm = (_factor(gram_a, a.shape[1]).to(a.dtype).mT @ b).square_().sum(1)
-        norm.add_(eps**2).sqrt_()
+        turned = _factor_(gram, a.shape[1]).to(a.dtype).mT @ b
+        gram_a = gram.to(a.dtype)
+        norm = turned.square_().sum(1).add_(eps**2).sqrt_()
+        inverse = _inverse(norm, num_shared)
         weight = torch.full_like(norm, scale)
-        torch.div(v, norm[num_shared:], out=weight[num_shared:])
-        gram = direction_gram(bt, norm, num_shared) if with_gram else bt.new_empty(0)
-        ctx.save_for_backward(a, bt, v, gram_a.to(a.dtype), norm, weight)
+        torch.mul(v, inverse[num_shared:], out=weight[num_shared:])
+        made = _direction_gram(b, inverse) if with_gram else bt.new_empty(0)
+        ctx.save_for_backward(a, bt, v, gram_a, inverse, weight)
         ctx.num_shared, ctx.detach_norm = num_shared, detach_norm
         ctx.set_materialize_grads(False)
-        return (b * weight[:, None]).flatten(0, 1).t(), norm, gram
+        return (b * weight[:, None]).view_as(bt).t(), norm, made
 
     @staticmethod
     @once_differentiable
@@ -119,28 +120,31 @@ class _Directions(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Go back through B̃ = w B, M = Bᵀ d̃^-2 B, and d̃ where both have been gathered.
 
-        With X the gradient of B for a fixed d̃, that of d̃ is −rowsum(X∘B)/d̃: B̃ and M are functions
-        of B/d̃. Then ∂d̃/∂B = B G/d̃ and ∂d̃/∂A = Bᵀ diag(1/d̃) B A.
+        With X the gradient of B for a fixed d̃, that of d̃ is −rowsum(X∘B)/d̃ (B̃ and M are functions
+        of B/d̃). Then ∂d̃/∂B = B G/d̃ and ∂d̃/∂A = Bᵀ diag(1/d̃) B A.
         """
-        a, bt, v, gram_a, norm, weight = ctx.saved_tensors
-        shared, num_experts = ctx.num_shared, len(norm)
+        a, bt, v, gram_a, inverse, weight = ctx.saved_tensors
+        num_experts = len(inverse)
         b = _experts(bt, num_experts)
         grad_v = None
         if grad_b is None:
-            total = torch.zeros_like(b)
+            total, along = torch.zeros_like(b), torch.zeros_like(inverse)
         else:
             grad_b = _experts(grad_b.t().contiguous(), num_experts)
             total = grad_b * weight[:, None]
-            grad_v = ((grad_b * b).sum(1) / norm)[shared:].sum_to_size(v.shape)
+            along = (grad_b * b).sum(1)
+            grad_v = (along * inverse)[ctx.num_shared :].sum_to_size(v.shape)
+            along *= weight
         if grad_gram is not None:
-            weighted = b * _inverse(norm, shared).square_()[:, None]
+            weighted = b * inverse.square()[:, None]
             total.baddbmm_(grad_gram + grad_gram.mT, weighted)
+            along = (total * b).sum(1)
         if ctx.detach_norm:
             return None, total.view_as(bt), grad_v, *[None] * 6
-        slope = (total * b).sum(1).neg_().div_(norm)
+        slope = along.mul_(inverse).neg_()
         if grad_norm is not None:
             slope += grad_norm
-        slope.div_(norm)[:shared] = 0
+        slope *= inverse
         sloped = b * slope[:, None]
         total.baddbmm_(gram_a, sloped)
         grad_a = (sloped @ b.mT) @ _experts(a, num_experts)
@@ -159,13 +163,17 @@ def _inverse(norm: Tensor, num_shared: int) -> Tensor:
     return inverse
 
 
-def _factor(gram: Tensor, in_features: int) -> Tensor:
-    """Return L with L Lᵀ = G, jittered relative to each row so that small rows keep digits."""
-    jittered = gram.clone()
-    diagonal = jittered.diagonal(dim1=-2, dim2=-1)
+def _direction_gram(b: Tensor, inverse: Tensor) -> Tensor:
+    direction = b * inverse[:, None]
+    return direction @ direction.mT
+
+
+def _factor_(gram: Tensor, in_features: int) -> Tensor:
+    """Return L with L Lᵀ = G, jittered in place relative to each row: small rows keep digits."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     diagonal.mul_(1 + 4 * in_features * torch.finfo(gram.dtype).eps)
     diagonal.add_(torch.finfo(gram.dtype).tiny)
-    factor: Tensor = torch.linalg.cholesky_ex(jittered)[0]
+    factor: Tensor = torch.linalg.cholesky_ex(gram)[0]
     return factor
 
 

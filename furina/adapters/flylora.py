@@ -117,7 +117,7 @@ class FlyLoRALinear(AdapterLinear):
         self.register_buffer("lora_A", a.scatter(1, places, values))
         self.register_buffer("selection_bias", a.new_zeros(r))
         self.lora_B = zeros(base.out_features, r, like=self)
-        self._load: Tensor | None = None
+        tracker.sum_over_step(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B [(A dropout(x)) ⊙ 1_S]. Shape: (..., I) → (..., O)."""
@@ -145,8 +145,7 @@ class FlyLoRALinear(AdapterLinear):
             mask = self.tracker.active.real_tokens(x, self.name)
             load = selected.flatten(0, -2).to(self.selection_bias.dtype)
             load = (load if mask is None else load.masked_fill(~mask, 0.0)).sum(0)
-            if self.tracker.record(self.name, load):
-                self._load = load if self._load is None else self._load + load
+            self.tracker.record(self.name, load)
         return selected
 
     @property
@@ -156,8 +155,7 @@ class FlyLoRALinear(AdapterLinear):
 
     def step_statistics(self) -> Tensor | None:
         """Return the loads since the last optimiser step. Shape: (r,)."""
-        load, self._load = self._load, None
-        return load
+        return self.tracker.take(self.name)
 
     def after_step(self, statistics: Tensor) -> None:
         """Move the bias of every rank towards the mean load."""

@@ -108,8 +108,8 @@ class SLIMLinear(RoutedLinear):
     ) -> None:
         """Draw experts and router as in `RoutedLinear`, and the centres from N(0, 1)."""
         super().__init__(base, name, tracker, config)
-        self._inputs: Tensor | None = None
         if self.has_router and config.weight_yielding:
+            tracker.sum_over_step(self._clusters)
             shape = config.num_clusters, base.in_features
             self.register_buffer("centres", torch.randn(shape).to(self.lora_A))
             self.register_buffer("mean", self.lora_A.new_zeros(shape))
@@ -159,13 +159,17 @@ class SLIMLinear(RoutedLinear):
         members = members if mask is None else members.masked_fill(~mask, 0.0)
         parts = members.sum(0)[:, None], members.T @ flat, members.T @ flat.square()
         sums = torch.cat(parts, dim=1)
-        if self.tracker.record(f"{self.name}.clusters", sums):
-            self._inputs = sums if self._inputs is None else self._inputs + sums
+        self.tracker.record(self._clusters, sums)
 
     def step_statistics(self) -> Tensor | None:
         """Return the clusters' sums since the last optimiser step. Shape: (C, 1 + 2I)."""
-        inputs, self._inputs = self._inputs, None
-        return inputs
+        follows = self.has_router and self.config.weight_yielding
+        return self.tracker.take(self._clusters) if follows else None
+
+    @property
+    def _clusters(self) -> str:
+        """What the sums are recorded as, beside the selection."""
+        return f"{self.name}.clusters"
 
     def after_step(self, statistics: Tensor) -> None:
         """Move mean and deviation of the clusters that had inputs."""

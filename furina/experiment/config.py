@@ -42,6 +42,7 @@ class RunConfig:
         dtype: number format of the backbone's weights.
         attention: transformers' attention implementation; its own choice if none.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        compile: torch.compile backend of the training steps, such as inductor; none if none.
         max_length: longest example in tokens; a longer one loses the start of its context.
         validation_size: train items that are held out, in equal parts from a mixture's tasks.
         validation_interval: optimiser steps between validation losses; only at the end if none.
@@ -80,6 +81,7 @@ class RunConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     attention: str | None = None
     gradient_checkpointing: bool = False
+    compile: str | None = None
     max_length: int = 512
     validation_size: int = 250
     validation_interval: int | None = None

@@ -132,6 +132,7 @@ def _train(
         gradient_clip=config.gradient_clip,
         lora_plus_ratio=config.lora_plus_ratio,
         seed=config.seed,
+        compile_backend=config.compile,
     )
     resume = ResumeCheckpoint(run_dir / "last.ckpt", config.checkpoint_interval)
     history = LossHistory()

@@ -20,6 +20,7 @@ from torchmetrics.aggregation import RunningMean, SumMetric
 
 from furina.accumulation import accumulating
 from furina.auxiliary import after_step, auxiliary_loss
+from furina.compilation import CompiledDecoder
 from furina.errors import ConfigurationError
 from furina.inject import (
     adapter_parameters,
@@ -68,11 +69,13 @@ class FinetuneModule(pl.LightningModule):
         gradient_clip: float | None = 1.0,
         lora_plus_ratio: float = 1.0,
         seed: int = 0,
+        compile_backend: str | None = None,
     ) -> None:
         """Wrap an adapted model.
 
         `total_steps` is the length of the schedule, by default the Trainer's own; `gradient_clip`
-        bounds the global norm of the gradient, None leaves it alone.
+        bounds the global norm of the gradient, None leaves it alone. `compile_backend`, such as
+        "inductor", compiles the training forwards; see `CompiledDecoder`.
         Raises ConfigurationError if the model is not adapted or a setting is out of range.
         """
         super().__init__()
@@ -84,9 +87,12 @@ class FinetuneModule(pl.LightningModule):
         clips = gradient_clip is None or gradient_clip > 0
         _require(clips, "gradient_clip", gradient_clip, "positive, or None for no clipping")
         learning_rate_factor(schedule, 0, 1)
-        self.save_hyperparameters(ignore=["model"])
+        self.save_hyperparameters(ignore=["model", "compile_backend"])
         self.automatic_optimization = False
         self.model = model
+        self._compiled = (
+            None if compile_backend is None else CompiledDecoder(model, compile_backend)
+        )
         self._watch = DivergenceWatch()
         self._resumed: dict[str, Any] = {}
         self._running_loss = RunningMean(RUNNING_WINDOW, nan_strategy="disable")
@@ -145,7 +151,7 @@ class FinetuneModule(pl.LightningModule):
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LambdaLR)
         optimizer.zero_grad()
         window, parts = _located(batch), []
-        with self._accumulation(len(window)):
+        with self._accumulation(len(window)), self._compilation():
             for micro, share in zip(window, self._shares(window), strict=True):
                 with self._gradient_sync(micro is window[-1]):
                     parts.append(self._backward(micro, share))
@@ -231,6 +237,9 @@ class FinetuneModule(pl.LightningModule):
         """Make norms and the like once for several micro-batches, but where ranks share a model."""
         alone = not isinstance(self.trainer.strategy, ParallelStrategy)
         return accumulating(self.model) if alone and micro_batches > 1 else nullcontext()
+
+    def _compilation(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled is None else self._compiled.active()
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Let the ranks exchange gradients in the last backward of a step only."""
