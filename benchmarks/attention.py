@@ -27,8 +27,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from training import Rounds, spread
-from training_report import paired
+from training import spread
+from training_report import Rounds, paired
 from training_variants import ANSWER_TOKENS, Batch, Variant, floor, random_batch, twin
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -165,8 +165,8 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     ratios: dict[str, float] = {}
     fastest: dict[str, str] = {}
     for (kind, n), case in cases.items():
-        base = rounds[f"{kind}/{BASE}/{n}"]
-        to_base = {name: paired(rounds[f"{kind}/{name}/{n}"], base) for name in case}
+        own = {name: rounds[f"{kind}/{name}/{n}"] for name in case}
+        to_base = {name: paired([own], name, BASE) for name in case}
         fastest[f"{kind}/{n}"] = min(to_base, key=to_base.__getitem__)
         ratios |= {f"{kind}/{x}/{BASE}/{n}": to_base[x] for x in case if x != BASE}
     return {

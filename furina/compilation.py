@@ -26,11 +26,7 @@ class CompiledDecoder:
 
         Raises ConfigurationError if there is no such backend, no decoder, or checkpointing.
         """
-        known = torch.compiler.list_backends(exclude_tags=())
-        if backend not in known:
-            raise ConfigurationError(
-                f"torch.compile has no backend {backend!r}, only {', '.join(known)}."
-            )
+        require_backend(backend)
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ConfigurationError(
                 "torch.compile decides itself what to recompute: turn gradient checkpointing off."
@@ -58,6 +54,13 @@ class CompiledDecoder:
             if isinstance(value, Tensor):
                 _mark_sizes(value)
         return self._run(*args, **kwargs)
+
+
+def require_backend(name: str) -> None:
+    """Raise ConfigurationError unless torch.compile knows a backend of that name."""
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name not in known:
+        raise ConfigurationError(f"compile={name!r}: torch.compile knows {', '.join(known)}.")
 
 
 def _mark_sizes(tensor: Tensor) -> None:

@@ -110,6 +110,11 @@ class RunConfig:
             raise ConfigurationError(
                 f"validation_interval={self.validation_interval} must be at least 1, or left out."
             )
+        if self.compile and self.gradient_checkpointing:
+            raise ConfigurationError(
+                f"compile={self.compile} decides itself what to recompute: leave out "
+                "gradient_checkpointing."
+            )
         if self.is_base and (self.adapter or self.targets):
             raise ConfigurationError(
                 "method base trains nothing: options of an adapter and targets would be ignored."

@@ -15,6 +15,7 @@ import torch
 from furina.auxiliary import record_selection
 from furina.backbones import best_device, load_backbone, load_tokenizer
 from furina.checkpoint import load, save
+from furina.compilation import require_backend
 from furina.data.batches import Batch
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError
@@ -54,6 +55,8 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.check_tasks()
     config.adapter_config()
+    if config.compile:
+        require_backend(config.compile)
     tokenizer = load_tokenizer(config.backbone)
     model = load_backbone(
         config.backbone, config.dtype, device=best_device(), attention=config.attention
