@@ -40,7 +40,8 @@ class RunConfig:
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: decides the initial adapter, the order of the questions and the dropout.
         dtype: number format of the backbone's weights.
-        attention: transformers' attention implementation; its own choice if none.
+        attention: transformers' attention implementation; if none its own choice, but eager while
+            short rows are trained on a CPU.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile: torch.compile backend of the training steps, such as inductor; none if none.
         max_length: longest example in tokens; a longer one loses the start of its context.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,13 @@ from furina.inject import adapt, describe, state_of
 from furina.mode import evaluation_mode
 from furina.records import Training, codec, peak_memory_bytes
 from furina.storage import write_json
-from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint, gradient_ratio
+from furina.training import (
+    FinetuneModule,
+    LossHistory,
+    ResumeCheckpoint,
+    gradient_ratio,
+    training_attention,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +85,8 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}
         )
-    history = _train(config, run_dir, model, data)
+    with _attention(config, model, data):
+        history = _train(config, run_dir, model, data)
     training = _summary(config, model, data, history)
     save(model, run_dir / "adapter")
     write_json(finished, asdict(training))
@@ -116,6 +124,15 @@ def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskDataModu
         data_dir=config.data_dir,
         max_length=config.max_length,
     )
+
+
+def _attention(
+    config: RunConfig, model: PreTrainedModel, data: TaskDataModule
+) -> AbstractContextManager[None]:
+    if config.attention is not None:
+        return nullcontext()
+    rows = data.train_dataloader().examples
+    return training_attention(model, fmean(len(row.input_ids) for row in rows))
 
 
 def _train(

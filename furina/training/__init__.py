@@ -1,5 +1,6 @@
 """Fine-tuning with Lightning: one module for all methods, exact resume, answer-only loss."""
 
+from furina.training.attention import training_attention
 from furina.training.checkpointing import AtomicCheckpointIO, CheckpointError, ResumeCheckpoint
 from furina.training.divergence import DivergedError
 from furina.training.gradients import gradient_ratio
@@ -17,4 +18,5 @@ __all__ = [
     "answer_logits",
     "answer_loss",
     "gradient_ratio",
+    "training_attention",
 ]

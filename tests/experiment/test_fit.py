@@ -166,3 +166,39 @@ def test_a_run_whose_items_cannot_be_read_leaves_its_folder_alone(tmp_path: Path
     with pytest.raises(DataError, match="There is no folder"):
         fit(tiny(str(tmp_path / "empty"), "lora"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "eager"), ("sdpa", "sdpa")])
+def test_attention_is_switched_only_where_none_was_chosen(
+    data_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: str | None,
+    expected: str,
+) -> None:
+    seen: list[str] = []
+
+    def train(config: object, run_dir: Path, model: Any, data: object) -> None:
+        seen.append(model.config._attn_implementation)
+        raise Killed
+
+    monkeypatch.setattr(fit_module, "_train", train)
+    monkeypatch.setattr(fit_module, "best_device", lambda: "cpu")
+    with pytest.raises(Killed):
+        fit(tiny(data_dir, attention=chosen), tmp_path)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "inducter"}, "inducter.*inductor"),
+        ({"compile": "eager", "gradient_checkpointing": True}, "leave out gradient_checkpointing"),
+    ],
+)
+def test_a_compilation_that_cannot_be_is_refused_before_the_folder_is_claimed(
+    data_dir: str, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        fit(tiny(data_dir, **options), tmp_path)
+    assert not list(tmp_path.iterdir())
