@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from furina.adapters.base import register
 from furina.adapters.routing import DenseConfig, RoutedLinear
-from furina.context import ForwardTracker
+from furina.context import ForwardTracker, Record
 from furina.errors import ConfigurationError
 
 
@@ -74,6 +74,12 @@ class LoRAMoEConfig(DenseConfig):
         """Wrap one linear."""
         return LoRAMoELinear(base, name, tracker, self)
 
+    def statistics(
+        self, records: Mapping[str, Record], mask: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        """Return each linear's sums over the sequences, which it recorded as such."""
+        return {name: sums for name, (sums,) in records.items()}
+
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return β Σ Var(Z)/Mean(Z)² from each linear's [Σ Z, Σ Z², number of Z]."""
         total, square, count = torch.stack(list(statistics.values())).unbind(1)
@@ -92,7 +98,7 @@ class LoRAMoELinear(RoutedLinear):
         """Whether the constraint is on."""
         return self.config.has_auxiliary_loss
 
-    def statistics(self, x: Tensor, p: Tensor, g: Tensor) -> Tensor:
+    def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
         """Return [Σ Z, Σ Z², number of Z] in float64, in which near-equal Z can be subtracted.
 
         Shape: p (B, T, N) → (3,). Raises ConfigurationError without sequences or task types.
@@ -107,7 +113,7 @@ class LoRAMoELinear(RoutedLinear):
         if mask is not None:
             p = p.masked_fill(~mask.view(*p.shape[:2], 1), 0.0)
         z = p.to(torch.float64).sum(1) * self._labels(p)
-        return torch.stack([z.sum(), z.square().sum(), z.new_tensor(float(z.numel()))])
+        return (torch.stack([z.sum(), z.square().sum(), z.new_tensor(float(z.numel()))]),)
 
     def _labels(self, p: Tensor) -> Tensor:
         """Return 1 + δ where the expert's half bears the sequence's type, else 1 − δ: (B, N)."""

@@ -36,7 +36,6 @@ from furina.adapters.routing import (
     RoutedLinear,
     TopKConfig,
     load_balancing,
-    selection_sums,
 )
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
@@ -215,8 +214,9 @@ class MixLoRAGate(MixLoRALinear):
         selected = functional.one_hot(kept.indices, self.num_experts).movedim(-2, 0)
         if self.must_record(self.config.has_auxiliary_loss):
             assert self.tracker.active is not None
-            mask = self.tracker.active.real_tokens(x, self.name)
-            self.tracker.record(self.name, selection_sums(p, selected.sum(0), mask))
+            self.tracker.active.real_tokens(x, self.name)
+            chosen = selected.sum(0).flatten(0, -2)
+            self.tracker.record(self.name, p.flatten(0, -2), chosen)
         return Routing(selected, weights.movedim(-1, 0))
 
 

@@ -13,6 +13,7 @@ K experts of a token.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,7 +30,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import LowRankConfig
 from furina.adapters.product import low_rank_product, no_autocast
-from furina.context import ForwardTracker, Operands
+from furina.context import ForwardTracker, Operands, Record
 from furina.errors import NotMergeableError
 
 
@@ -53,6 +54,19 @@ class RoutedConfig(LowRankConfig):
     def num_experts_of(self, name: str) -> int:
         """Return the number of experts of the linear called `name`."""
         return self.most_experts
+
+    def statistics(
+        self, records: Mapping[str, Record], mask: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        """Return each linear's `selection_sums`, of all that have as many experts together."""
+        alike: dict[int, list[str]] = {}
+        for name, (p, _) in records.items():
+            alike.setdefault(p.shape[-1], []).append(name)
+        found: dict[str, Tensor] = {}
+        for names in alike.values():
+            p, chosen = map(torch.stack, zip(*(records[name] for name in names), strict=True))
+            found |= zip(names, selection_sums(p, chosen, mask).unbind(), strict=True)
+        return {name: found[name] for name in records}
 
     def has_router(self, name: str) -> bool:
         """Return whether the linear called `name` has a router: one expert needs none."""
@@ -131,7 +145,7 @@ class RoutedLinear(AdapterLinear):
         p = self.probabilities(x)
         g = self.weigh(p)
         if self.must_record(self.config.has_auxiliary_loss):
-            self.tracker.record(self.name, self.statistics(x, p, g))
+            self.tracker.record(self.name, *self.selection(x, p, g))
         return self.config.scale * g
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -144,10 +158,11 @@ class RoutedLinear(AdapterLinear):
         """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
         return p
 
-    def statistics(self, x: Tensor, p: Tensor, g: Tensor) -> Tensor:
-        """Return the sums over real tokens of what the method's loss needs."""
+    def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
+        """Return what the method's loss needs: by default p and which g are not 0, (T, N) each."""
         assert self.tracker.active is not None
-        return selection_sums(p, g, self.tracker.active.real_tokens(x, self.name))
+        self.tracker.active.real_tokens(x, self.name)
+        return p.flatten(0, -2), g.detach().flatten(0, -2) != 0
 
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the router, if there is one and its method balances it."""
@@ -223,16 +238,16 @@ def top_k_weights(p: Tensor, k: int) -> Tensor:
     return torch.zeros_like(p).scatter(-1, kept.indices, weights)
 
 
-def selection_sums(p: Tensor, g: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sums over real tokens of [Σ_selected p_t, p_t (N), 1[g_ti ≠ 0] (N)].
+def selection_sums(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sums over real tokens of [Σ_chosen p_t, p_t (N), 1[i is chosen] (N)].
 
-    Shape: p and g (..., N), mask (T, 1) → (1 + 2N,).
+    Shape: p and chosen (..., T, N), mask (T, 1) → (..., 1 + 2N).
     """
-    chosen = (g.detach() != 0).to(p.dtype)
-    sums = torch.cat([(p * chosen).sum(-1, keepdim=True), p, chosen], dim=-1).flatten(0, -2)
+    chosen = chosen.to(p.dtype)
     if mask is not None:
-        sums = sums.masked_fill(~mask, 0.0)
-    return sums.sum(0)
+        p, chosen = (each.masked_fill(~mask, 0.0) for each in (p, chosen))
+    share = (p * chosen).sum((-2, -1))
+    return torch.cat([share[..., None], p.sum(-2), chosen.sum(-2)], dim=-1)
 
 
 def load_balancing(sums: Tensor, positions: Tensor, slots: int) -> Tensor:
