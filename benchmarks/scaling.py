@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -238,6 +239,7 @@ def main() -> None:
             points.append(measure(point, options, rng))
             print(line(points[-1]), flush=True)
     report = {
+        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
         "settings": {key: value for key, value in vars(options).items() if key != "results"},
         "environment": asdict(provenance()),
         "points": points,

@@ -53,7 +53,8 @@ def markdown(report: dict) -> str:
         "# Cost of one adapted linear",
         f"Forward and backward in {settings['dtype']} on {device} (threads: {settings['threads']}) "
         f"with torch {environment['packages']['torch']}; medians over rounds: "
-        f"{settings['rounds']}. Made by benchmarks/scaling_report.py from scaling.json.",
+        f"{settings['rounds']}. Made by `{report['command']}`, commit "
+        f"{(environment['commit'] or 'unknown')[:10]}.",
         *map(sentence, report["backbones"]),
         "![Cost over LoRA's](scaling.svg)",
         *(f"## {table.title}\n\n{render.markdown(table).rstrip()}" for table in tables),

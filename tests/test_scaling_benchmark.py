@@ -54,7 +54,7 @@ def report(output: list[str]) -> dict[str, Any]:
 
 def test_the_last_line_is_what_the_file_holds(report: dict[str, Any], folder: Path) -> None:
     assert json.loads((folder / "scaling.json").read_text()) == report
-    assert set(report) == {"settings", "environment", "points", "backbones"}
+    assert set(report) == {"command", "settings", "environment", "points", "backbones"}
     assert report["environment"]["packages"]["torch"]
     assert str(folder) not in json.dumps(report)
 
