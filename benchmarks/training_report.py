@@ -183,7 +183,7 @@ def _remarks(report: Report) -> tuple[str, ...]:
         f"{settings['experts']} experts, dropout {settings['dropout']:g}; rounds of "
         f"random order: {settings['rounds']} in each group of variants; a ratio is the median of "
         "the rounds' own.",
-        f"Made by `{report['command']}`.",
+        f"Made by {report['command']}.",
         "Unprefixed variants and same_loop/ run in our loop, as_shipped/ in the peer's. moe_peft's "
         f"checkpointing of activations: {settings['moe_peft_checkpoint']}.",
         "Peak memory is what the first three steps add to model and adapter.",
