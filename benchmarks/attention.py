@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import random
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from command_line import command_line
 from torch import Tensor, nn
 from training import spread
 from training_report import Rounds, paired
@@ -172,7 +172,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     return {
         "settings": {key: value for key, value in vars(options).items() if key != "results"},
         "environment": asdict(provenance()),
-        "command": shlex.join(["python", "benchmarks/attention.py", *arguments]),
+        "command": command_line("attention.py", arguments),
         "seconds": {key: spread(values) for key, values in rounds.items()},
         "rounds": rounds,
         "ratios": ratios,

@@ -27,7 +27,6 @@ import gc
 import json
 import math
 import random
-import shlex
 import sys
 import tempfile
 import time
@@ -42,6 +41,7 @@ from typing import Any
 
 import peft
 import torch
+from command_line import command_line
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(arguments)
     try:
-        report = measure(options, shlex.join(["python", "benchmarks/finetuning.py", *arguments]))
+        report = measure(options, command_line("finetuning.py", arguments))
         for key, value in (report["ratios"] | report["loss_differences"]).items():
             print(key, value)
         print(json.dumps(report))  # before the files: a full disk must not lose it

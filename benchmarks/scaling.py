@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from pathlib import Path
 import scaling_points
 import scaling_report
 import torch
+from command_line import command_line
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -239,7 +239,7 @@ def main() -> None:
             points.append(measure(point, options, rng))
             print(line(points[-1]), flush=True)
     report = {
-        "command": shlex.join(["python", "benchmarks/scaling.py", *sys.argv[1:]]),
+        "command": command_line("scaling.py", sys.argv[1:]),
         "settings": {key: value for key, value in vars(options).items() if key != "results"},
         "environment": asdict(provenance()),
         "points": points,

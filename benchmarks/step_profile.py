@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections import defaultdict
@@ -21,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from command_line import command_line
 from torch.profiler import ProfilerActivity, profile
 from training import make, prepare, select
 from training import parse as training_options
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, step = parse(arguments)
     try:
-        command = shlex.join(["python", "benchmarks/step_profile.py", *arguments])
+        command = command_line("step_profile.py", arguments)
         report = measure(options, step, command)
         if options.results:
             write_json(options.results / "profile.json", report)

@@ -25,7 +25,6 @@ import contextlib
 import gc
 import json
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 import training_report
+from command_line import command_line
 from training_peers import ENVIRONMENT, MOE_PEFT, TOP_K, Peer
 from training_report import Rounds, experts_case
 from training_variants import NO_LOSS, PEFT, Batch, Variant, build, random_batch
@@ -269,7 +269,7 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     return {
         "settings": {key: value for key, value in vars(options).items() if key not in hidden},
         "environment": environment,
-        "command": shlex.join(["python", "benchmarks/training.py", *arguments]),
+        "command": command_line("training.py", arguments),
         "seconds": {name: spread(values) for name, values in pooled(rounds).items()},
         "rounds": rounds,
         "memory_bytes": memory,

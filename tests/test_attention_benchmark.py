@@ -62,7 +62,8 @@ def test_the_script_writes_what_it_prints(attention, options, tmp_path, capsys):
         assert report["fastest"][f"{kind}/{n}"] == ("sdpa" if ratio < 1 else "eager")
         own = [report["rounds"][f"{kind}/{name}/{n}"] for name in ("sdpa", "eager")]
         assert ratio == pytest.approx(sum(a / b for a, b in zip(*own, strict=True)) / 2)
-    assert report["command"] == " ".join(["python benchmarks/attention.py", *arguments])
+    words = ["python benchmarks/attention.py", *SMALL, "--results", tmp_path.name]
+    assert report["command"] == " ".join(words)
     assert report["environment"]["packages"].keys() >= {"torch", "transformers"}
     assert report["settings"]["lengths"] == [8, 16] and "results" not in report["settings"]
 
