@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 import training_report
-from command_line import command_line
+from command_line import command_line, device
 from training_peers import ENVIRONMENT, MOE_PEFT, TOP_K, Peer
 from training_report import Rounds, experts_case
 from training_variants import NO_LOSS, PEFT, Batch, Variant, build, random_batch
@@ -58,7 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="smollm2-135m-instruct", help="asset, folder or name")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="eager", help="of transformers; moe_peft's is eager")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=default_device)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="of a row")
     parser.add_argument("--rank", type=int, default=128, help="of all experts together")
@@ -77,6 +78,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder for step.json, step.md and step.svg")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if min([options.experts, *options.memory_experts]) < 1:
+        parser.error("--memory-experts must, like --experts, be at least 1")
+    if any(options.rank % experts for experts in options.memory_experts):
+        parser.error("--memory-experts must divide --rank")
     if options.rank % options.experts:
         parser.error("--experts must divide --rank")
     if options.rounds < 0 or options.memory_repeats < 1:

@@ -59,7 +59,10 @@ def load_backbone(
         raise ConfigurationError(f"There is no dtype {dtype!r}.{nearest(dtype, DTYPES)}")
     model: PreTrainedModel
     if name in TINY:
-        model = _tiny_model(name, DTYPES[dtype], attention)
+        try:
+            model = _tiny_model(name, DTYPES[dtype], attention)
+        except ValueError as error:
+            raise ConfigurationError(_no_such(name, error)) from error
     else:
         source = _source(name)
         try:

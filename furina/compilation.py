@@ -58,9 +58,9 @@ class CompiledDecoder:
 
 def require_backend(name: str) -> None:
     """Raise ConfigurationError unless torch.compile knows a backend of that name."""
-    known = torch.compiler.list_backends(exclude_tags=())
-    if name not in known:
-        raise ConfigurationError(f"compile={name!r}: torch.compile knows {', '.join(known)}.")
+    if name not in torch.compiler.list_backends(exclude_tags=()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise ConfigurationError(f"compile={name!r}: torch.compile knows {usual}, and no such one.")
 
 
 def _mark_sizes(tensor: Tensor) -> None:

@@ -182,3 +182,8 @@ def test_the_real_model_continues_a_sentence(offline):
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0])
+
+
+def test_an_unknown_attention_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ConfigurationError, match=r"Cannot load backbone 'tiny-llama'.*nosuch"):
+        load_backbone("tiny-llama", attention="nosuch")

@@ -253,3 +253,10 @@ def test_a_config_is_put_in_the_words_of_transformers_4(load):
         "rope_scaling": None,
         "torch_dtype": "bfloat16",
     }
+
+
+@pytest.mark.parametrize("experts", ["3", "0"])
+def test_experts_that_cannot_share_the_rank_are_refused_before_anything_runs(load, experts, capsys):
+    with pytest.raises(SystemExit):
+        load("training").parse(["--rank", "8", "--experts", "4", "--memory-experts", experts])
+    assert "--memory-experts must" in capsys.readouterr().err
