@@ -41,6 +41,9 @@ PARTS = {
     "aten::_fused_adamw_": "AdamW",
 }
 """Functions whose time is told with all that they call."""
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_")
+OWN = ("_Directions", "_DirectionsBackward", "_Activity", "_ActivityBackward")
+"""Parts that a step of FURINA has and one of LoRA has not."""
 Profile = dict[str, dict[str, float]]
 """By operator or part, `ms` and `calls` of one step."""
 
@@ -113,7 +116,7 @@ def medians(rounds: Sequence[Profile]) -> Profile:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return two tables: the parts, and the operators that take the most time."""
+    """Return three tables: the step, its parts, and the operators that take the most time."""
     parts, operators = report["parts"], report["operators"]
     most = {
         key: max(each.get(key, {"ms": 0})["ms"] for each in operators.values())
@@ -131,10 +134,29 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"commit {(environment['commit'] or 'unknown')[:10]}. Made by {report['command']}."
     )
     tables = [
+        build("whole", "A step", _whole_steps(report), (remark,)),
         _table("Parts of a step, with all that they call", parts, known, PARTS, remark),
         _table("Operators, without what they call", operators, largest, {}, remark),
     ]
     return "\n".join(f"## {table.title}\n\n{render(table)}" for table in tables)
+
+
+def _whole_steps(report: Mapping[str, Any]) -> list[Row]:
+    """Return for each variant what its step takes, and what of it no other writing would save."""
+    rows: list[Row] = []
+    for name, operators in report["operators"].items():
+        parts = report["parts"][name]
+        whole = sum(each["ms"] for each in operators.values())
+        products = sum(operators[key]["ms"] for key in PRODUCTS if key in operators)
+        own = sum(parts[key]["ms"] for key in OWN if key in parts)
+        calls = sum(each["calls"] for each in operators.values())
+        row: Row = {("", "variant"): label(name)}
+        row["", "ms"] = Cell(f"{whole:.0f}", {"": whole})
+        row["", "matrix products, ms"] = Cell(f"{products:.0f}", {"": products})
+        row["", "norms, B̃, M and activity, ms"] = Cell(f"{own:.0f}", {"": own})
+        row["", "calls"] = Cell(f"{calls:.0f}", {"": calls})
+        rows.append(row)
+    return rows
 
 
 def _table(

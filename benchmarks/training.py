@@ -11,8 +11,8 @@ stepped in rounds of random order, and a ratio is the median over rounds of two 
 `same_loop/` puts peft's adapter into our loop (logits of the answer only, fused AdamW);
 `as_shipped/` is a peer's usual loop: logits of every token and a plain AdamW. moe_peft runs in an
 environment of its own; its trainer clips no gradient, and recomputes activations in the backward,
-which costs time and saves memory: here they are kept unless --moe-peft-checkpoint says otherwise.
-Its plain LoRA, on attention in a mixture too, cannot do without drawing dropout.
+which costs time and saves memory: `kept/` is the same loop without that. Its plain LoRA, on
+attention in a mixture too, cannot do without drawing dropout.
 
 Variants are stepped in groups, one after the other, so that memory need not hold all of them. Each
 group has the floor, our LoRA and FURINA in its rounds, and a peer has its namesake beside it.
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 import training_report
 from command_line import command_line, device
-from training_peers import ENVIRONMENT, MOE_PEFT, TOP_K, Peer
+from training_peers import CHECKPOINTS, ENVIRONMENT, MOE_PEFT, TOP_K, Peer
 from training_report import Rounds, experts_case
 from training_variants import NO_LOSS, PEFT, Batch, Variant, build, random_batch
 
@@ -73,8 +73,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-experts", nargs="+", type=int, default=[], help="FURINA's, too")
     parser.add_argument("--memory-repeats", type=int, default=3, help="fresh processes each")
     parser.add_argument("--moe-peft", type=Path, default=ENVIRONMENT, help="its environment")
-    choices = ("none", "recompute")
-    parser.add_argument("--moe-peft-checkpoint", choices=choices, default="none")
     parser.add_argument("--results", type=Path, help="folder for step.json, step.md and step.svg")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -92,7 +90,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def variant_names() -> list[str]:
     others = [name for name in furina.methods() if name not in FIRST]
     peers = [f"{loop}/{name}" for loop in ("same_loop", "as_shipped") for name in PEFT]
-    return [*FIRST, *others, *peers, *(f"as_shipped/{name}" for name in MOE_PEFT)]
+    moe_peft = [f"{loop}/{name}" for name in MOE_PEFT for loop in CHECKPOINTS]
+    return [*FIRST, *others, *peers, *moe_peft]
 
 
 def select(only: Sequence[str] | None) -> list[str]:
@@ -108,13 +107,13 @@ def select(only: Sequence[str] | None) -> list[str]:
 
 
 def grouped(names: Sequence[str]) -> list[list[str]]:
-    """Cut the variants into groups: ours, peft's with their namesakes, each one of moe_peft's."""
+    """Cut the variants into groups: ours, peft's with their namesakes, moe_peft's by method."""
     ours = [name for name in names if "/" not in name]
     peft = [name for name in names if name.rpartition("/")[2] in PEFT]
     groups = [ours, [*_beside(ours, "dora"), *peft] if peft else []]
-    for name in names:
-        if (peer := name.rpartition("/")[2]) in MOE_PEFT:
-            groups.append([*_beside(ours, peer.rpartition("_")[2]), name])
+    for peer in MOE_PEFT:
+        if loops := [name for name in names if name.rpartition("/")[2] == peer]:
+            groups.append([*_beside(ours, peer.rpartition("_")[2]), *loops])
     return [group for group in groups if group]
 
 
@@ -136,7 +135,7 @@ def make(
 ) -> Variant | Peer:
     peer = name.rpartition("/")[2]
     if peer in MOE_PEFT:
-        return Peer(peer, batch, options)
+        return Peer(name, batch, options)
     return build(name, model, batch, options)
 
 

@@ -21,6 +21,8 @@ from furina.inject import DEFAULT_TARGETS
 WORKER = Path(__file__).with_name("moe_peft_worker.py")
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-moe-peft"
 MOE_PEFT = ("moe_peft_lora", "moe_peft_mixlora", "moe_peft_mola", "moe_peft_loramoe")
+CHECKPOINTS = {"as_shipped": "recompute", "kept": "none"}
+"""What its loops do about activations: its trainer's own choice, and the quicker one."""
 TOP_K = 2
 
 
@@ -32,7 +34,10 @@ class Peer:
     """One method of moe_peft on the batch; has what a `Variant` has."""
 
     def __init__(self, name: str, batch: Batch, options: Any) -> None:
-        """Start the worker; raises PeerError if its environment or the method does not work."""
+        """Start the worker of a variant such as kept/moe_peft_mixlora.
+
+        Raises PeerError if its environment or the method does not work.
+        """
         self._folder = tempfile.TemporaryDirectory(prefix="moe-peft-")
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -46,7 +51,8 @@ class Peer:
         self.versions: dict[str, str] = built["versions"]
 
     def _setup(self, name: str, batch: Batch, options: Any) -> dict[str, Any]:
-        method = name.rpartition("_")[2]
+        loop, _, peer = name.partition("/")
+        method = peer.rpartition("_")[2]
         rank = options.rank if method == "lora" else options.rank // options.experts
         return {
             "folder": self._folder.name,
@@ -58,7 +64,7 @@ class Peer:
             "dropout": options.dropout,
             "targets": list(DEFAULT_TARGETS),
             "learning_rate": LEARNING_RATE,
-            "checkpoint": options.moe_peft_checkpoint,
+            "checkpoint": CHECKPOINTS[loop],
             **{key: getattr(options, key) for key in ("dtype", "device", "threads", "seed")},
             **{key: tensor.tolist() for key, tensor in batch.items()},
         }

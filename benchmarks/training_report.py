@@ -51,7 +51,8 @@ def pairs() -> Iterator[tuple[str, str, str]]:
             yield f"same_loop/{ours}/{other}", ours, variant
     for ours, others in SHIPPED.items():
         for other in others:
-            yield f"as_shipped/{ours}/{other}", ours, f"as_shipped/{other}"
+            for loop in ("as_shipped", "kept") if other.startswith("moe_peft") else ("as_shipped",):
+                yield f"{loop}/{ours}/{other}", ours, f"{loop}/{other}"
 
 
 def paired(groups: Sequence[Rounds], one: str, other: str) -> float | None:
@@ -185,7 +186,7 @@ def _remarks(report: Report) -> tuple[str, ...]:
         "the rounds' own.",
         f"Made by {report['command']}.",
         "Unprefixed variants and same_loop/ run in our loop, as_shipped/ in the peer's. moe_peft's "
-        f"checkpointing of activations: {settings['moe_peft_checkpoint']}.",
+        "trainer recomputes activations in the backward; kept/ is its loop without that.",
         "Peak memory is what the first three steps add to model and adapter.",
         f"{hardware['accelerator'] or hardware['cpu']}, cores: {hardware['cores']}, "
         f"threads: {settings['threads']}; {found}; commit {commit}{changed}.",

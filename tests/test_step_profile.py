@@ -34,6 +34,11 @@ def test_parts_and_operators_are_counted(step_profile, tmp_path, capsys):
     # A x and three gradients of each; the first q, k and v need none to the embeddings, which do
     # not train, and what is added in place is another operator.
     assert matmuls["lora"] - matmuls["floor"] == 4 * LINEARS - 3
+    rows = {row["", "variant"].text: row for row in step_profile._whole_steps(report)}
+    own = {name: row["", "norms, B̃, M and activity, ms"].numbers[""] for name, row in rows.items()}
+    assert own["lora"] == 0 < own["furina"] < rows["furina"]["", "ms"].numbers[""]
+    whole = sum(each["ms"] for each in report["operators"]["lora"].values())
+    assert rows["lora"]["", "matrix products, ms"].numbers[""] < whole
     assert json.loads((tmp_path / "profile.json").read_text()) == report
     assert (tmp_path / "profile.md").read_text() == step_profile.markdown(report)
 

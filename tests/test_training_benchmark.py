@@ -21,7 +21,9 @@ SMALL += ["--experts", "4", "--rounds", "1", "--threads", "1"]
 CHOSEN = ["floor", "lora", "furina", "same_loop/peft_lora", "as_shipped/peft_lora"]
 WORKER = """
 import json, sys
-print(json.dumps({"trainable": len(json.loads(input())["targets"]), "versions": {}}), flush=True)
+setup = json.loads(input())
+assert (setup["method"], setup["checkpoint"]) == ("mola", "CHECKPOINT")
+print(json.dumps({"trainable": len(setup["targets"]), "versions": {}}), flush=True)
 answers = {"step 1": [0.5], "loss": 2.5, "memory 3": 1000}
 for line in sys.stdin:
     print(json.dumps(answers.get(line.strip(), {"error": "no such command"})), flush=True)
@@ -43,7 +45,6 @@ def report_of(rounds: dict[str, list[float]], **more) -> dict:
     hardware = {"cpu": "a processor", "accelerator": None, "cores": 2}
     settings = {"rows": 2, "tokens": 10, "backbone": "tiny-llama", "dtype": "bfloat16", "rank": 8}
     settings |= {"attention": "eager", "experts": 4, "dropout": 0.0, "rounds": 3, "threads": 1}
-    settings["moe_peft_checkpoint"] = "none"
     environment = {"hardware": hardware, "packages": {"torch": "2"}, "commit": None, "dirty": None}
     report = {"settings": settings, "environment": environment, "rounds": [rounds], "ratios": {}}
     report["command"] = "python benchmarks/training.py"
@@ -67,11 +68,8 @@ def test_the_script_times_ours_and_peft_and_writes_what_it_prints(load, tmp_path
     }
     assert report["environment"]["packages"].keys() >= {"torch", "peft"}
     assert report["trainable"]["lora"] == report["trainable"]["same_loop/peft_lora"] > 0
-    (failed,) = report["failed"].items()
-    assert failed == (
-        "as_shipped/moe_peft_mola",
-        "moe_peft is not installed: run `make moe-peft`",
-    )
+    missing = "moe_peft is not installed: run `make moe-peft`"
+    assert report["failed"] == {f"{loop}/moe_peft_mola": missing for loop in ("as_shipped", "kept")}
     written = tmp_path / "results"
     assert json.loads((written / "step.json").read_text()) == report
     assert (written / "step.md").read_text() == load("training_report").markdown(report)
@@ -228,15 +226,18 @@ def test_an_unknown_variant_is_refused(load):
         load("training").select(["lara"])
 
 
-def test_moe_peft_is_stepped_through_lines_of_its_process(load, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loop, checkpoint", [("as_shipped", "recompute"), ("kept", "none")])
+def test_moe_peft_is_stepped_through_lines_of_its_process(
+    load, tmp_path, monkeypatch, loop, checkpoint
+):
     training, peers = load("training"), load("training_peers")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "worker.py").write_text(WORKER.replace("CHECKPOINT", checkpoint))
     monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
     options = training.parse([*SMALL, "--moe-peft", str(tmp_path)])
     batch = training.random_batch(50, options)
-    peer = peers.Peer("moe_peft_mola", batch, options)
+    peer = peers.Peer(f"{loop}/moe_peft_mola", batch, options)
     try:
         answers = (peer.trainable, peer.seconds(), peer.loss, peer.memory(3))
         assert answers == (7, 0.5, 2.5, 1000)
