@@ -1,8 +1,9 @@
-"""Optimiser steps of one moe_peft method; training.py runs this in moe_peft's own environment.
+"""Steps and generations of one moe_peft method, in an environment of its own.
 
 Speaks lines on stdin and stdout. The first is the setup, as JSON, and is answered by what was
-built; then `step N` is answered by a list of N seconds, `memory N` by the bytes that N steps need
-and `loss` by the last step's loss. An error is answered by {"error": reason}. What is printed
+built; then `step N` is answered by a list of N seconds, `memory N` by the bytes that N steps need,
+`loss` by the last step's loss, and `generate [PROMPT, N]`, as JSON without spaces, by the seconds
+of each of N tokens. An error is answered by {"error": reason}. What is printed
 meanwhile goes to stderr.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from moe_peft import LLMBatchConfig, LLMModel, LLMModelInput, TrainConfig, adapter_factory
+from moe_peft.common import cache_factory
 from moe_peft.trainer import _compute_loss
 from peak_memory import rise
 from torch import Tensor
@@ -91,6 +93,23 @@ class Trial:
         self.loss = loss.item()
         return seconds
 
+    @torch.inference_mode()
+    def generate(self, tokens: list[list[int]], new_tokens: int) -> list[float]:
+        """Decode greedily with its dynamic cache; return the seconds of every token."""
+        room = len(tokens[0]) + new_tokens
+        cache = cache_factory("dynamic", self.model.model_.model_config(), len(tokens), room)
+        seconds = []
+        for _ in range(new_tokens):
+            synchronise()
+            start = time.perf_counter()
+            batch = [LLMBatchConfig(NAME, 0, len(tokens))]
+            inputs = LLMModelInput(batch_configs_=batch, batch_tokens_=tokens, inference_mode_=True)
+            (output,) = self.model.forward(inputs, cache)
+            tokens = output.logits[:, -1:].argmax(-1).tolist()
+            synchronise()
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
     def weights(self) -> Iterator[Tensor]:
         """Yield what was loaded."""
         yield self.model.model_.embed_tokens_.token_embedding_
@@ -103,6 +122,8 @@ class Trial:
         if words == ["loss"]:
             return self.loss
         command, count = words
+        if command == "generate":
+            return self.generate(*json.loads(count))
         if command == "memory":
             return rise(lambda: [self.step() for _ in range(int(count))], self.weights())
         assert command == "step", command

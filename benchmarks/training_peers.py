@@ -1,4 +1,4 @@
-"""moe_peft's methods, each in a process of its own environment, for training.py to step."""
+"""moe_peft's methods, each in a process of its own environment, to step or to generate with."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ class Peer:
     def memory(self, steps: int) -> int:
         """Return the bytes that the first steps need beside the model."""
         return self._ask(f"memory {steps}")
+
+    def generate(self, prompt: list[list[int]], new_tokens: int) -> list[float]:
+        """Return the seconds of each token that follows the prompts."""
+        return self._ask("generate " + json.dumps([prompt, new_tokens], separators=(",", ":")))
 
     def _ask(self, line: str) -> Any:
         assert self._process and self._process.stdin and self._process.stdout

@@ -7,11 +7,17 @@ from typing import TypeVar
 
 from torch import nn
 
+from furina.adapters import AdapterConfig
 from furina.errors import ConfigurationError
 from furina.inject import adapt, adapter_state_dict, load_adapter_state_dict, remove, state_of
 from furina.merging import is_merged
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def has_router(config: AdapterConfig) -> bool:
+    """Return whether a method has a router that could be removed."""
+    return "router_removed" in {field.name for field in fields(config)}
 
 
 def without_router(model: ModelT) -> ModelT:
@@ -24,7 +30,7 @@ def without_router(model: ModelT) -> ModelT:
     """
     state = state_of(model)
     config = state.config
-    if "router_removed" not in {field.name for field in fields(config)}:
+    if not has_router(config):
         raise ConfigurationError(f"Method {config.name} has no router that could be removed.")
     if is_merged(model):
         raise ConfigurationError("The adapter is merged: call furina.unmerge first.")

@@ -1,4 +1,4 @@
-"""Time greedy generation of a model's variants: fixed lengths, batch 1, interleaved and paired.
+"""Time greedy generation of a model's variants: fixed lengths, interleaved and paired.
 
 Every round times each variant once, on the same prompt, in a new random order, so that a slow
 minute of the machine falls on all of them. Variants are ways of wiring one live model, entered
@@ -31,16 +31,26 @@ if TYPE_CHECKING:
 
 Enter = Callable[[], AbstractContextManager[object]]
 """Makes a context in which the live model is the variant."""
+Timer = Callable[[Tensor, int], "Timing"]
+"""Generates so many tokens after a prompt (batch, P) and says how long it took."""
 
 BASE = "base"
 
 
 class Timing(NamedTuple):
-    """One generation, in milliseconds: to the first token, per later token (median), in all."""
+    """One generation, in milliseconds: to the first token, per later token (median), in all.
+
+    A token here is one of each row of the batch.
+    """
 
     ttft_ms: float
     per_token_ms: float
     total_ms: float
+
+    @classmethod
+    def of_steps(cls, seconds: Sequence[float]) -> Timing:
+        """Return the timing of one generation from the seconds of its tokens."""
+        return cls(1e3 * seconds[0], 1e3 * statistics.median(seconds[1:]), 1e3 * sum(seconds))
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,17 @@ class LatencyResult:
     variant: str
     prompt_tokens: int
     new_tokens: int
+    batch_size: int
     rounds: tuple[Timing, ...]
     ttft_ms: Spread
     per_token_ms: Spread
     total_ms: Spread
     ratio_to_base: dict[str, Spread]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the median round's throughput: new tokens of all rows over the total time."""
+        return 1e3 * self.batch_size * self.new_tokens / self.total_ms.median
 
     def to_record(self, variant: Variant) -> Latency:
         """Return what a run's record keeps."""
@@ -78,6 +94,7 @@ def measure_latency(
     *,
     prompt_tokens: int = 100,
     new_tokens: int = 100,
+    batch_size: int = 1,
     rounds: int = 20,
     warmup: int = 2,
     seed: int = 0,
@@ -85,42 +102,91 @@ def measure_latency(
 ) -> list[LatencyResult]:
     """Time `rounds` generations of each variant of `model` after `warmup` untimed ones.
 
-    Prompts are random tokens, new in each round and the same for all variants; exactly
-    `new_tokens` tokens are generated, whatever they are. `variants` defaults to
+    Prompts are `batch_size` rows of random tokens, new in each round and the same for all variants;
+    exactly `new_tokens` tokens are generated after each, whatever they are. `variants` defaults to
     `adapter_variants(model)`. Seconds are taken from `clock`, after the device has finished. The
     model is timed in eval mode; its modes and wiring come back, and the prompts' generator is its
     own.
 
-    Raises ConfigurationError for fewer than one round, prompt token or two new tokens, and if the
-    tokens do not fit the model.
+    Raises ConfigurationError for fewer than one round, row, prompt token or two new tokens, and if
+    the tokens do not fit the model.
     """
-    _check(model, prompt_tokens, new_tokens, rounds, warmup)
+    _check(model, prompt_tokens, new_tokens, batch_size, rounds, warmup)
     enters = adapter_variants(model) if variants is None else dict(variants)
-    order, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    timings: dict[str, list[Timing]] = {name: [] for name in enters}
+    timers = {name: partial(_timed, model, enter, clock) for name, enter in enters.items()}
+    prompts = random_prompts(model, (batch_size, prompt_tokens), seed)
     with evaluation_mode(model), torch.inference_mode():
-        for number in range(warmup + rounds):
-            prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
-            for name in order.sample(list(enters), len(enters)):
-                with enters[name]():
-                    _, timing = generate(model, prompt.to(model.device), new_tokens, clock)
-                if number >= warmup:
-                    timings[name].append(timing)
+        timings = interleaved(timers, prompts, new_tokens, rounds=rounds, warmup=warmup, seed=seed)
+    return results(timings, (batch_size, prompt_tokens), new_tokens)
+
+
+def random_prompts(
+    model: PreTrainedModel, shape: tuple[int, int], seed: int = 0
+) -> Iterator[Tensor]:
+    """Yield prompts of random tokens without end. Shape: (batch, P)."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    while True:
+        yield torch.randint(vocabulary, shape, generator=generator)
+
+
+def interleaved(
+    timers: Mapping[str, Timer],
+    prompts: Iterator[Tensor],
+    new_tokens: int,
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int = 0,
+) -> dict[str, list[Timing]]:
+    """Time each timer once a round, in a new random order; return what the warm rounds took."""
+    order = random.Random(seed)
+    timings: dict[str, list[Timing]] = {name: [] for name in timers}
+    for number, prompt in enumerate(itertools.islice(prompts, warmup + rounds)):
+        for name in order.sample(list(timers), len(timers)):
+            timing = timers[name](prompt, new_tokens)
+            if number >= warmup:
+                timings[name].append(timing)
+    return timings
+
+
+def results(
+    timings: Mapping[str, Sequence[Timing]], shape: tuple[int, int], new_tokens: int
+) -> list[LatencyResult]:
+    """Summarise the rounds of each variant; `shape` is (batch, P)."""
     base = timings.get(BASE)
-    return [_result(name, prompt_tokens, new_tokens, own, base) for name, own in timings.items()]
+    return [_result(name, shape, new_tokens, own, base) for name, own in timings.items()]
+
+
+def _timed(
+    model: PreTrainedModel,
+    enter: Enter,
+    clock: Callable[[], float],
+    prompt: Tensor,
+    new_tokens: int,
+) -> Timing:
+    with enter():
+        return generate(model, prompt.to(model.device), new_tokens, clock)[1]
 
 
 def generate(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int, clock: Callable[[], float]
+    model: PreTrainedModel,
+    prompt: Tensor,
+    new_tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+    static_cache: bool = False,
 ) -> tuple[Tensor, Timing]:
     """Decode greedily with a key-value cache, without an early stop, and time every token.
 
-    Shape: `prompt` is (1, P); the tokens returned are (1, `new_tokens`).
+    A static cache keeps every step's shapes alike, as a compiled model needs it.
+    Shape: `prompt` is (batch, P); the tokens returned are (batch, `new_tokens`).
     """
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
-    cache, tokens, inputs = DynamicCache(config=model.config), [], prompt
+    room = prompt.shape[1] + new_tokens
+    config = model.config
+    cache = StaticCache(config, max_cache_len=room) if static_cache else DynamicCache(config=config)
+    tokens, inputs = [], prompt
     _finish(model.device)
     times = [clock()]
     for _ in range(new_tokens):
@@ -129,9 +195,8 @@ def generate(
         _finish(model.device)
         times.append(clock())
         tokens.append(inputs)
-    steps = [1e3 * (after - before) for before, after in itertools.pairwise(times)]
-    total = 1e3 * (times[-1] - times[0])
-    return torch.cat(tokens, dim=1), Timing(steps[0], statistics.median(steps[1:]), total)
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return torch.cat(tokens, dim=1), Timing.of_steps(steps)
 
 
 def adapter_variants(model: nn.Module) -> dict[str, Enter]:
@@ -186,12 +251,18 @@ def _finish(device: torch.device) -> None:
 
 
 def _check(
-    model: PreTrainedModel, prompt_tokens: int, new_tokens: int, rounds: int, warmup: int
+    model: PreTrainedModel,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+    rounds: int,
+    warmup: int,
 ) -> None:
-    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1 or warmup < 0:
+    if min(prompt_tokens, new_tokens - 1, batch_size, rounds) < 1 or warmup < 0:
         raise ConfigurationError(
-            "Latency needs at least 1 prompt token, 2 new tokens and 1 round, and no negative "
-            f"warm-up: got {prompt_tokens}, {new_tokens}, {rounds} and {warmup}."
+            "Latency needs at least 1 prompt token, 2 new tokens, 1 row and 1 round, and no "
+            f"negative warm-up: got {prompt_tokens}, {new_tokens}, {batch_size}, {rounds} and "
+            f"{warmup}."
         )
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and prompt_tokens + new_tokens > room:
@@ -203,7 +274,7 @@ def _check(
 
 def _result(
     name: str,
-    prompt_tokens: int,
+    shape: tuple[int, int],
     new_tokens: int,
     own: Sequence[Timing],
     base: Sequence[Timing] | None,
@@ -211,7 +282,8 @@ def _result(
     ttft, per_token, total = (_spread(column) for column in zip(*own, strict=True))
     return LatencyResult(
         variant=name,
-        prompt_tokens=prompt_tokens,
+        batch_size=shape[0],
+        prompt_tokens=shape[1],
         new_tokens=new_tokens,
         rounds=tuple(own),
         ttft_ms=ttft,

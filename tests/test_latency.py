@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +86,13 @@ def test_times_are_split_into_first_later_and_all_tokens(stand):
 def test_the_prompt_is_read_once_and_then_one_token_at_a_time(stand):
     measure(stand, {"base": stand.variant("base", 1, 1)}, rounds=1)
     assert stand.shapes == [(1, 7), (1, 1), (1, 1), (1, 1)]
+
+
+def test_a_batch_takes_its_rows_together_and_counts_all_their_tokens(stand):
+    (result,) = measure(stand, {"base": stand.variant("base", 0.5, 0.1)}, batch_size=3)
+    assert {tuple(shape) for shape in stand.shapes} == {(3, 7), (3, 1)}
+    assert result.total_ms.median == pytest.approx(500 + 3 * 100)
+    assert result.tokens_per_second == pytest.approx(3 * 4 / 0.8)
 
 
 def test_median_and_quartiles_are_over_rounds(stand):
@@ -183,14 +186,23 @@ def test_decoding_is_greedy_generation_without_an_early_stop():
         model.config.eos_token_id = model.generation_config.eos_token_id = int(tokens[0, 0])
         again, _ = generate(model, prompt, 20, Clock())
         stopped = model.generate(prompt, do_sample=False, max_new_tokens=20)
+        static, _ = generate(model, prompt, 20, Clock(), static_cache=True)
     assert torch.equal(tokens, expected[:, prompt.shape[1] :])
+    assert torch.equal(static, tokens)
     assert torch.equal(again, tokens)
     assert stopped.shape[1] == prompt.shape[1] + 1
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"prompt_tokens": 0}, {"new_tokens": 1}, {"rounds": 0}, {"warmup": -1}, {"new_tokens": 9999}],
+    [
+        {"prompt_tokens": 0},
+        {"new_tokens": 1},
+        {"rounds": 0},
+        {"warmup": -1},
+        {"new_tokens": 9999},
+        {"batch_size": 0},
+    ],
 )
 def test_impossible_lengths_are_one_sentence(stand, options):
     with pytest.raises(ConfigurationError):
@@ -279,13 +291,3 @@ def test_an_adapted_model_is_timed_for_real_and_recorded():
         record = result.to_record(result.variant)
         assert isinstance(record, Latency) and record.total_ms == result.total_ms
         assert 0 < result.ttft_ms.median < result.total_ms.median
-
-
-def test_the_benchmark_prints_one_json_line_last():
-    script = Path(__file__).parents[1] / "benchmarks" / "latency.py"
-    command = [sys.executable, str(script), "--backbone", "tiny-llama", "--rounds", "2"]
-    command += ["--prompt-tokens", "8", "--new-tokens", "4", "--warmup", "0"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result = json.loads(output.splitlines()[-1])
-    assert [row["variant"] for row in result["latency"]] == ["base", "unmerged", "merged"]
-    assert {row["total_ms"]["n"] for row in result["latency"]} == {2}

@@ -9,9 +9,10 @@ Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import NoneType
@@ -201,8 +202,10 @@ class AdapterLinear(nn.Module, ABC):
             self._kept = None  # a step may come, and fused optimisers leave no trace in `_version`
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
-        tensors = self.adapter_tensors().values()
-        if torch.compiler.is_compiling() or any(tensor.grad is not None for tensor in tensors):
+        if torch.compiler.is_compiling():
+            return self._derived()
+        tensors = list(self._own_tensors())
+        if any(tensor.grad is not None or tensor.is_inference() for tensor in tensors):
             return self._derived()
         state = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
         key = (x.dtype, self.training, *state)
@@ -210,6 +213,14 @@ class AdapterLinear(nn.Module, ABC):
             made = self._derived()
             self._kept = key, Operands(made.a.to(x.dtype), made.b.to(x.dtype), made.extra)
         return self._kept[1]
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """Yield what `adapter_tensors` names, and any other buffer; every token waits for this."""
+        yield from (each for each in self._parameters.values() if each is not None)
+        yield from (each for each in self._buffers.values() if each is not None)
+        for name, module in self._modules.items():
+            if module is not None and name != "base":
+                yield from itertools.chain(module.parameters(), module.buffers())
 
     def _derived(self) -> Operands:
         made = self.derive()
@@ -270,6 +281,9 @@ class AdapterLinear(nn.Module, ABC):
     def restore_base(self) -> None:
         """Undo what building did to the base; it is not merged now."""
 
+    def change_base(self) -> None:
+        """Do to the base again what building did and `restore_base` undid."""
+
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the parts of parameters that the auxiliary loss is meant to shape."""
         return []
@@ -324,14 +338,18 @@ class AdapterLinear(nn.Module, ABC):
     def unmerge(self) -> None:
         """Restore W bit for bit; raises ConfigurationError if no copy was kept.
 
-        The layer takes over the mode and device that the model gave the base in the meantime.
+        The layer then follows the base; see `follow_base`.
         """
         if not self._merged:
             raise ConfigurationError(f"{self.name} is not merged.")
         self.base.weight.copy_(self.pristine_weight)
         self._pristine = None
         self._merged = False
-        self.train(self.base.training).to(self.base.weight.device)
+        self.follow_base()
+
+    def follow_base(self) -> None:
+        """Take over the mode, device and dtype that the model gave the base in the meantime."""
+        self.train(self.base.training).to(self.base.weight.device)  # `_apply` sees to the dtype
 
 
 def kaiming_uniform(rows: int, columns: int, fan_in: int, like: AdapterLinear) -> nn.Parameter:

@@ -69,9 +69,9 @@ def low_rank_product(
         flat, weight = flat.to(dtype), weight.to(dtype)
         bias, gates = (None if each is None else each.to(dtype) for each in (bias, gates))
     dropped = draw_dropped(flat, dropout) if dropout else None
-    y, h = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
-        flat, weight, bias, a, b, gates, scale / (1 - dropout), dropped
-    )
+    # Without gradients autograd's bookkeeping would cost a single token as much as a matmul.
+    apply = _LowRankProduct.apply if torch.is_grad_enabled() else _product
+    y, h = apply(flat, weight, bias, a, b, gates, scale / (1 - dropout), dropped)
     return Product(y.view(*leading, y.shape[-1]), h.view(*leading, h.shape[-1]))
 
 
@@ -102,8 +102,31 @@ def _update(
     return h, functional.linear(_gated(h, gates, b), b.to(x.dtype))
 
 
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    gates: Tensor | None,
+    scale: float,
+    dropped: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y, the update accumulated onto W x + b, and h.
+
+    Shape: x (T, I), gates (T, N) → (T, O), (T, rows of A).
+    """
+    with no_autocast(x.device):
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        h = functional.linear(_dropped(x, dropped), a)
+        if scale != 1:
+            h.mul_(scale)
+        y = functional.linear(x, weight, bias)
+        return y.addmm_(_gated(h, gates, b), b.t()), h
+
+
 class _LowRankProduct(torch.autograd.Function):
-    """The product for T vectors. Shape: x (T, I), gates (T, N) → (T, O), (T, rows of A)."""
+    """`_product` with its own backward."""
 
     @staticmethod
     def forward(
@@ -117,15 +140,10 @@ class _LowRankProduct(torch.autograd.Function):
         scale: float,
         dropped: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Accumulate the update onto W x + b."""
+        """Keep what the backward needs, the factors in x's dtype."""
         ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
-        with no_autocast(x.device):
-            a, b = a.to(x.dtype), b.to(x.dtype)
-            h = functional.linear(_dropped(x, dropped), a)
-            if scale != 1:
-                h.mul_(scale)
-            y = functional.linear(x, weight, bias)
-            y.addmm_(_gated(h, gates, b), b.t())
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        y, h = _product(x, weight, bias, a, b, gates, scale, dropped)
         ctx.save_for_backward(x, weight, a, b, gates, dropped, h)
         ctx.set_materialize_grads(False)
         return y, h

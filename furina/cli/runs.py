@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SCORING = {
     *("suite", "score", "test_size", "test_seed", "eval_batch_size", "engine", "execute_code"),
-    *("latency_rounds", "latency_warmup"),
+    *("score_without_router", "latency_rounds", "latency_warmup"),
 }
 """Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
 

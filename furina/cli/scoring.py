@@ -182,6 +182,7 @@ def latency_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     for name, default, text in (
         ("--prompt-tokens", 100, "tokens of the prompt"),
         ("--new-tokens", 100, "tokens to generate; generation never stops early"),
+        ("--batch-size", 1, "rows of the prompt"),
         ("--rounds", 20, "rounds; each times every variant once, in random order"),
         ("--warmup", 2, "untimed rounds before"),
         ("--seed", 0, "decides the prompts and the order"),
@@ -202,17 +203,21 @@ def latency(options: Namespace) -> None:
         model,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
+        batch_size=options.batch_size,
         rounds=options.rounds,
         warmup=options.warmup,
         seed=options.seed,
     )
-    table = Table("variant", "first token, ms", "each token, ms", "total, ms", "total / base")
+    times = ("first token, ms", "each token, ms", "total, ms")
+    table = Table("variant", *times, "tokens/s", "total / base")
     for result in results:
         spreads = (result.ttft_ms, result.per_token_ms, result.total_ms)
         ratio = result.ratio_to_base["total_ms"]
-        table.add_row(result.variant, *map(_milliseconds, spreads), f"{ratio.median:.2f}")
+        cells = (*map(_milliseconds, spreads), f"{result.tokens_per_second:.1f}")
+        table.add_row(result.variant, *cells, f"{ratio.median:.2f}")
     console().print(table)
-    print(f"Median (quartiles) of {options.rounds} rounds on {model.device}, batch 1.")
+    where = f"on {model.device}, batch {options.batch_size}"
+    print(f"Median (quartiles) of {options.rounds} rounds {where}.")
 
 
 def _milliseconds(spread: Spread) -> str:

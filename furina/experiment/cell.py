@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
+from furina.control import without_router
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
 from furina.data.sources import load_items, resolve_source
@@ -96,6 +97,9 @@ def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) 
             warn_overlap(trained.get(test.task, []), test.items, test.task)
     scores, merged = _measure(config, subject, tests, run_dir, results_dir)
     latency = _latency(config, subject, run_dir)
+    if config.score_without_router:  # last, since the trained mixture is gone then
+        without_router(subject.model)
+        scores += _score_all(config, subject, tests, run_dir, results_dir, "router_removed")
     record(subject.fitted, scores=scores, merged=merged, latency=latency).write(file)
     return file
 
@@ -130,10 +134,7 @@ def _measure(
 ) -> tuple[tuple[Score, ...], Merge | None]:
     """Score the model as it is and, if its method merges, score the merged model as well."""
 
-    def score(variant: Variant) -> tuple[Score, ...]:
-        parts = (_score(config, subject, test, run_dir, results_dir, variant) for test in tests)
-        return tuple(score for part in parts for score in part)
-
+    score = partial(_score_all, config, subject, tests, run_dir, results_dir)
     if config.is_base:
         return score("base"), None
     scores = score("unmerged")
@@ -145,6 +146,18 @@ def _measure(
     scores += score("merged")
     unmerge(subject.model)
     return scores, _merge_record(report, after - before, scores, results_dir)
+
+
+def _score_all(
+    config: RunConfig,
+    subject: Subject,
+    tests: tuple[TestSet, ...],
+    run_dir: Path,
+    results_dir: Path,
+    variant: Variant,
+) -> tuple[Score, ...]:
+    parts = (_score(config, subject, test, run_dir, results_dir, variant) for test in tests)
+    return tuple(score for part in parts for score in part)
 
 
 def _score(

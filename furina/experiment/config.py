@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from furina.adapters import AdapterConfig, configure, methods
+from furina.control import has_router
 from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
@@ -55,6 +56,7 @@ class RunConfig:
         eval_batch_size: rows scored or generated at once.
         engine: shared computes a question once for all its choices, lm_eval is lm-eval's own.
         execute_code: run the programs that the model writes, which protocol code is scored by.
+        score_without_router: score a routed mixture once more as the plain average of its experts.
         latency_rounds: interleaved timing rounds; no timing if 0.
         latency_warmup: untimed rounds before them.
     """
@@ -94,6 +96,7 @@ class RunConfig:
     eval_batch_size: int = 16
     engine: Literal["shared", "lm_eval"] = "shared"
     execute_code: bool = False
+    score_without_router: bool = False
     latency_rounds: int = 5
     latency_warmup: int = 2
 
@@ -116,9 +119,10 @@ class RunConfig:
                 f"compile={self.compile} decides itself what to recompute: leave out "
                 "gradient_checkpointing."
             )
-        if self.is_base and (self.adapter or self.targets):
+        if self.is_base and (self.adapter or self.targets or self.score_without_router):
             raise ConfigurationError(
-                "method base trains nothing: options of an adapter and targets would be ignored."
+                "method base trains nothing: options of an adapter, targets and "
+                "score_without_router would be ignored."
             )
 
     def check_tasks(self) -> None:
@@ -202,7 +206,12 @@ class RunConfig:
         if self.method not in methods():
             known = nearest(self.method, [*methods(), "base"])
             raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
-        return configure(self.method, self.adapter)
+        made = configure(self.method, self.adapter)
+        if self.score_without_router and not has_router(made):
+            raise ConfigurationError(
+                f"score_without_router: method {self.method} has no router that could be removed."
+            )
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

@@ -12,7 +12,7 @@ from furina.records.environment import Provenance
 SCHEMA = 2
 
 Status = Literal["success", "diverged", "failed"]
-Variant = Literal["base", "unmerged", "merged"]
+Variant = Literal["base", "unmerged", "merged", "router_removed"]
 
 
 @dataclass(frozen=True)

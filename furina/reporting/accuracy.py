@@ -94,24 +94,31 @@ def _truncation_notes(found: Sequence[Score]) -> tuple[str, ...]:
 
 
 def gain(suite: Suite, method: str, task: str, variant: str = "unmerged") -> Difference | None:
-    """Return the gain over base as a fraction, paired over questions where outputs exist.
+    """Return the gain over base as a fraction; see `difference`."""
+    return difference(suite, task, (method, variant), ("base", "unmerged"))
 
-    With several seeds a question counts by its mean over seeds. None without both scores.
+
+def difference(
+    suite: Suite, task: str, ours: tuple[str, str], theirs: tuple[str, str]
+) -> Difference | None:
+    """Return by how much one (method, variant) beats another, as a fraction.
+
+    It is paired over questions where outputs exist; with several seeds a question counts by its
+    mean over seeds. None without both scores.
     """
-    treated = scores(suite, method, task, variant)
-    control = scores(suite, "base", task, "unmerged")
+    treated, control = (scores(suite, method, task, way) for method, way in (ours, theirs))
     if not treated or not control:
         return None
-    ours, theirs = _correct(treated), _correct(control)
-    if ours is None or theirs is None:
+    first_correct, second_correct = _correct(treated), _correct(control)
+    if first_correct is None or second_correct is None:
         first, second = (_mean_score(pairs) for pairs in (treated, control))
         return differences.of_scores(*first, *second)
-    if ours.keys() != theirs.keys():
+    if first_correct.keys() != second_correct.keys():
         raise RecordError(
             f"The per-question outputs of {treated[0][0].path} and {control[0][0].path} are of "
             "different questions, so they cannot be paired; run one of them again."
         )
-    return differences.paired(ours, theirs)
+    return differences.paired(first_correct, second_correct)
 
 
 def _mean_score(pairs: Sequence[tuple[Run, Score]]) -> tuple[float, float]:

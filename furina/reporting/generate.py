@@ -13,6 +13,7 @@ from furina.reporting import readme as readme_block
 from furina.reporting.cells import Table
 from furina.reporting.details import latency_table, merge_table
 from furina.reporting.paper import paper_table
+from furina.reporting.removal import removal_table
 from furina.reporting.studies import search_table, selection_table
 from furina.reporting.suites import Suite, load_suites, read_folder
 from furina.reporting.tables import main_table
@@ -110,7 +111,7 @@ def _choose(results_dir: Path, names: Sequence[str], suite: str | None) -> str:
 
 
 def _add_suite(made: Report, folder: Path, suite: Suite) -> None:
-    tables = [main_table(suite), latency_table(suite), merge_table(suite)]
+    tables = [main_table(suite), latency_table(suite), merge_table(suite), removal_table(suite)]
     _add_tables(made, folder, [table for table in tables if table is not None])
     figures = {
         "accuracy_latency": plots.accuracy_latency(suite),

@@ -19,6 +19,7 @@ SIZES = {"train": 30, "test": 12}
 OPTIONS: dict[str, dict[str, Any]] = {
     "furina": {"rank": 2, "num_experts": 4, "dropout": 0.2},
     "lora": {"rank": 2},
+    "molora": {"rank": 2, "num_experts": 3},
     "base": {},
 }
 SMALL: dict[str, Any] = {

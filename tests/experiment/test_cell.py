@@ -192,6 +192,23 @@ def test_the_base_is_scored_and_timed_once_and_trains_nothing(
     assert (record.data[0].test_subset, record.data[0].train_sha256) == ("full", None)
 
 
+def test_a_mixture_is_scored_once_more_without_its_router(
+    data_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So large a rate that the router's gates, and with them the answers, are far from even.
+    config = tiny(data_dir, "molora", score_without_router=True, test_size=None, learning_rate=0.3)
+    done = Done(config, tmp_path)
+    record = done.again()
+    scores = {score.variant: score for score in record.evaluations}
+    assert list(scores) == ["unmerged", "router_removed"]
+    assert [result.variant for result in record.latency] == ["base", "unmerged"]
+    assert scores["unmerged"].first_prompt_sha256 == scores["router_removed"].first_prompt_sha256
+    routed, removed = ([sample.loglikelihoods for sample in done.samples(variant)] for variant in scores)
+    assert routed != removed
+    monkeypatch.setattr(cell, "evaluate", fail)
+    assert measured(done.again()) == measured(record)
+
+
 def test_a_diverged_run_leaves_a_record_that_says_so(data_dir: str, tmp_path: Path) -> None:
     config = tiny(data_dir, "lora", learning_rate=1e30, warmup_steps=0)
     done = Done(config, tmp_path)

@@ -90,7 +90,10 @@ def test_another_method_drops_the_options_of_the_first() -> None:
     assert config.updated({"method": "base"}).is_base
 
 
-@pytest.mark.parametrize("change", [{"adapter": {"rank": 4}}, {"targets": ["q_proj"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"adapter": {"rank": 4}}, {"targets": ["q_proj"]}, {"score_without_router": True}],
+)
 def test_base_refuses_what_it_would_ignore(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="method base trains nothing"):
         RunConfig().updated({"method": "base", **change})
@@ -123,6 +126,12 @@ def test_an_unknown_method_or_option_is_named(
 ) -> None:
     with pytest.raises(ConfigurationError, match=said):
         RunConfig(method=method, adapter=adapter).adapter_config()
+
+
+def test_only_a_router_can_be_removed() -> None:
+    assert RunConfig(method="mixlora", score_without_router=True).adapter_config() is not None
+    with pytest.raises(ConfigurationError, match="method furina has no router that could be"):
+        RunConfig(method="furina", score_without_router=True).adapter_config()
 
 
 def test_base_has_no_adapter() -> None:

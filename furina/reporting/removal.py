@@ -1,0 +1,93 @@
+"""What is left of a method once it is one matrix per linear: merged, or with its router removed."""
+
+from __future__ import annotations
+
+from furina.reporting.accuracy import accuracy, difference, scores
+from furina.reporting.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.differences import Difference
+from furina.reporting.suites import Suite
+
+REMOVED = "router_removed"
+LEVEL = 1.96
+"""Standard errors of a 95 % interval."""
+NOT_PAIRED = "per-question outputs are missing, so there is no interval"
+
+
+def removal_table(suite: Suite) -> Table | None:
+    """Return a row per method and task, None where no router was removed (the paper's table 7)."""
+    found = [
+        (method, task)
+        for method in suite.methods
+        for task in suite.tasks
+        if method == "base" or _served(suite, method, task)
+    ]
+    if not any(_served(suite, *pair) == REMOVED for pair in found):
+        return None
+    rows = [_row(suite, *pair) for pair in found]
+    remarks = (
+        "As trained: with its router, or unmerged. As one matrix: the plain average of the experts "
+        "where a router was removed, else merged. Difference: as one matrix minus as trained, in "
+        "points, paired over questions, with a 95 % interval from its standard error.",
+        "Verdict: no difference where that interval holds 0; below it a method collapses if what "
+        "is left is not above the base model by more than 1.96 standard errors, and drops if it "
+        "is.",
+    )
+    return build("router_removed", f"{suite.name}: routers removed", rows, remarks, keys=2)
+
+
+def _served(suite: Suite, method: str, task: str) -> str | None:
+    """Return the variant that is one matrix per linear, None if there is none."""
+    return next((v for v in (REMOVED, "merged") if scores(suite, method, task, v)), None)
+
+
+def _row(suite: Suite, method: str, task: str) -> Row:
+    row: Row = {("", "method"): label(method), ("", "task"): label(task)}
+    group = f"{suite.metric}, %"
+    row[group, "as trained"] = accuracy(suite, method, task, "unmerged")
+    served = _served(suite, method, task)
+    if served is None:
+        blank = missing("the base model has no adapter")
+        row[group, "as one matrix"] = row["difference", "points"] = blank
+        row["difference", "95 % interval"] = row["", "verdict"] = blank
+        row["", "how"] = blank
+        return row
+    row[group, "as one matrix"] = accuracy(suite, method, task, served)
+    lost = difference(suite, task, (method, served), (method, "unmerged"))
+    left = difference(suite, task, (method, served), ("base", "unmerged"))
+    assert lost is not None
+    row["difference", "points"] = Cell(f"{100 * lost.value:+.1f}", {"": 100 * lost.value})
+    row["difference", "95 % interval"] = _interval_cell(lost)
+    row["", "verdict"] = label(verdict(lost, left))
+    row["", "how"] = label("router removed" if served == REMOVED else "merged")
+    return row
+
+
+def interval(found: Difference) -> tuple[float, float] | None:
+    """Return the 95 % interval, None where the difference has no standard error."""
+    if found.stderr is None:
+        return None
+    return found.value - LEVEL * found.stderr, found.value + LEVEL * found.stderr
+
+
+def _interval_cell(found: Difference) -> Cell:
+    ends = interval(found)
+    if ends is None:
+        return missing(NOT_PAIRED)
+    low, high = (100 * end for end in ends)
+    return Cell(f"{low:+.1f} to {high:+.1f}", {"low": low, "high": high})
+
+
+def verdict(lost: Difference, left: Difference | None) -> str:
+    """Return what became of a method, from its loss and from what is left above the base."""
+    ends = interval(lost)
+    if ends is None:
+        return "unknown"
+    low, high = ends
+    if low <= 0 <= high:
+        return "no difference"
+    if low > 0:
+        return "gains"
+    above = None if left is None else interval(left)
+    if above is None:
+        return "drops"
+    return "drops" if above[0] > 0 else "collapses"

@@ -1,0 +1,202 @@
+"""benchmarks/latency.py: what it times, how it compares, and what it writes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import furina
+from furina.errors import FurinaError
+from furina.latency import Timing
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+SMALL = ["--backbone", "tiny-llama", "--rank", "8", "--experts", "4", "--threads", "1"]
+SMALL += ["--prompt-tokens", "6", "--new-tokens", "3", "--rounds", "2", "--warmup", "0"]
+CHOSEN = ["base", "furina_unmerged", "furina_merged", "peft_lora_unmerged", "disk_base"]
+CHOSEN += ["disk_merged"]
+WORKER = """
+import json, sys
+input()
+print(json.dumps({"trainable": 7, "versions": {"moe_peft": "9"}}), flush=True)
+for line in sys.stdin:
+    command, argument = line.split()
+    prompt, count = json.loads(argument)
+    seconds = [0.5 * len(prompt)] + [0.001 * len(prompt[0])] * (count - 1)
+    print(json.dumps(seconds if command == "generate" else {"error": "no"}), flush=True)
+"""
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that imports a benchmark's module by name."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+def model_of(load, name: str, dtype: str = "float64"):
+    options = load("latency").parse([*SMALL, "--dtype", dtype])
+    backbone = furina.load_backbone("tiny-llama", dtype).requires_grad_(False)
+    return load("latency_variants").variant_model(name, backbone, options).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(5, 25).reshape(2, -1)).logits
+
+
+def test_the_script_times_and_writes_what_it_prints(load, tmp_path, capsys):
+    latency = load("latency")
+    absent = ["--moe-peft", str(tmp_path / "absent"), "--batch-sizes", "1", "2"]
+    only = ["--only", *CHOSEN, "moe_peft_mola"]
+    latency.main([*SMALL, *absent, *only, "--results", str(tmp_path / "results")])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(cell["batch"], cell["prompt_tokens"]) for cell in report["cells"]] == [(1, 6), (2, 6)]
+    first = report["cells"][0]
+    assert list(first["times"]) == CHOSEN
+    assert {times["total_ms"]["n"] for times in first["times"].values()} == {2}
+    keys = {"merged/base", "furina_unmerged/base", "furina_merged/base"}
+    assert {*keys, "furina_unmerged/peft_lora_unmerged"} <= set(report["ratios"])
+    assert report["ratios"] == first["ratios"]
+    missing = "moe_peft is not installed: run `make moe-peft`"
+    assert report["failed"] == {"moe_peft_mola": missing}
+    written = tmp_path / "results"
+    assert json.loads((written / "latency.json").read_text()) == report
+    assert (written / "latency.md").read_text() == load("latency_report").markdown(report)
+    assert "<svg" in (written / "latency.svg").read_text()
+
+
+@pytest.mark.parametrize("method", ["lora", "furina"])
+def test_the_written_out_form_is_the_adapter(load, method):
+    fast, literal, merged = (
+        logits(model_of(load, f"{method}_{way}")) for way in ("unmerged", "literal", "merged")
+    )
+    assert (fast - logits(model_of(load, "base"))).abs().max() > 1e-3
+    torch.testing.assert_close(literal, fast, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(merged, fast, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("peer", ["peft_lora", "peft_dora"])
+def test_a_peers_merged_model_is_its_unmerged_one(load, peer):
+    unmerged, merged = (
+        logits(model_of(load, f"{peer}_{way}", "float32")) for way in ("unmerged", "merged")
+    )
+    assert (unmerged - logits(model_of(load, "base", "float32"))).abs().max() > 1e-3
+    # Products of a few hundred fp32 terms through two layers.
+    torch.testing.assert_close(merged, unmerged, rtol=1e-3, atol=1e-4)
+
+
+def test_the_merged_folder_is_the_base_class_for_class_and_key_for_key(load):
+    base, merged = (model_of(load, name, "bfloat16") for name in ("disk_base", "disk_merged"))
+
+    def graph(model):
+        modules = [(name, type(module)) for name, module in model.named_modules()]
+        tensors = [(k, v.dtype, v.shape, v.stride()) for k, v in model.state_dict().items()]
+        return modules, tensors, model.config.to_dict() | {"_name_or_path": None}
+
+    assert graph(base) == graph(merged)
+    assert not torch.equal(logits(base), logits(merged))
+
+
+def test_variants_share_the_backbone_unless_their_weights_change(load):
+    latency, variants = load("latency"), load("latency_variants")
+    options = latency.parse([*SMALL, "--dtype", "float32"])
+    backbone = furina.load_backbone("tiny-llama", "float32").requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    unmerged = variants.variant_model("furina_unmerged", backbone, options)
+    for method in ("furina", "pissa"):
+        variants.variant_model(f"{method}_merged", backbone, options)
+    variants.variant_model("pissa_unmerged", backbone, options)
+    own = backbone.get_input_embeddings().weight
+    assert unmerged.get_input_embeddings().weight is own
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_every_method_is_timed_merged_where_it_merges(load):
+    names = load("latency_variants").variant_names()
+    for method, config in furina.methods().items():
+        assert f"{method}_unmerged" in names
+        assert (f"{method}_merged" in names) == config().mergeability().ok
+    assert len(set(names)) == len(names)
+
+
+def test_ratios_are_paired_by_round_and_per_token(load):
+    latency = load("latency")
+    clock = {"base": iter([1.0, 10.0, 2.0]), "furina_unmerged": iter([2.0, 30.0, 2.0])}
+
+    def timer(name):
+        return lambda prompt, count: Timing(100.0, next(clock[name]), 500.0)
+
+    options = latency.parse([*SMALL, "--rounds", "3"])
+    backbone = furina.load_backbone("tiny-llama")
+    timers = {name: timer(name) for name in clock}
+    cell = latency.time_cell(timers, backbone, (4, 6), options)
+    assert cell["ratios"] == {"furina_unmerged/base": 2.0}  # of 2, 3 and 1, in whatever order
+    assert cell["intervals"]["furina_unmerged/base"] == (1.0, 3.0)
+    assert cell["tokens_per_second"]["base"] == 4 * 3 / 0.5
+
+
+def test_the_interval_of_a_median_narrows_with_rounds(load):
+    interval = load("intervals").median_interval
+    assert interval([1.0]) == (1.0, 1.0)
+    few, many = interval([0.9, 1.0, 1.1] * 2), interval([0.9, 1.0, 1.1] * 40)
+    assert few[0] <= many[0] <= 1.0 <= many[1] <= few[1]
+    assert many == (1.0, 1.0)
+    # 40 values of which half are below 1: an interval around it that most of them lie outside.
+    low, high = interval([1 + (i - 19.5) / 100 for i in range(40)])
+    assert 0.9 < low < 1 < high < 1.1
+
+
+def test_a_variant_that_fails_is_named_and_the_others_go_on(load, monkeypatch, capsys):
+    latency = load("latency")
+    real = latency.build
+
+    def build(name, backbone, options):
+        if name == "furina_unmerged":
+            raise FurinaError("no room")
+        return real(name, backbone, options)
+
+    monkeypatch.setattr(latency, "build", build)
+    latency.main([*SMALL, "--only", "base", "furina_unmerged"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["failed"] == {"furina_unmerged": "no room"}
+    assert list(report["cells"][0]["times"]) == ["base"]
+    assert "furina\\_unmerged: no room." in load("latency_report").markdown(report)
+
+
+def test_moe_peft_generates_in_its_own_process(load, tmp_path, monkeypatch):
+    latency, variants, peers = load("latency"), load("latency_variants"), load("training_peers")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
+    options = latency.parse([*SMALL, "--moe-peft", str(tmp_path)])
+    timer = variants.build("moe_peft_mola", furina.load_backbone("tiny-llama"), options)
+    try:
+        timing = timer(torch.ones(2, 5, dtype=torch.long), 4)
+    finally:
+        timer.close()
+    assert timing == pytest.approx((1000.0, 5.0, 1015.0))
+    assert timer.versions == {"moe_peft": "9"}
+
+
+@pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--experts", "3"], ["--new-tokens", "1"]])
+def test_impossible_counts_are_refused(load, wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load("latency").parse([*SMALL, *wrong])
+    assert stop.value.code == 2
+    assert "must" in capsys.readouterr().err
+
+
+def test_an_unknown_variant_is_refused(load):
+    with pytest.raises(SystemExit, match="no variant is called lara"):
+        load("latency").select(["lara"])
