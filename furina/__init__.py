@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from furina.accumulation import accumulating as accumulating
+    from furina.adapter_sets import AdapterSet as AdapterSet
     from furina.adapters import configure as configure
     from furina.adapters import methods as methods
     from furina.auxiliary import auxiliary_loss as auxiliary_loss
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "accumulation": ("accumulating",),
+    "adapter_sets": ("AdapterSet",),
     "adapters": ("configure", "methods"),
     "auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
     "backbones": ("load_backbone", "load_tokenizer"),

@@ -6,7 +6,7 @@ import fnmatch
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,8 +33,8 @@ class AdaptedState:
     targets: tuple[str, ...]
     layers: dict[str, AdapterLinear]
     tracker: ForwardTracker
-    handles: list[Any]
-    trainable_before: frozenset[str]
+    handles: list[Any] = field(default_factory=list)
+    trainable_before: frozenset[str] = frozenset()
 
 
 class AdapterSummary(NamedTuple):
@@ -66,11 +66,7 @@ def adapt(
     match that cannot be adapted: not an nn.Linear, tied, used twice, or in an adapted model.
     """
     config = _config(method, options)
-    if is_adapted(model):
-        raise ConfigurationError(
-            f"The model already has a {state_of(model).config.name} adapter: call furina.remove "
-            "first."
-        )
+    _require_bare(model)
     patterns = _patterns(targets)
     names = _matching_linears(model, patterns)
     config = config.resolve(names)
@@ -79,12 +75,7 @@ def adapt(
         if seed is not None:
             torch.manual_seed(seed)
         layers = _build(config, model, names, tracker)
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    state = AdaptedState(config, patterns, layers, tracker, tracker.attach(model), trainable)
-    model.__dict__[_STATE] = state
+    _attach(model, AdaptedState(config, patterns, layers, tracker))
     summary = describe(model)
     logger.info(
         "%s: %d linears wrapped, %s trainable of %s parameters",
@@ -98,6 +89,12 @@ def remove(model: ModelT) -> ModelT:
 
     Raises ConfigurationError if the model was merged with keep_base=False.
     """
+    detach(model)
+    return model
+
+
+def detach(model: nn.Module) -> AdaptedState:
+    """Do what `remove` does, and return what `reattach` needs to put the adapter in again."""
     state = state_of(model)
     for name, layer in state.layers.items():
         if layer.merged:
@@ -110,7 +107,37 @@ def remove(model: ModelT) -> ModelT:
     del model.__dict__[_STATE]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
-    return model
+    return state
+
+
+def reattach(model: nn.Module, state: AdaptedState) -> None:
+    """Put a detached adapter in again; it follows the mode, device and dtype of its linears.
+
+    Raises ConfigurationError, and changes nothing, if the model is adapted or one of the linears
+    was replaced in the meantime.
+    """
+    _require_bare(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in state.layers.items():
+        if modules.get(name) is not layer.base:
+            raise ConfigurationError(
+                f"{name} is no longer the linear that the {state.config.name} adapter was made "
+                "for: load the adapter again."
+            )
+    for layer in state.layers.values():
+        layer.follow_base()
+        layer.change_base()
+    _attach(model, state)
+
+
+def _attach(model: nn.Module, state: AdaptedState) -> None:
+    """Freeze the bare `model` and put the layers in."""
+    state.trainable_before = frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    for name, layer in state.layers.items():
+        model.set_submodule(name, layer)
+    state.handles = state.tracker.attach(model)
+    model.__dict__[_STATE] = state
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -213,6 +240,14 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def _require_bare(model: nn.Module) -> None:
+    if is_adapted(model):
+        raise ConfigurationError(
+            f"The model already has a {state_of(model).config.name} adapter: call furina.remove "
+            "first."
+        )
 
 
 def _config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConfig:

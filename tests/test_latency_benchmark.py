@@ -15,7 +15,9 @@ import furina
 from furina.errors import FurinaError
 from furina.latency import Timing
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+RECORDED = sorted((ROOT / "results" / "latency").rglob("latency.json"))
 SMALL = ["--backbone", "tiny-llama", "--rank", "8", "--experts", "4", "--threads", "1"]
 SMALL += ["--prompt-tokens", "6", "--new-tokens", "3", "--rounds", "2", "--warmup", "0"]
 CHOSEN = ["base", "furina_unmerged", "furina_merged", "peft_lora_unmerged", "disk_base"]
@@ -200,3 +202,11 @@ def test_impossible_counts_are_refused(load, wrong, capsys):
 def test_an_unknown_variant_is_refused(load):
     with pytest.raises(SystemExit, match="no variant is called lara"):
         load("latency").select(["lara"])
+
+
+@pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.parent.name)
+def test_the_recorded_tables_are_those_of_their_json(load, file):
+    reporting, report = load("latency_report"), json.loads(file.read_text())
+    assert file.with_suffix(".md").read_text() == reporting.markdown(report)
+    found = {key: pair for cell in report["cells"][:1] for key, pair in cell["ratios"].items()}
+    assert found == report["ratios"]

@@ -86,7 +86,7 @@ class PiSSALinear(LoRALinear):
         self._original: Tensor | None = None
         if config.in_place:
             self._original = base.weight.detach().to("cpu", copy=True)
-            self._write_residual()
+        self.change_base()
 
     def _principal(self, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
         """Return A₀ = (Σ_r/s)^½ V_rᵀ and B₀ = U_r (Σ_r/s)^½."""
@@ -129,23 +129,22 @@ class PiSSALinear(LoRALinear):
         return super().pristine_weight if self._original is None else self._original
 
     @torch.no_grad()
-    def _write_residual(self) -> None:
-        """Write W − s·B₀ A₀ into the base, subtracted in float64 and rounded once."""
-        assert self._original is not None
+    def change_base(self) -> None:
+        """In place, write W − s·B₀ A₀ into the base, subtracted in float64 and rounded once."""
+        if self._original is None:
+            return
         start = self.start_B.to(torch.float64) @ self.start_A.to(torch.float64)
         weight = self._original.to(self.base.weight.device, torch.float64)
         self.base.weight.copy_(weight - self.scale * start)
 
     def after_load(self) -> None:
         """Make the residual that belongs to the loaded start."""
-        if self._original is not None:
-            self._write_residual()
+        self.change_base()
 
     def unmerge(self) -> None:
         """Restore the unmerged base bit for bit: W, or the residual in place."""
         super().unmerge()
-        if self._original is not None:
-            self._write_residual()
+        self.change_base()
 
     @torch.no_grad()
     def restore_base(self) -> None:

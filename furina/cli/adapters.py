@@ -1,4 +1,4 @@
-"""Commands on methods and adapter folders: methods, merge, export, assets."""
+"""Commands on methods and adapter folders: methods, merge, export, combine, assets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.table import Column, Table
 
 from furina.cli.shared import add_backbone, console, require_new
+from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from furina.adapters import AdapterConfig
@@ -167,3 +168,57 @@ def _export(options: Namespace, form: str) -> None:
     else:
         rank = export_peft(model, options.out_dir)
         print(f"{options.out_dir}: one PEFT LoRA of rank {rank}")
+
+
+def combine_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina combine`."""
+    parser.add_argument(
+        "adapter_dirs", nargs="+", type=Path, help="adapter folders that fit or furina.save wrote"
+    )
+    parser.add_argument("out_dir", type=Path, help="new adapter folder to write")
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        type=float,
+        default=None,
+        help="one number for each adapter, in their order; equal shares of 1 if not given",
+    )
+    parser.add_argument(
+        "--method",
+        type=Literal["linear", "from"],
+        default="linear",
+        help="linear: the exact weighted sum; from: larger updates weigh more, linear by linear",
+    )
+    parser.add_argument(
+        "--power",
+        type=float,
+        default=2.0,
+        help="from: exponent of an update's Frobenius norm in its weight; 0 is linear",
+    )
+    add_backbone(parser)
+
+
+def combine(options: Namespace) -> None:
+    """Write several adapters of one backbone as one LoRA adapter folder."""
+    from furina.checkpoint import read_adapter_config, save
+
+    folders: list[Path] = options.adapter_dirs
+    weights = options.weights or [1 / len(folders)] * len(folders)
+    if len(weights) != len(folders):
+        raise ConfigurationError(
+            f"--weights needs {len(folders)} numbers, one for each adapter, not {len(weights)}."
+        )
+    for folder in folders:
+        read_adapter_config(folder)
+    require_new(options.out_dir)
+    from furina.adapter_sets import AdapterSet
+    from furina.backbones import load_backbone
+
+    adapters = AdapterSet(load_backbone(options.backbone, options.dtype))
+    for folder in folders:
+        adapters.load(str(folder), folder)
+    chosen = dict(zip(adapters.names, weights, strict=True))
+    adapters.combine("combined", chosen, options.method, options.power)
+    adapters.use("combined")
+    save(adapters.model, options.out_dir)
+    print(f"{options.out_dir}: one LoRA adapter out of {len(folders)}")

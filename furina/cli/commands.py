@@ -58,6 +58,13 @@ COMMANDS = {
             adapters.export,
         ),
         Command(
+            "combine",
+            "Combine adapters of one backbone into one LoRA adapter",
+            "furina combine runs/maths/adapter runs/science/adapter both --weights 0.5 0.5",
+            adapters.combine_options,
+            adapters.combine,
+        ),
+        Command(
             "latency",
             "Time first token, each token and the total: base, unmerged and merged",
             "furina latency --adapter-path runs/demo/adapter --rounds 10",

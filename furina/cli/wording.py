@@ -24,7 +24,9 @@ _WORDS: dict[Any, str] = {
     type(None): "null",
 }
 _METAVARS: dict[Any, str] = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}
-_WRONG_VALUE = re.compile(r'Parser key "(?P<key>[^"]+)":.*?(?:Got|Given) value: (?P<value>.*)$')
+_WRONG_VALUE = re.compile(
+    r'Parser key "(?P<key>[^"]+)"[^:]*:.*?(?:Got|Given) value: (?P<value>.*)$'
+)
 
 
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -21,8 +21,8 @@ from furina.storage import write_text
 
 STUDIES = ("search", "selection")
 PAPER = "paper"
-BENCHMARK = "training"
-"""Folder of what the scripts in benchmarks/ write: no runs."""
+BENCHMARKS = ("training", "latency", "vllm", "merging", "gguf")
+"""Folders that scripts in benchmarks/ write, with tables of their own."""
 GENERATED = {"tables": ("md", "csv", "tex"), "figures": ("svg",)}
 
 
@@ -94,7 +94,7 @@ def generate(
 
 
 def _suites(results_dir: Path) -> list[str]:
-    reserved = (*STUDIES, PAPER, BENCHMARK)
+    reserved = (*STUDIES, PAPER, *BENCHMARKS)
     found = sorted({path.parent.name for path in results_dir.glob("*/*.json")})
     return [name for name in found if name not in reserved and not name.startswith(".")]
 

@@ -203,7 +203,7 @@ def test_a_mixture_is_scored_once_more_without_its_router(
     assert list(scores) == ["unmerged", "router_removed"]
     assert [result.variant for result in record.latency] == ["base", "unmerged"]
     assert scores["unmerged"].first_prompt_sha256 == scores["router_removed"].first_prompt_sha256
-    routed, removed = ([sample.loglikelihoods for sample in done.samples(variant)] for variant in scores)
+    routed, removed = ([s.loglikelihoods for s in done.samples(variant)] for variant in scores)
     assert routed != removed
     monkeypatch.setattr(cell, "evaluate", fail)
     assert measured(done.again()) == measured(record)
