@@ -24,7 +24,7 @@ import gc
 import itertools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ import latency_report
 import torch
 from command_line import command_line, device
 from latency_variants import COMPILED, build, variant_names
+from torch import Tensor
 from training_peers import ENVIRONMENT
 
 import furina
@@ -138,7 +139,7 @@ def time_cell(
     """Time all variants on prompts of one shape (batch, P)."""
     timings = interleaved(
         timers,
-        random_prompts(backbone, shape, options.seed),
+        announced(random_prompts(backbone, shape, options.seed), options),
         options.new_tokens,
         rounds=options.rounds,
         warmup=options.warmup,
@@ -146,6 +147,13 @@ def time_cell(
     )
     rounds = {name: [timing._asdict() for timing in own] for name, own in timings.items()}
     return latency_report.cell(shape, options.new_tokens, rounds)
+
+
+def announced(prompts: Iterator[Tensor], options: argparse.Namespace) -> Iterator[Tensor]:
+    """Yield the prompts, and say which round each begins."""
+    for number, prompt in enumerate(prompts, start=1):
+        print(f"round {number} of {options.warmup} to warm up and {options.rounds}", flush=True)
+        yield prompt
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
