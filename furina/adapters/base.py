@@ -170,7 +170,7 @@ class AdapterLinear(nn.Module, ABC):
         self.tracker = tracker
         self._pristine: Tensor | None = None
         self._merged = False
-        self._kept: tuple[object, Operands] | None = None
+        self._kept: dict[torch.dtype, tuple[object, Operands]] = {}
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -191,15 +191,15 @@ class AdapterLinear(nn.Module, ABC):
         """Return what the forward needs of the parameters; None if it uses them as they are."""
         return None
 
-    def operands(self, x: Tensor) -> Operands:
+    def operands(self, x: Tensor, dtype: torch.dtype | None = None) -> Operands:
         """Return `derive()`, which must not be None, made once where possible.
 
         Inside `furina.accumulating` it is made once for all forwards. Without gradients it is kept,
-        with A and B in x's dtype, until a parameter changes. Autograd does not count writes through
-        `.data`: call `model.eval()` after such a write.
+        with A and B in `dtype` or else x's, until a parameter changes. Autograd does not count
+        writes through `.data`: call `model.eval()` after such a write.
         """
         if torch.is_grad_enabled():
-            self._kept = None  # a step may come, and fused optimisers leave no trace in `_version`
+            self._kept.clear()  # a step may come, and fused optimisers leave no trace in `_version`
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
         if torch.compiler.is_compiling():
@@ -208,11 +208,11 @@ class AdapterLinear(nn.Module, ABC):
         if any(tensor.grad is not None or tensor.is_inference() for tensor in tensors):
             return self._derived()
         state = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        key = (x.dtype, self.training, *state)
-        if self._kept is None or self._kept[0] != key:
+        dtype, key = dtype or x.dtype, (self.training, *state)
+        if dtype not in self._kept or self._kept[dtype][0] != key:
             made = self._derived()
-            self._kept = key, Operands(made.a.to(x.dtype), made.b.to(x.dtype), made.extra)
-        return self._kept[1]
+            self._kept[dtype] = key, Operands(made.a.to(dtype), made.b.to(dtype), made.extra)
+        return self._kept[dtype][1]
 
     def _own_tensors(self) -> Iterator[Tensor]:
         """Yield what `adapter_tensors` names, and any other buffer; every token waits for this."""
@@ -229,7 +229,7 @@ class AdapterLinear(nn.Module, ABC):
 
     def train(self, mode: bool = True) -> AdapterLinear:
         """Switch the mode and forget what was kept."""
-        self._kept = None
+        self._kept.clear()
         super().train(mode)
         return self
 

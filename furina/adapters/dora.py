@@ -27,7 +27,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig
-from furina.adapters.product import low_rank_product, no_autocast
+from furina.adapters.product import low_rank_product, no_autocast, update_dtype
 from furina.context import ForwardTracker, Operands
 
 
@@ -79,7 +79,7 @@ class DoRALinear(AdapterLinear):
         Where elements of x are dropped, x' = dropout(x), it is W x + b and beside it
         (m/n − 1) ⊙ W x' + (m/n) ⊙ s·B A x', which is a second product with W.
         """
-        a, b, (norm,) = self.operands(x)
+        a, b, (norm,) = self.operands(x, update_dtype(x))
         turn, p = self.ratio(norm) - 1, self.drop_rate
         if p:
             y: Tensor = self.base(x)

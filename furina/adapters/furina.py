@@ -34,7 +34,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.directions import Directions, direction_gram, directions, l2_activity
 from furina.adapters.lora import lora_scale
-from furina.adapters.product import low_rank_product, moved_product, no_autocast
+from furina.adapters.product import low_rank_product, moved_product, no_autocast, update_dtype
 from furina.context import ForwardTracker, Operands, Record
 
 
@@ -245,11 +245,12 @@ class FurinaLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + B̃ A dropout(x). Shape: (..., I) → (..., O)."""
-        a, b, extra = self.operands(x)
         if self.config.start == "subtract" and self.config.num_routed_experts:
+            a, b, extra = self.operands(x)
             start = self.start_A, self.start_B
             y, h = moved_product(self.base, x, (a, b), start, dropout=self.drop_rate)
         else:
+            a, b, extra = self.operands(x, update_dtype(x))
             y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
         if self.must_record(self.config.has_auxiliary_loss):
             self.tracker.record(self.name, *self.selection(x, h, *extra))

@@ -18,7 +18,7 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.product import low_rank_product
+from furina.adapters.product import low_rank_product, update_dtype
 from furina.context import ForwardTracker, Operands
 
 
@@ -88,7 +88,7 @@ class LoRALinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B A dropout(x). Shape: (..., I) → (..., O)."""
-        a, b, _ = self.operands(x)
+        a, b, _ = self.operands(x, update_dtype(x))
         return low_rank_product(self.base, x, a, b, scale=self.scale, dropout=self.drop_rate).y
 
     def derive(self) -> Operands:

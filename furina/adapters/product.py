@@ -3,8 +3,9 @@
     y = W x + b + B [(s·A dropout(x)) ⊙ g]
 
 The update is accumulated onto W x inside its matmul, and so is its part of the gradient onto Wᵀ g.
-Matmuls run in x's dtype (autocast's where that is on); A and B come as they are kept, in fp32. A
-dropped copy of x and gated copies of h are made again in the backward, not kept.
+Matmuls run in x's dtype (autocast's where that is on); A and B come as they are kept, in fp32, and
+stay so for a few tokens (`update_dtype`). A dropped copy of x and gated copies of h are made again
+in the backward, not kept.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank of one expert.
 """
@@ -33,11 +34,24 @@ def _has_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+FEW_TOKENS = 1
+"""Up to so many tokens A and B are used in fp32 on a CPU, where no gradient is wanted."""
+
+
 class Product(NamedTuple):
     """y (..., O) and h = s·A dropout(x), (..., rows of A); gradients flow through both."""
 
     y: Tensor
     h: Tensor
+
+
+def update_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that A and B are best given in for x (..., I), without gradients.
+
+    It is x's, but fp32 for a few 16-bit tokens on a CPU: such products cost less there.
+    """
+    few = x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
+    return torch.float32 if few and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def low_rank_product(
@@ -69,9 +83,15 @@ def low_rank_product(
         flat, weight = flat.to(dtype), weight.to(dtype)
         bias, gates = (None if each is None else each.to(dtype) for each in (bias, gates))
     dropped = draw_dropped(flat, dropout) if dropout else None
-    # Without gradients autograd's bookkeeping would cost a single token as much as a matmul.
-    apply = _LowRankProduct.apply if torch.is_grad_enabled() else _product
-    y, h = apply(flat, weight, bias, a, b, gates, scale / (1 - dropout), dropped)
+    scale = scale / (1 - dropout)
+    if torch.is_grad_enabled():
+        y, h = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
+            flat, weight, bias, a, b, gates, scale, dropped
+        )
+    else:  # autograd's bookkeeping would cost a single token as much as a matmul
+        dtype = update_dtype(flat)
+        a, b = a.to(dtype), b.to(dtype)
+        y, h = _product(flat, weight, bias, a, b, gates, scale, dropped)
     return Product(y.view(*leading, y.shape[-1]), h.view(*leading, h.shape[-1]))
 
 
@@ -112,17 +132,19 @@ def _product(
     scale: float,
     dropped: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y, the update accumulated onto W x + b, and h.
+    """Return y, the update accumulated onto W x + b, and h in the dtype of A and B.
 
     Shape: x (T, I), gates (T, N) → (T, O), (T, rows of A).
     """
     with no_autocast(x.device):
-        a, b = a.to(x.dtype), b.to(x.dtype)
-        h = functional.linear(_dropped(x, dropped), a)
+        h = functional.linear(_dropped(x, dropped).to(a.dtype), a)
         if scale != 1:
             h.mul_(scale)
         y = functional.linear(x, weight, bias)
-        return y.addmm_(_gated(h, gates, b), b.t()), h
+        gated = _gated(h, gates, b)
+        if y.dtype == b.dtype:
+            return y.addmm_(gated, b.t()), h
+        return y.add_(functional.linear(gated, b)), h
 
 
 class _LowRankProduct(torch.autograd.Function):

@@ -29,7 +29,7 @@ from furina.adapters.base import (
     zeros,
 )
 from furina.adapters.lora import LowRankConfig
-from furina.adapters.product import low_rank_product, no_autocast
+from furina.adapters.product import low_rank_product, no_autocast, update_dtype
 from furina.context import ForwardTracker, Operands, Record
 from furina.errors import NotMergeableError
 
@@ -131,7 +131,7 @@ class RoutedLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B [(A dropout(x)) ⊙ g(x)]. Shape: (..., I) → (..., O)."""
-        a, b, _ = self.operands(x)
+        a, b, _ = self.operands(x, update_dtype(x))
         return low_rank_product(self.base, x, a, b, gates=self.gates(x), dropout=self.drop_rate).y
 
     def derive(self) -> Operands:

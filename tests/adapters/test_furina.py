@@ -280,9 +280,9 @@ def test_inference_follows_every_way_that_changes_a_parameter() -> None:
     def current() -> bool:
         layers = state_of(model).layers.values()
         with torch.no_grad():
-            found, kept = model(x), [layer._kept for layer in layers]
+            found, kept = model(x), [dict(layer._kept) for layer in layers]
             for layer in layers:
-                layer._kept = None
+                layer._kept.clear()
             fresh = model(x)
         for layer, before in zip(layers, kept, strict=True):
             layer._kept = before

@@ -135,3 +135,34 @@ def test_dropping_in_place_takes_places_and_masks() -> None:
     mask = torch.tensor([[True, False], [False, True]])
     for dropped in (mask, mask.flatten().nonzero().squeeze(1)):
         assert drop_(torch.ones(2, 2), dropped).tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(("shared", "gated"), [(False, False), (False, True), (True, True)])
+def test_without_gradients_it_is_the_same_to_the_bit(shared: bool, gated: bool) -> None:
+    base, parts = tensors(shared, bias=True, by_columns=False)
+    given = {"scale": 1.7, "gates": parts["gates"] if gated else None}
+    with_gradient = low_rank_product(base, parts["x"], parts["a"], parts["b"], **given)
+    assert with_gradient.y.requires_grad
+    with torch.no_grad():
+        without = low_rank_product(base, parts["x"], parts["a"], parts["b"], **given)
+    assert not without.y.requires_grad
+    assert torch.equal(without.y, with_gradient.y) and torch.equal(without.h, with_gradient.h)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_single_16_bit_token_rounds_its_update_once(gated: bool) -> None:
+    base, parts = tensors(shared=False, bias=False, by_columns=False)
+    base.weight.zero_()
+    base.to(torch.bfloat16)
+    x = parts["x"].detach()[:1, :1].to(torch.bfloat16)
+    a, b = (parts[name].detach().to(torch.float32) for name in "ab")
+    gates = parts["gates"].detach()[:1, :1].to(torch.bfloat16) if gated else None
+    with torch.no_grad():
+        y, _ = low_rank_product(base, x, a, b, gates=gates)
+    wide = (x[0, 0].double() @ a.double().T).view(EXPERTS, RANK)
+    wide = wide if gates is None else wide * gates[0, 0].double()[:, None]
+    exact = b.double() @ wide.flatten()
+    # The unit roundoff of 8 digits, once, and fp32's rounding of sums of a few terms.
+    size = (b.double().abs() @ (a.double().abs() @ x[0, 0].double().abs())).max()
+    assert ((y[0, 0].double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6 * size).all()
+    assert not torch.equal(y[0, 0].double(), torch.zeros_like(exact))

@@ -1,0 +1,147 @@
+"""benchmarks/gguf_engine.py: what it asks of the engine, and how it counts the answers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from furina.assets import locate
+from furina.errors import AssetError, FurinaError
+from tests.experiment.helpers import write_data
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ENVIRONMENT = FOLDER.parent / ".venv-gguf"
+SMALL = ["--backbone", "tiny-llama", "--dtypes", "float32", "--rank", "8", "--experts", "4"]
+SMALL += ["--prompts", "2", "--new-tokens", "3", "--threads", "1"]
+WORKER = """
+import json, pathlib, sys
+command, *words = sys.argv[1:]
+if command == "convert":
+    folder, file, kind = words
+    assert (pathlib.Path(folder) / "model.safetensors").exists() and kind == "f32"
+    sys.exit(pathlib.Path(file).write_text("GGUF") != 4)
+assert pathlib.Path(words[0]).read_text() == "GGUF" and words[1:] == ["f32", "1"]
+asked = json.load(sys.stdin)
+new = asked["new_tokens"]
+own = [text[-new:] for text in asked["texts"]]
+assert [text[:-new] for text in asked["texts"]] == asked["prompts"]
+print("a line of the engine's own")
+forced = [[[token, -1.0] for token in tokens] for tokens in own]
+forced[0][1][0] += 1
+print(json.dumps({"generated": [own[0], own[1][::-1]], "forced": forced, "versions": {"x": "1"}}))
+"""
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """A function that imports a benchmark's module by name, with made-up questions to ask."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        patch.setenv("FURINA_DATA_DIR", write_data(tmp_path_factory.mktemp("data")))
+        yield importlib.import_module
+
+
+@pytest.fixture
+def environment(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment whose engine says what transformers says, but for one token."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(load("gguf_engine"), "WORKER", tmp_path / "worker.py")
+    return tmp_path
+
+
+def test_the_script_compares_the_same_tokens_and_writes_what_it_prints(
+    load, environment, tmp_path, capsys
+):
+    script, results = load("gguf_engine"), tmp_path / "results"
+    script.main([*SMALL, "--environment", str(environment), "--results", str(results)])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (case,) = report["cases"]
+    assert (case["prompts"], case["positions"], case["tokens_changed"]) == (2, 6, 1)
+    assert case["continuations_changed"] <= 1 and case["widest_gap"] > 0
+    assert case["unmerged_changed"] == 0
+    assert report["ratios"] == {"tokens/furina/float32/gguf_over_merging": 3.0}
+    assert report["environment"]["engine"] == {"x": "1"}
+    assert json.loads((results / "gguf.json").read_text()) == report
+    assert (results / "gguf.md").read_text() == script.markdown(report)
+
+
+def test_changed_tokens_are_counted_with_how_near_they_were(load):
+    table = torch.tensor([[-0.5, -1.0, -3.0], [-2.0, -0.25, -4.0]])
+    answers = {"generated": [[0, 1], [1, 1]], "forced": [[[0, -0.625], [0, -2.0]]]}
+    found = load("gguf_engine").compare([[0, 1], [0, 1]], [table], answers)
+    assert found == {
+        "prompts": 2,
+        "continuations_changed": 1,
+        "positions": 2,
+        "tokens_changed": 1,
+        "difference": 0.125,
+        "widest_gap": 1.75,
+    }
+
+
+def test_the_next_tokens_are_those_of_the_texts_last_beginnings(load):
+    """Log-probabilities at row i are of the token that follows text[:-new + i]."""
+    script = load("gguf_engine")
+    model = script.furina.load_backbone("tiny-llama", "float32")
+    prompt = [5, 6, 7, 8]
+    more = script.generate(model, prompt, 3)
+    (table,) = script.forced(model, [prompt + more], 3)
+    assert table.shape == (3, 384) and table.argmax(-1).tolist() == more
+    assert table.exp().sum(-1).tolist() == pytest.approx([1, 1, 1])
+
+
+def test_a_missing_environment_is_one_sentence(load, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        load("gguf_engine").main([*SMALL, "--environment", str(tmp_path / "absent")])
+    assert str(stopped.value) == "error: llama.cpp is not installed: run `make gguf`."
+
+
+def test_the_workers_last_word_is_the_reason(load, environment):
+    Path(environment / "worker.py").write_text("import sys; sys.exit('no such tensor')")
+    with pytest.raises(FurinaError, match=r"convert failed: no such tensor$"):
+        load("gguf_engine").engine(environment, "convert", "a", "b", "f32")
+
+
+def test_a_table_is_made_from_the_json_alone(load, environment, capsys):
+    script = load("gguf_engine")
+    script.main([*SMALL, "--environment", str(environment)])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report["cases"][0] |= {"positions": 200, "tokens_changed": 3, "unmerged_changed": 1}
+    table = script.markdown(report)
+    assert "| 200 | 1.50 \\[0.51, 4.32\\] | 0.50 \\[0.09, 2.78\\] |" in table
+
+
+@pytest.mark.parametrize("word", ["--prompts", "--new-tokens", "--rank"])
+def test_a_wrong_number_is_refused(load, word, capsys):
+    with pytest.raises(SystemExit):
+        load("gguf_engine").parse([word, "0"])
+    assert f"{word} must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_llama_cpp_continues_as_transformers_does_in_float32(load, capsys):
+    try:
+        locate("smollm2-135m-instruct")
+    except AssetError as error:
+        if "FURINA_REQUIRE_ASSETS" in os.environ:
+            raise
+        pytest.skip(str(error))
+    if not (ENVIRONMENT / ".installed").exists():
+        pytest.skip("llama.cpp is not installed: run `make gguf`")
+    few = ["--dtypes", "float32", "--prompts", "4", "--new-tokens", "12"]
+    load("gguf_engine").main(few)
+    (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert case["tokens_changed"] == case["continuations_changed"] == 0
+    assert case["difference"] < 1e-3
