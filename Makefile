@@ -32,7 +32,7 @@ reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the 
 test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(STAMP) ## Run the tests that need the fetched model or take minutes
+test-slow: $(STAMP) $(GGUF)/.installed ## Run the tests that need the fetched model or take minutes
 	@$(BIN)/furina assets
 	@FURINA_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -m 'slow or assets' $(ARGS)
 

@@ -139,7 +139,8 @@ def test_llama_cpp_continues_as_transformers_does_in_float32(load, capsys):
             raise
         pytest.skip(str(error))
     if not (ENVIRONMENT / ".installed").exists():
-        pytest.skip("llama.cpp is not installed: run `make gguf`")
+        give_up = pytest.fail if "FURINA_REQUIRE_ASSETS" in os.environ else pytest.skip
+        give_up("llama.cpp is not installed: run `make gguf`")
     few = ["--dtypes", "float32", "--prompts", "4", "--new-tokens", "12"]
     load("gguf_engine").main(few)
     (case,) = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
