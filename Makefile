@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 METHODS ?=
-SUITE ?= experiments/$(if $(filter all,$(METHODS)),baselines,quickstart)
+SUITE ?= $(if $(filter all,$(METHODS)),baselines,quickstart)
 ARGS ?=
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
@@ -27,7 +27,7 @@ setup: $(STAMP) ## Make .venv and install furina with its pinned requirements (P
 
 reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the table (METHODS=all, ARGS=--full)
 	@$(BIN)/furina assets
-	@$(BIN)/furina reproduce $(SUITE) $(if $(METHODS),--methods $(METHODS)) $(ARGS)
+	@$(BIN)/furina run $(SUITE) $(if $(METHODS),--rows $(METHODS)) $(ARGS)
 
 test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)

@@ -412,7 +412,7 @@ def _remarks(report: Report) -> tuple[str, ...]:
 
 def figure(report: Report) -> Figure:
     """Return the loss curves, a line for each arm: means over rounds."""
-    with plots._style():
+    with plots.style():
         drawn = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = drawn.add_subplot()
         for name, colour, marker in zip(ARMS, plots.COLOURS, plots.MARKERS, strict=False):

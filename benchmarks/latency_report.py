@@ -175,7 +175,7 @@ def figure(report: Report) -> Figure:
     """
     first = report["cells"][0]
     names = [name for name in first["times"] if not name.startswith("disk_")]
-    with plots._style():
+    with plots.style():
         drawn = Figure(figsize=(8.6, 1.0 + 0.22 * len(names)), layout="constrained")
         panels = drawn.subplots(1, 2, sharey=True)
         for axes, time in zip(panels, ("ttft_ms", "total_ms"), strict=True):

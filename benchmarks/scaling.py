@@ -12,7 +12,7 @@ Seconds are medians over rounds that run all four in a new order; ratios to LoRA
 one round. `saved_bytes` is what autograd keeps for the backward beyond the parameters, the same in
 every run; on a CUDA device `peak_bytes` is the most that a step allocates.
 
-FLOPs are counted by FlopCounterMode and by the closed form that scaling_points.py derives. Torch
+FLOPs are counted by FlopCounterMode and by the closed form of furina.adapters.flops. Torch
 counts addmm and baddbmm but not their in-place forms, so these are added to its registry. Then the
 two are equal: any difference means that the code has changed, and above 2 % the exit status is 1.
 """
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import furina
-from furina.adapters import methods
+from furina.adapters import AdapterConfig, methods
 from furina.inject import is_adapted, state_of
 from furina.records.environment import provenance
 from furina.storage import write_json
@@ -149,22 +149,23 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def adapters_of(point: scaling_points.Point) -> dict[str, dict]:
-    """Return the options of each method's config by variant."""
+def adapters_of(point: scaling_points.Point) -> dict[str, AdapterConfig]:
+    """Return each variant's adapter."""
     n, shared = point.num_experts, point.num_shared
     experts = {"num_experts": n, "num_shared_experts": shared, "rank": point.rank, "top_k": TOP_K}
     options = {
         "lora": {"rank": n * point.rank},
         "furina_no_loss": {**experts, "selection_coefficient": 0.0},
     }
-    return {**options, "furina": experts} if n - shared > TOP_K else options
+    if n - shared > TOP_K:
+        options["furina"] = experts
+    return {name: methods()[name.partition("_")[0]](**own) for name, own in options.items()}
 
 
 def models_of(point: scaling_points.Point, base: nn.Linear, seed: int) -> dict[str, Single]:
     """Return the variants' models, which share the frozen linear."""
     models = {"frozen": Single(base).requires_grad_(False)}
-    for name, options in adapters_of(point).items():
-        config = methods()[name.partition("_")[0]](**options)
+    for name, config in adapters_of(point).items():
         model = furina.adapt(Single(base), config, targets=["linear"], seed=seed)
         with torch.no_grad():  # the selection loss has a gradient once v is not 0
             for tensor in state_of(model).layers["linear"].adapter_tensors().values():
@@ -188,7 +189,8 @@ def variants_of(point: scaling_points.Point, options: argparse.Namespace) -> dic
 def measure(point: scaling_points.Point, options: argparse.Namespace, rng: random.Random) -> dict:
     torch.manual_seed(options.seed)  # how much dropout drops is part of what is kept
     variants = variants_of(point, options)
-    found = {name: counts(variant, point, name) for name, variant in variants.items()}
+    adapters = adapters_of(point)
+    found = {name: counts(variant, point, adapters.get(name)) for name, variant in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(options.rounds + 1):
         for name in rng.sample(list(variants), k=len(variants)):
@@ -205,9 +207,9 @@ def measure(point: scaling_points.Point, options: argparse.Namespace, rng: rando
     return {**asdict(point), "variants": found}
 
 
-def counts(variant: Variant, point: scaling_points.Point, name: str) -> dict:
+def counts(variant: Variant, point: scaling_points.Point, adapter: AdapterConfig | None) -> dict:
     """Return what does not depend on the machine's load."""
-    flops, expected = variant.flops(), scaling_points.closed_form(point, name)
+    flops, expected = variant.flops(), scaling_points.closed_form(point, adapter)
     return {
         "flops": flops,
         "closed_form": expected,

@@ -1,20 +1,7 @@
 """What benchmarks/scaling.py measures, and how many FLOPs a step of it should take.
 
-For T tokens, a linear from d to k, N experts of rank r, total rank R = N·r:
-
-    frozen        2Tdk forward, 2Tdk for the gradient of x
-    adapter       2TR(d+k) forward, 4TR(d+k) backward
-    directions    forward   2Rrd for A_i A_iᵀ, 2Rrk for the norms d̃_i
-                  backward  2Rrk for ∂d̃/∂B, 2Rrk + 2Rrd for ∂d̃/∂A
-    selection     forward   2Rrk for M_i, 2TRw for the activities |Ŵ_i x| from h_i and M_i
-                  backward  2Rrk for ∂M/∂B, 2TRw for ∂/∂h, 2TRw for ∂/∂M
-                  of E routed experts over T tokens: 2T(1 + 2E) for the sums of the top K's share,
-                  of the shares and of the choices, 2T(1 + E) back (choices have no gradient)
-
-LoRA is the first two, FURINA without its selection loss the first three. w is R while R ≤
-`directions.DENSE`, where the products with M_i are one with a block-diagonal matrix, and r above.
-Shared experts take part in all but the sums. Only matrix products count: no elementwise work, and
-not the Cholesky factors (r³/3 for each expert).
+For T tokens, a frozen linear from d to k takes 2Tdk forward and 2Tdk for the gradient of x; what an
+adapter adds is `furina.adapters.flops.adapter_flops`, which says how it comes about.
 """
 
 from __future__ import annotations
@@ -22,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from furina.adapters.directions import DENSE
+from furina.adapters import AdapterConfig
+from furina.adapters.flops import adapter_flops
 
 SWEEPS = ("experts", "rank", "tokens", "width", "shapes")
 TOTAL_RANK, EXPERTS, RANK = 128, 8, 16
@@ -116,20 +104,10 @@ def points_of(sweep: str, sizes: Sizes) -> Iterator[Point]:
                 )
 
 
-def closed_form(point: Point, variant: str) -> int:
-    """Return the FLOPs of a step, see the module."""
-    t, d, k, r = point.tokens, point.in_features, point.out_features, point.rank
-    total = point.num_experts * r
-    flops = 4 * t * d * k
-    if variant != "frozen":
-        flops += 6 * t * total * (d + k)
-    if variant.startswith("furina"):
-        flops += 4 * total * r * d + 6 * total * r * k
-    if variant == "furina":
-        columns = total if total <= DENSE else r
-        flops += 4 * total * r * k + 6 * t * total * columns
-        flops += 4 * t + 6 * t * (point.num_experts - point.num_shared)
-    return flops
+def closed_form(point: Point, adapter: AdapterConfig | None) -> int:
+    """Return the FLOPs of a step of the linear with that adapter, or of the frozen one."""
+    t, d, k = point.tokens, point.in_features, point.out_features
+    return 4 * t * d * k + (adapter_flops(adapter, t, d, k) if adapter else 0)
 
 
 def backbone_costs(points: Sequence[dict]) -> list[dict]:

@@ -206,7 +206,7 @@ def figure(report: Report) -> Figure:
     lower = [report["seconds"][name]["median"] - report["seconds"][name]["q1"] for name in names]
     upper = [report["seconds"][name]["q3"] - report["seconds"][name]["median"] for name in names]
     owners = [owner(name) for name in names]
-    with plots._style():
+    with plots.style():
         drawn = Figure(figsize=(7.6, 0.8 + 0.24 * len(names)), layout="constrained")
         axes = drawn.add_subplot()
         colours = [OWNERS[package] for package in owners]

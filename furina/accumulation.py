@@ -16,8 +16,8 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     """Let the forwards inside share norms, directions and the like; call backward inside, too.
 
     Gradients gather at what is shared and reach the parameters when the block ends, equal to those
-    of separate forwards up to rounding. Parameters must not change inside. Not for DDP, whose hooks
-    on parameters exchange gradients before that.
+    of separate forwards up to rounding. Parameters must not change inside. Not for DDP or FSDP2,
+    whose hooks on parameters exchange gradients before that.
     """
     state = state_of(model)
     tracker = state.tracker

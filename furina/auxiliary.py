@@ -20,9 +20,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     """Return the method's weighted auxiliary loss of the last training forward, a scalar.
 
     Its statistics are sums over the real tokens of that one micro-batch, over all ranks: the ranks
-    add theirs in one all-reduce, and the gradient carries the factor world_size, so that after
-    DDP's averaging two ranks equal one process with both batches. 0 for a method without such a
-    loss. Calling it again gives the same loss; recomputed layers do not count twice.
+    add theirs in one all-reduce, and the gradient carries the factor world_size, so that after DDP
+    or FSDP2 has averaged gradients two ranks equal one process with both batches. 0 for a method
+    without such a loss. Calling it again gives the same loss; recomputed layers do not count twice.
 
     Raises ConfigurationError if the last forward was no training forward with gradients. Warns if
     no attention mask was given, because padding then counts as real tokens.
@@ -87,7 +87,10 @@ def _last_forward(model: nn.Module) -> Forward:
 
 
 def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
-    """Add every rank's tensors in one all-reduce whose backward is local, times world_size."""
+    """Add every rank's tensors in one all-reduce whose backward is local, times world_size.
+
+    The sums are the same to the bit on every rank, or what ranks make of them would drift apart.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return parts
@@ -98,7 +101,7 @@ def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
     total = local.detach().clone()
     distributed.all_reduce(total)
     scaled = world * local
-    summed = scaled + (total - scaled.detach())
+    summed = total + (scaled - scaled.detach())
     return list(torch.split(summed, [part.numel() for part in parts]))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from furina.architectures import ARCHITECTURES
 from furina.assets import ASSETS, is_offline, locate
 from furina.assets.convert import quiet_transformers
 from furina.errors import ConfigurationError, nearest
@@ -55,12 +56,11 @@ def load_backbone(
     """
     from transformers import AutoModelForCausalLM
 
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"There is no dtype {dtype!r}.{nearest(dtype, DTYPES)}")
+    number_format = _dtype(dtype)
     model: PreTrainedModel
     if name in TINY:
         try:
-            model = _tiny_model(name, DTYPES[dtype], attention)
+            model = _tiny_model(name, number_format, attention)
         except ValueError as error:
             raise ConfigurationError(_no_such(name, error)) from error
     else:
@@ -69,12 +69,36 @@ def load_backbone(
             with quiet_transformers(errors_only=False):
                 model = AutoModelForCausalLM.from_pretrained(
                     source,
-                    dtype=DTYPES[dtype],
+                    dtype=number_format,
                     attn_implementation=attention,
                 )
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
     torch.nn.Module.to(model, device or "cpu")
+    torch.nn.Module.eval(model)
+    return model
+
+
+def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
+    """Build a backbone without its weights, on the meta device; nothing is fetched.
+
+    Args:
+        name: one of `furina.architectures`, "tiny-llama" or "tiny-qwen2", a local model folder, or
+            a name on the hub whose config.json is in the hub's cache.
+        dtype: as in `load_backbone`.
+
+    Raises:
+        ConfigurationError: no config.json of it is at hand, or the dtype is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    number_format, file = _dtype(dtype), None if name in TINY else _shape(name)
+    try:
+        config = AutoConfig.from_pretrained(str(file)) if file else _tiny_config(name)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=number_format)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(_no_such(name, error, _shaped())) from error
     torch.nn.Module.eval(model)
     return model
 
@@ -126,7 +150,7 @@ def _source(name: str) -> str:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if folder.exists() or _is_local(name):
         raise ConfigurationError(
             f"{name} is no model folder: a Hugging Face folder holds a config.json."
         )
@@ -135,8 +159,43 @@ def _source(name: str) -> str:
     return _cached_snapshot(name) if is_offline() else name
 
 
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ConfigurationError(f"There is no dtype {name!r}.{nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def _shape(name: str) -> Path:
+    """Return the config.json that says a backbone's shape; the hub is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    folder = Path(_source(name)) if _is_local(name) else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        absent = FileNotFoundError("its config.json is not at hand, and the hub is not asked")
+        raise ConfigurationError(_no_such(name, absent, _shaped()))
+    return Path(cached)
+
+
+def _is_local(name: str) -> bool:
+    """Return whether a name can only be that of a folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _known() -> list[str]:
     return [*(asset.name for asset in ASSETS.values() if asset.kind == "model"), *TINY]
+
+
+def _shaped() -> list[str]:
+    return [*ARCHITECTURES, *TINY]
 
 
 def _cached_snapshot(name: str) -> str:
@@ -151,9 +210,9 @@ def _cached_snapshot(name: str) -> str:
         raise ConfigurationError(_no_such(name, offline)) from error
 
 
-def _no_such(name: str, error: Exception) -> str:
+def _no_such(name: str, error: Exception, known: list[str] | None = None) -> str:
     reason = str(error).strip().partition("\n")[0].rstrip(".:")
-    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, _known())}"
+    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, known or _known())}"
 
 
 def tiny_tokenizer(has_bos: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerBase:

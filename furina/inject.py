@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters import AdapterConfig, AdapterLinear, configure
+from furina.adapters.sharding import whole, write
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
 
@@ -185,8 +186,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return detached references to all of the adapter's tensors by their name in the model."""
-    return {name: tensor.detach() for name, tensor in _adapter_tensors(model).items()}
+    """Return detached references to all of the adapter's tensors by their name in the model.
+
+    Of a model that is sharded over several devices it is whole copies, and all must ask for them.
+    """
+    return {name: whole(tensor.detach()) for name, tensor in _adapter_tensors(model).items()}
 
 
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -210,7 +214,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            write(tensor, state[name])
     for layer in state_of(model).layers.values():
         layer.after_load()
 

@@ -211,6 +211,16 @@ def test_dashes_and_underscores_in_option_names_are_alike() -> None:
         (["assets", "smollm"], "There is no asset 'smollm'"),
         (["methods", "lora"], "unrecognized arguments: lora"),
         (["fit", "--steps"], "expected one argument"),
+        (["run", "man"], "There is no suite man, a folder with defaults.yaml. Did you mean 'main'"),
+        (["run", "quickstart", "--scale", "cpu"], "has one scale only: leave out --scale cpu"),
+        (["run", "main", "--scale", "huge"], "--scale cannot be 'huge'. Known: cpu, paper"),
+        (["run", "main", "--rows", "furna"], "no runs of row 'furna'. Did you mean 'furina'"),
+        (["run", "main", "--tasks", "boolk"], "no runs of task 'boolk'. Did you mean 'boolq'"),
+        (["run", "main", "--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["run", "main", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["run", "main", "--slurm.hours", "3"], "have no effect without --cluster slurm"),
+        (["run", "main", "--device", "h200"], "--device has no effect without --dry-run"),
+        (["run", "main", "--dry-run", "--device", "h201"], "Did you mean 'h200'"),
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], expected: str, furina: Cli) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from furina.adapters.base import _REGISTRY
-from furina.reproduce import read_suite
+from furina.runner import read_suite
 from tests.adapters import test_contract as contract
 from tests.adapters import test_model_contract as model_contract
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -19,14 +17,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from furina.cli.commands import COMMANDS
-from furina.cli.parsing import parse
-from furina.reproduce import read_suite
-
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted((ROOT / "furina").rglob("*.py"))
-EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 MAX_LINES = 450
 
 
@@ -122,27 +115,6 @@ def test_the_readme_keeps_to_150_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=relative)
-def test_an_experiment_starts_with_the_command_that_runs_it(path: Path) -> None:
-    program, name, *words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
-    assert (program, name) == ("furina", "reproduce")
-    options = parse(COMMANDS[name].parser(words), words)
-    assert options.suite == path.parent.relative_to(ROOT)
-    method = yaml.safe_load(path.read_text()).get("method", "all")
-    assert options.methods == [method]
-
-
-def test_no_two_experiments_are_equal() -> None:
-    owners: dict[str, str] = {}
-    for folder in sorted({path.parent for path in EXPERIMENTS}):
-        suite = read_suite(folder)
-        for number, config in enumerate(suite.runs):
-            run = {**config.to_dict(), "suite": None, "study": suite.study}
-            key, owner = json.dumps(run, sort_keys=True), f"{relative(folder)} run {number}"
-            assert key not in owners, f"{owner} equals {owners[key]}"
-            owners[key] = owner
-
-
 def test_layers_hold() -> None:
     result = run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
     assert result.returncode == 0, result.stdout
@@ -152,7 +124,7 @@ def test_layers_hold() -> None:
     ("target", "words"),
     [
         ("test", ["pytest", "ruff check", "mypy", "lint-imports"]),
-        ("reproduce", ["furina assets", "furina reproduce"]),
+        ("reproduce", ["furina assets", "furina run quickstart"]),
         ("report", ["furina report"]),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),
     ],

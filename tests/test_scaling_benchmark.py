@@ -112,7 +112,7 @@ def test_a_backbone_is_its_layers_linears(scaling: ModuleType, report: dict[str,
 def test_a_difference_is_an_error(
     scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scaling.scaling_points, "DENSE", 1)
+    monkeypatch.setattr("furina.adapters.flops.DENSE", 1)
     monkeypatch.setattr("sys.argv", [*ARGUMENTS, "--sweeps", "tokens"])
     with pytest.raises(SystemExit, match="% apart"):
         scaling.main()

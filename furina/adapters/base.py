@@ -31,6 +31,7 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
+from furina.adapters.sharding import is_sharded
 from furina.context import ForwardTracker, Operands, Record
 from furina.errors import ConfigurationError, nearest
 
@@ -315,6 +316,11 @@ class AdapterLinear(nn.Module, ABC):
                 f"{self.name} was merged with keep_base=False, so W is gone: load the backbone "
                 "again."
             )
+        if is_sharded(self.base.weight):
+            raise ConfigurationError(
+                f"{self.name} is sharded over several devices: gather the adapter on all of them "
+                "with furina.adapter_state_dict, and load it into a model on one."
+            )
         return self.base.weight.detach() if self._pristine is None else self._pristine
 
     @torch.no_grad()
@@ -354,9 +360,14 @@ class AdapterLinear(nn.Module, ABC):
 
 def kaiming_uniform(rows: int, columns: int, fan_in: int, like: AdapterLinear) -> nn.Parameter:
     """Return a parameter drawn from U(−1/√fan_in, 1/√fan_in), nn.Linear's default (a = √5)."""
-    weight = torch.empty(rows, columns, dtype=like.parameter_dtype, device=like.base.weight.device)
-    bound = 1 / math.sqrt(fan_in)
-    return nn.Parameter(weight.uniform_(-bound, bound))
+    base, bound = like.base.weight, 1 / math.sqrt(fan_in)
+    weight = torch.empty(rows, columns, dtype=like.parameter_dtype, device=drawn_on(base))
+    return nn.Parameter(weight.uniform_(-bound, bound).to(base.device))
+
+
+def drawn_on(weight: Tensor) -> str:
+    """Return where random numbers beside `weight` are drawn: a seed is the same on all devices."""
+    return "meta" if weight.is_meta else "cpu"
 
 
 def zeros(*shape: int, like: AdapterLinear) -> nn.Parameter:

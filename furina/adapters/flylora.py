@@ -18,14 +18,15 @@ from torch.nn import functional
 
 from furina.adapters.base import (
     AdapterConfig,
-    AdapterLinear,
     Mergeability,
     ParameterCount,
+    drawn_on,
     register,
     zeros,
 )
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import lora_scale
+from furina.adapters.mixture import MixtureLinear
 from furina.context import ForwardTracker, Operands
 from furina.errors import NotMergeableError
 
@@ -96,7 +97,7 @@ class FlyLoRAConfig(AdapterConfig):
         )
 
 
-class FlyLoRALinear(AdapterLinear):
+class FlyLoRALinear(MixtureLinear):
     """A linear with a frozen sparse A (r, I), a trained B (O, r) and a selection bias d (r,)."""
 
     lora_A: Tensor
@@ -110,11 +111,12 @@ class FlyLoRALinear(AdapterLinear):
         self.config, self.dropout = config, config.dropout
         d, r = base.in_features, config.rank
         entries = max(1, d * config.active_rank // r)
-        device = base.weight.device
-        values = torch.randn(r, entries, dtype=self.parameter_dtype, device=device) / r
-        places = torch.rand(r, d, device=device).argsort(dim=1)[:, :entries]
-        a = torch.zeros(r, d, dtype=self.parameter_dtype, device=device)
-        self.register_buffer("lora_A", a.scatter(1, places, values))
+        drawn = drawn_on(base.weight)
+        values = torch.randn(r, entries, dtype=self.parameter_dtype, device=drawn) / r
+        places = torch.rand(r, d, device=drawn).argsort(dim=1)[:, :entries]
+        a = torch.zeros(r, d, dtype=self.parameter_dtype, device=drawn)
+        a = a.scatter(1, places, values).to(base.weight.device)
+        self.register_buffer("lora_A", a)
         self.register_buffer("selection_bias", a.new_zeros(r))
         self.lora_B = zeros(base.out_features, r, like=self)
         tracker.sum_over_step(name)
@@ -135,11 +137,8 @@ class FlyLoRALinear(AdapterLinear):
     @torch.no_grad()
     def _selected(self, x: Tensor, h: Tensor, recording: bool) -> Tensor:
         """Return 1_S in h's dtype, and note the load if `recording`. Shape: (..., r)."""
-        score = h.to(self.selection_bias.dtype) + self.selection_bias
-        score = score.abs() if self.config.selection == "abs" else score
-        selected = torch.zeros_like(h).scatter(
-            -1, score.topk(self.config.active_rank, dim=-1).indices, 1.0
-        )
+        indices = self._score(h).topk(self.config.active_rank, dim=-1).indices
+        selected = torch.zeros_like(h).scatter(-1, indices, 1.0)
         if recording:
             assert self.tracker.active is not None
             mask = self.tracker.active.real_tokens(x, self.name)
@@ -147,6 +146,38 @@ class FlyLoRALinear(AdapterLinear):
             load = (load if mask is None else load.masked_fill(~mask, 0.0)).sum(0)
             self.tracker.record(self.name, load)
         return selected
+
+    def _score(self, h: Tensor) -> Tensor:
+        """Return what the ranks are selected by. Shape: (..., r) → (..., r)."""
+        score = h.to(self.selection_bias.dtype) + self.selection_bias
+        return score.abs() if self.config.selection == "abs" else score
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no choice, or none that shares of an activity could tell."""
+        if not self.config.selects:
+            return "all ranks act on every token"
+        if self.config.selection == "signed":
+            return "it selects by signed scores, which are no shares of an activity"
+        return None
+
+    @property
+    def most_active(self) -> int:
+        """The number of ranks that act on a token: each is an expert."""
+        return self.config.active_rank
+
+    @torch.no_grad()
+    def activity(self, x: Tensor) -> Tensor:
+        """Return the shares of |A x + d|, which selects. Shape: (T, I) → (T, 1, r)."""
+        score = self._score(functional.linear(x.to(self.lora_A.dtype), self.lora_A))
+        score = score.clamp(min=torch.finfo(score.dtype).tiny)
+        return (score / score.sum(-1, keepdim=True))[:, None]
+
+    @torch.no_grad()
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """Return the ranks as experts. Shape: (r, O, 1), (r, 1, I)."""
+        b, a = self.lora_B.to(torch.float64), self.lora_A.to(torch.float64)
+        return b.T[:, :, None], a[:, None]
 
     @property
     def records_statistics(self) -> bool:

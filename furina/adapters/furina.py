@@ -16,16 +16,16 @@ routed, r rank of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from furina.adapters.base import (
     AdapterConfig,
-    AdapterLinear,
     Mergeability,
     ParameterCount,
     kaiming_uniform,
@@ -34,6 +34,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.directions import Directions, direction_gram, directions, l2_activity
 from furina.adapters.lora import lora_scale
+from furina.adapters.mixture import MixtureLinear, Parts
 from furina.adapters.product import low_rank_product, moved_product, no_autocast, update_dtype
 from furina.context import ForwardTracker, Operands, Record
 
@@ -164,17 +165,22 @@ class FurinaConfig(AdapterConfig):
         """Return each linear's `selection_sums` from what `FurinaLinear.selection` recorded."""
         if self.activity == "per_unit":  # large, and not of one shape
             return {
-                name: selection_sums(activity[None], mask, self.top_k)[0]
-                for name, (activity,) in records.items()
+                name: selection_sums(self.activities([record]), mask, self.top_k)[0]
+                for name, record in records.items()
             }
-        if self.activity == "l2":
-            h, gram, moved = zip(*records.values(), strict=True)
-            activity = l2_activity(h, gram, self.eps, torch.stack(moved))
-            activity = activity[:, :, None, self.num_shared_experts :]
-        else:
-            activity = torch.stack([activity for (activity,) in records.values()])
-        sums = selection_sums(activity, mask, self.top_k)
+        sums = selection_sums(self.activities(list(records.values())), mask, self.top_k)
         return dict(zip(records, sums.unbind(), strict=True))
+
+    def activities(self, records: Sequence[Record]) -> Tensor:
+        """Return the routed experts' activity from what linears of one shape recorded.
+
+        Shape: (linears, T, U, R), U = O output units apart with "per_unit", else 1.
+        """
+        if self.activity == "l2":
+            h, gram, moved = zip(*records, strict=True)
+            activity = l2_activity(h, gram, self.eps, torch.stack(moved))
+            return activity[:, :, None, self.num_shared_experts :]
+        return torch.stack([activity for (activity,) in records])
 
 
 def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
@@ -194,7 +200,7 @@ def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
     )
 
 
-class FurinaLinear(AdapterLinear):
+class FurinaLinear(MixtureLinear):
     """A linear with S shared and R self-routed low-rank experts, stacked shared first."""
 
     start_A: Tensor
@@ -296,7 +302,11 @@ class FurinaLinear(AdapterLinear):
         """
         assert self.tracker.active is not None
         self.tracker.active.real_tokens(x, self.name)
-        h, shared = h.reshape(-1, h.shape[-1]), self.config.num_shared_experts
+        return self._made_of(h.reshape(-1, h.shape[-1]), norm, gram)
+
+    def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
+        """Return what `selection` records of h (T, N·r)."""
+        shared = self.config.num_shared_experts
         moved = (self.magnitude.detach() != 0).any()
         norm = norm.detach() if self.config.detach_norm else norm
         with no_autocast(h.device):
@@ -318,6 +328,57 @@ class FurinaLinear(AdapterLinear):
             b = torch.cat([b, -wide["start_B"][:, self.shared_rank :]], dim=1)
             a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
         return b, a
+
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no choice: with fewer than two self-routed experts."""
+        few = self.config.num_routed_experts < 2
+        return "it has fewer than 2 self-routed experts" if few else None
+
+    @property
+    def most_active(self) -> int:
+        """The number of experts whose share the selection loss maximises."""
+        return self.config.top_k
+
+    @torch.no_grad()
+    def activity(self, x: Tensor) -> Tensor:
+        """Return the self-routed experts' shares, computed in the parameters' dtype.
+
+        By the option `activity`: of |Ŵ_i x| or Σ_j |(Ŵ_i x)_j| in a token, or of |(Ŵ_i x)_j| in
+        each of its output units. Shape: (T, I) → (T, 1, R) or (T, O, R).
+        """
+        a, _, (norm, gram) = self.derive()
+        with no_autocast(a.device):
+            record = self._made_of(functional.linear(x.to(a.dtype), a), norm, gram)
+            activity = self.config.activities([record])[0]
+        return activity / activity.sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """Return the self-routed experts' directions Ŵ_i = diag(1/d̃_i) B_i · A_i."""
+        wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
+        a, bt, n = wide["lora_A"], wide["lora_Bt"], self.config.num_experts
+        norm = self.directions(a, bt, wide["magnitude"]).norm
+        b = (bt.view(n, -1, bt.shape[1]) / norm[:, None]).mT
+        shared = self.config.num_shared_experts
+        return b[shared:], a.view(n, -1, a.shape[1])[shared:]
+
+    @torch.no_grad()
+    def parts(self, x: Tensor) -> Parts | None:
+        """Return s Σ B_j A_j x and Σ diag(v) Ŵ_i x, less the initial one with "subtract"."""
+        rows = self.shared_rank
+        if rows in (0, len(self.lora_A)):
+            return None
+        a, b, _ = self.derive()
+        with no_autocast(a.device):
+            x = x.to(a.dtype)
+            h = functional.linear(x, a)
+            shared = functional.linear(h[:, :rows], b[:, :rows])
+            routed = functional.linear(h[:, rows:], b[:, rows:])
+            if self.config.start == "subtract":
+                start = functional.linear(x, self.start_A[rows:])
+                routed = routed - functional.linear(start, self.start_B[:, rows:])
+        return Parts(shared, routed)
 
     @property
     def records_statistics(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from furina.adapters.base import register
 from furina.adapters.lora import LoRAConfig, LoRALinear
 from furina.adapters.product import moved_product
+from furina.adapters.sharding import write
 from furina.context import ForwardTracker
 
 
@@ -85,7 +86,8 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("start_B", self.lora_B.detach().clone())
         self._original: Tensor | None = None
         if config.in_place:
-            self._original = base.weight.detach().to("cpu", copy=True)
+            place = "meta" if base.weight.is_meta else "cpu"
+            self._original = base.weight.detach().to(place, copy=True)
         self.change_base()
 
     def _principal(self, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,7 @@ class PiSSALinear(LoRALinear):
             return
         start = self.start_B.to(torch.float64) @ self.start_A.to(torch.float64)
         weight = self._original.to(self.base.weight.device, torch.float64)
-        self.base.weight.copy_(weight - self.scale * start)
+        write(self.base.weight, weight - self.scale * start)
 
     def after_load(self) -> None:
         """Make the residual that belongs to the loaded start."""

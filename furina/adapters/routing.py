@@ -25,10 +25,12 @@ from furina.adapters.base import (
     AdapterLinear,
     Mergeability,
     ParameterCount,
+    drawn_on,
     kaiming_uniform,
     zeros,
 )
 from furina.adapters.lora import LowRankConfig
+from furina.adapters.mixture import MOST_ACTIVE, MixtureLinear
 from furina.adapters.product import low_rank_product, no_autocast, update_dtype
 from furina.context import ForwardTracker, Operands, Record
 from furina.errors import NotMergeableError
@@ -84,6 +86,11 @@ class RoutedConfig(LowRankConfig):
         """Return how many experts act on one token in the linear called `name`."""
         return self.num_experts_of(name)
 
+    @property
+    def most_active(self) -> int:
+        """The number of experts that act on a token, or of those called its most active."""
+        return MOST_ACTIVE
+
     def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
         """Return N·r(d+k) + N·d, or without N·d where there is no router."""
         n = self.num_experts_of(name)
@@ -93,7 +100,7 @@ class RoutedConfig(LowRankConfig):
         return ParameterCount(n * expert + router, router, active * expert + router)
 
 
-class RoutedLinear(AdapterLinear):
+class RoutedLinear(MixtureLinear):
     """A linear with N low-rank experts and, unless there is but one, a router."""
 
     def __init__(
@@ -164,6 +171,27 @@ class RoutedLinear(AdapterLinear):
         self.tracker.active.real_tokens(x, self.name)
         return p.flatten(0, -2), g.detach().flatten(0, -2) != 0
 
+    @property
+    def refusal(self) -> str | None:
+        """Why there is no choice: without a router."""
+        return None if self.has_router else "it has no router"
+
+    @property
+    def most_active(self) -> int:
+        """K of the config."""
+        return self.config.most_active
+
+    def activity(self, x: Tensor) -> Tensor:
+        """Return the router's probabilities. Shape: (T, I) → (T, 1, router rows)."""
+        return self.probabilities(x)[:, None]
+
+    @torch.no_grad()
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """Return (B, A), where A may be one for all. Shape: (N, O, r), (N, r, I)."""
+        a, b = self.lora_A.to(torch.float64), self.lora_B.to(torch.float64)
+        n, r = self.num_experts, self.config.rank
+        return b.view(-1, n, r).transpose(0, 1), a.view(-1, r, a.shape[1]).expand(n, -1, -1)
+
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the router, if there is one and its method balances it."""
         balanced = self.has_router and self.config.has_auxiliary_loss
@@ -215,6 +243,11 @@ class TopKConfig(RoutedConfig):
         """Whether a router selects."""
         return not self.router_removed and self.most_experts > 1
 
+    @property
+    def most_active(self) -> int:
+        """K."""
+        return self.top_k
+
     def experts_of_a_token(self, name: str) -> int:
         """Return K, or all experts where there are not more."""
         return min(self.top_k, self.num_experts_of(name))
@@ -227,7 +260,8 @@ def router_parameter(
     d = like.base.in_features
     router = kaiming_uniform(rows, d, d, like=like)
     if start == "normal":
-        nn.init.normal_(router, std=0.02)
+        normal = torch.empty_like(router, device=drawn_on(router)).normal_(std=0.02)
+        router = nn.Parameter(normal.to(router.device))
     return router
 
 

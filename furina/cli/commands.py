@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from furina.cli import adapters, data, runs, scoring
+from furina.cli import adapters, analysis, data, runs, scoring
 from furina.cli.parsing import Command
 
 COMMANDS = {
@@ -72,6 +72,13 @@ COMMANDS = {
             scoring.latency,
         ),
         Command(
+            "analyse",
+            "Say which experts of an adapter are active, how evenly and on which tasks; draw maps",
+            "furina analyse runs/demo/adapter --task arc_easy openbookqa --out activity.json",
+            analysis.analyse_options,
+            analysis.analyse,
+        ),
+        Command(
             "report",
             "Make tables, figures and the README's block from the records in results/",
             "furina report --check",
@@ -79,11 +86,11 @@ COMMANDS = {
             scoring.report,
         ),
         Command(
-            "reproduce",
-            "Run every cell of a suite that has no record yet, then report",
-            "furina reproduce experiments/quickstart --methods furina lora",
-            runs.reproduce_options,
-            runs.reproduce,
+            "run",
+            "Run every cell of a suite that is not finished, here or on a cluster, then report",
+            "furina run main --scale cpu --rows furina lora",
+            runs.run_options,
+            runs.run,
         ),
     )
 }

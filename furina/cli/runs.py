@@ -1,11 +1,11 @@
-"""Commands that train: fit, reproduce."""
+"""Commands that train: fit, run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -15,10 +15,21 @@ from furina.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
+    from furina.runner import Suite
+    from furina.runner.jobs import Slurm
 
 SCORING = {
-    *("suite", "score", "test_size", "test_seed", "eval_batch_size", "engine", "execute_code"),
-    *("score_without_router", "latency_rounds", "latency_warmup"),
+    *(
+        "suite",
+        "row",
+        "score",
+        "test_size",
+        "test_seed",
+        "eval_batch_size",
+        "engine",
+        "execute_code",
+    ),
+    *("score_without_router", "activity_items", "latency_rounds", "latency_warmup"),
 }
 """Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
 
@@ -98,25 +109,51 @@ def _print_groups(config: RunConfig) -> None:
             print(f"  {name}")
 
 
-def reproduce_options(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of `furina reproduce`."""
+def run_options(parser: ArgumentParser, words: Sequence[str]) -> None:
+    """Add the options of `furina run`."""
     parser.add_argument(
         "suite",
         nargs="?",
-        type=Path,
-        default=Path("experiments") / MAIN_SUITE,
-        help=f"folder of defaults.yaml and one file per method; experiments/{MAIN_SUITE} if none",
+        type=str,
+        default=MAIN_SUITE,
+        help=f"folder of defaults.yaml and one file per row, or its name in experiments/; "
+        f"{MAIN_SUITE} if none",
     )
     parser.add_argument(
-        "--methods",
-        nargs="+",
-        type=str,
-        default=["all"],
-        help="only the runs of these methods",
+        "--scale",
+        type=Literal["cpu", "paper"] | None,
+        default=None,
+        help="of a suite that has both: what two CPU cores finish, or the paper's own settings",
+    )
+    for name, what in (("rows", "rows of the table"), ("tasks", "tasks or mixtures")):
+        parser.add_argument(
+            f"--{name}", nargs="+", type=str, default=["all"], help=f"only the runs of these {what}"
+        )
+    parser.add_argument(
+        "--seeds",
+        type=int | None,
+        default=None,
+        help="run each with the seeds 0 to n - 1; with those of its files if none",
     )
     parser.add_argument(
         "--full", action="store_true", help="score all test questions, into a suite of their own"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only list the runs with their estimated cost and memory (and Slurm's script)",
+    )
+    parser.add_argument(
+        "--device",
+        type=str | None,
+        default=None,
+        help="with --dry-run, what to plan for: cpu, a100-80gb, h100-80gb, h200, rtx-4090 or l40s",
+    )
+    _add_places(parser)
+    _add_cluster(parser)
+
+
+def _add_places(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder that takes the records"
     )
@@ -125,35 +162,87 @@ def reproduce_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     )
 
 
-def reproduce(options: Namespace) -> None:
+def _add_cluster(parser: ArgumentParser) -> None:
+    from furina.runner.jobs import Slurm
+
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, each a process or a job of its own"
+    )
+    parser.add_argument(
+        "--cluster",
+        type=Literal["local", "slurm"],
+        default="local",
+        help="where they run: on this machine, or as an array of Slurm jobs",
+    )
+    add_fields(parser, Slurm, prefix="slurm.", title="what each job asks of Slurm")
+
+
+def run(options: Namespace) -> None:
     """Run what is missing, then regenerate the report and print the suite's tables.
 
     The runs that succeeded are reported even if others failed.
     """
     from furina.records import RecordError
-    from furina.reproduce import FailedRunsError
-    from furina.reproduce import reproduce as run_suite
+    from furina.runner import FailedRunsError, Places, read_suite, run_suite
+    from furina.runner.jobs import run_jobs
 
+    suite = read_suite(options.suite, options.scale).chosen(
+        options.rows, options.tasks, options.seeds, options.full
+    )
+    places, slurm = Places(options.results, options.runs), _slurm(options)
+    if options.dry_run:
+        _print_plan(suite, options, slurm)
+        return
+    if options.device:
+        raise ConfigurationError("--device has no effect without --dry-run.")
     try:
-        run_suite(
-            options.suite,
-            methods=options.methods,
-            full=options.full,
-            results=options.results,
-            runs=options.runs,
-        )
+        if options.jobs == 1 and slurm is None:
+            run_suite(suite, places)
+        else:
+            run_jobs(suite, places, options.jobs, slurm)
     except FailedRunsError:
         with suppress(RecordError):  # no run succeeded: there is nothing to report
-            _report(options, fill_readme=False)
+            _report(suite, options.results, fill_readme=False)
         raise
-    _report(options, fill_readme=True)
+    _report(suite, options.results, fill_readme=True)
 
 
-def _report(options: Namespace, fill_readme: bool) -> None:
+def _slurm(options: Namespace) -> Slurm | None:
+    """Return what is asked of Slurm, None if the runs stay here."""
+    from furina.runner.jobs import Slurm
+
+    if options.jobs < 1:
+        raise ConfigurationError(f"--jobs {options.jobs} must be at least 1.")
+    asked = Slurm(**options.slurm.as_dict())
+    if options.cluster == "slurm":
+        return asked
+    if asked != Slurm():
+        raise ConfigurationError("Options of --slurm have no effect without --cluster slurm.")
+    return None
+
+
+def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
+    """List the runs with what they come to, and Slurm's script if they would go there."""
+    from furina.experiment.planning import DEVICE, plan_all
+    from furina.experiment.summary import summary
+    from furina.reporting import print_tables
+    from furina.runner import Places
+    from furina.runner.jobs import slurm_script
+    from furina.runner.suites import title
+
+    for run in suite.runs:
+        print(f"{run.suite}: {title(run)}, {run.backbone}")
+    device = options.device or (DEVICE if suite.scale == "paper" else "cpu")
+    print_tables([summary(plan_all(suite.runs, device))], console())
+    if slurm is not None:
+        print(slurm_script(suite, Places(options.results, options.runs), options.jobs, slurm))
+
+
+def _report(suite: Suite, results: Path, fill_readme: bool) -> None:
     from furina.reporting import print_tables, report
 
-    name = options.suite.resolve().name + ("-full" if options.full else "")
-    readme = default_readme() if fill_readme and name == MAIN_SUITE else None
-    made = report(options.results, suite=name if readme else None, readme=readme)
-    own = [table for table in made.tables if table.title.startswith(f"{name}: ")]
+    readme = default_readme() if fill_readme and suite.name == MAIN_SUITE else None
+    made = report(results, suite=suite.name if readme else None, readme=readme)
+    names = dict.fromkeys(run.suite for run in suite.runs)
+    own = [table for table in made.tables if table.title.partition(": ")[0] in names]
     print_tables(own or made.tables, console())

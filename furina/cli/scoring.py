@@ -227,7 +227,10 @@ def _milliseconds(spread: Spread) -> str:
 def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the options of `furina report`."""
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder of the records"
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="folder of the records, and of report.html and REPRODUCING.md, made from them",
     )
     parser.add_argument(
         "--readme",

@@ -6,14 +6,15 @@ Each finished part is kept in the run's folder, so a killed cell repeats only th
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from furina.analysis import TaskItems
 from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
 from furina.control import without_router
 from furina.data.items import Item, data_hash
@@ -23,6 +24,7 @@ from furina.data.splits import test_subset, warn_overlap
 from furina.data.tasks import get_task
 from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import read_samples
+from furina.experiment.activity import publish_activity, record_activity
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, claim, fit
 from furina.inject import state_of
@@ -36,13 +38,14 @@ from furina.records import (
     Merge,
     RunRecord,
     Score,
+    Status,
     Variant,
     codec,
     provenance,
     reset_peak_memory,
     timestamp,
 )
-from furina.storage import write_bytes, write_json
+from furina.storage import remove_leftovers, write_bytes, write_json
 from furina.training import DivergedError
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
 PROBES = 8
 """Test prompts on which merged and unmerged logits are compared."""
+SAMPLES = "samples-"
+"""How the files of per-question outputs in a run's folder begin."""
 
 
 class Subject(NamedTuple):
@@ -74,33 +79,68 @@ class TestSet(NamedTuple):
         return f"{self.task}-{self.protocol}"
 
 
-def run_cell(config: RunConfig, run_dir: Path, results_dir: Path, command: str) -> Path:
-    """Run one cell and write its record and per-question outputs; returns the record's file.
+def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
+    """Run one cell in `run_dir` and return its record, whose samples are files there.
 
-    A run that diverges leaves a record that says so, and raises DivergedError.
+    The record of a run that diverges says so.
     """
     config.check_tasks()
     started = timestamp()
     reset_peak_memory()
     tests = _test_sets(config)
     claim(config, run_dir)
-    record = partial(_record, config, command, started, tests)
-    file = results_dir / f"{config.name}.json"
+    backbone = _backbone(config.backbone, config.dtype)
+    record = partial(_record, config, command, started, backbone, tests)
     try:
         subject = _subject(config, run_dir)
     except DivergedError as error:
-        record(None, error=str(error)).write(file)
-        raise
+        return record(None, status="diverged", error=str(error))
     if subject.fitted is not None:
         trained = subject.fitted.data.train_items
         for test in tests:
             warn_overlap(trained.get(test.task, []), test.items, test.task)
-    scores, merged = _measure(config, subject, tests, run_dir, results_dir)
+    scores, merged = _measure(config, subject, tests, run_dir)
     latency = _latency(config, subject, run_dir)
+    asked = {test.task: TaskItems(test.protocol, test.items) for test in tests}
+    record_activity(config, subject.model, subject.tokenizer, asked, backbone, run_dir)
     if config.score_without_router:  # last, since the trained mixture is gone then
         without_router(subject.model)
-        scores += _score_all(config, subject, tests, run_dir, results_dir, "router_removed")
-    record(subject.fitted, scores=scores, merged=merged, latency=latency).write(file)
+        scores += _score_all(config, subject, tests, run_dir, "router_removed")
+    return record(subject.fitted, scores=scores, merged=merged, latency=latency)
+
+
+def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:
+    """Return the record of a cell that no number came out of."""
+    unknown = Backbone(config.backbone, "")
+    return _record(config, command, started, unknown, (), None, status="failed", error=error)
+
+
+def publish(
+    record: RunRecord, config: RunConfig, command: str, run_dir: Path, results_dir: Path
+) -> Path:
+    """Write a finished cell's record and samples under a suite's names; returns the record's file.
+
+    Suites share cells: `config` may differ from the record's in suite and row, and in nothing else.
+    """
+    scores = []
+    for score in record.evaluations:
+        assert score.samples is not None
+        name = f"samples/{config.name}--{score.samples.removeprefix(SAMPLES)}"
+        remove_leftovers(results_dir / name)
+        write_bytes(results_dir / name, (run_dir / score.samples).read_bytes())
+        scores.append(replace(score, samples=name))
+    own = replace(
+        record,
+        suite=config.suite,
+        name=config.name,
+        config=config.to_dict(),
+        command=command,
+        evaluations=tuple(scores),
+    )
+    publish_activity(config, command, run_dir, results_dir)
+    file = results_dir / own.file_name
+    remove_leftovers(file)
+    own.write(file)
     return file
 
 
@@ -130,11 +170,9 @@ def _measure(
     subject: Subject,
     tests: tuple[TestSet, ...],
     run_dir: Path,
-    results_dir: Path,
 ) -> tuple[tuple[Score, ...], Merge | None]:
     """Score the model as it is and, if its method merges, score the merged model as well."""
-
-    score = partial(_score_all, config, subject, tests, run_dir, results_dir)
+    score = partial(_score_all, config, subject, tests, run_dir)
     if config.is_base:
         return score("base"), None
     scores = score("unmerged")
@@ -145,7 +183,7 @@ def _measure(
     after = _logits(subject, tests[0])
     scores += score("merged")
     unmerge(subject.model)
-    return scores, _merge_record(report, after - before, scores, results_dir)
+    return scores, _merge_record(report, after - before, scores, run_dir)
 
 
 def _score_all(
@@ -153,10 +191,9 @@ def _score_all(
     subject: Subject,
     tests: tuple[TestSet, ...],
     run_dir: Path,
-    results_dir: Path,
     variant: Variant,
 ) -> tuple[Score, ...]:
-    parts = (_score(config, subject, test, run_dir, results_dir, variant) for test in tests)
+    parts = (_score(config, subject, test, run_dir, variant) for test in tests)
     return tuple(score for part in parts for score in part)
 
 
@@ -165,23 +202,19 @@ def _score(
     subject: Subject,
     test: TestSet,
     run_dir: Path,
-    results_dir: Path,
     variant: Variant,
 ) -> tuple[Score, ...]:
     finished = run_dir / f"scores-{test.label}-{variant}.json"
-    kept = run_dir / f"samples-{test.label}-{variant}.jsonl.gz"
-    samples = f"samples/{config.name}--{test.label}--{variant}.jsonl.gz"
-    if not (finished.exists() and kept.exists()):
+    samples = f"{SAMPLES}{test.label}--{variant}.jsonl.gz"
+    if not (finished.exists() and (run_dir / samples).exists()):
         evaluation = evaluate(
             *(subject.model, subject.tokenizer, test.task, test.items, test.protocol),
             batch_size=config.eval_batch_size,
             engine=config.engine,
             execute_code=config.execute_code,
         )
-        evaluation.write_samples(kept)
+        evaluation.write_samples(run_dir / samples)
         write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
-    # The copy in results may be another config's by now: both bear the same name.
-    write_bytes(results_dir / samples, kept.read_bytes())
     saved = json.loads(finished.read_text(encoding="utf-8"))
     return tuple(codec.decode(Score, score, str(finished)) for score in saved)
 
@@ -200,14 +233,12 @@ def _logits(subject: Subject, test: TestSet) -> Tensor:
 
 
 def _merge_record(
-    report: MergeReport, difference: Tensor, scores: tuple[Score, ...], results_dir: Path
+    report: MergeReport, difference: Tensor, scores: tuple[Score, ...], run_dir: Path
 ) -> Merge:
     changed = 0
     files = {variant: _sample_files(scores, variant) for variant in ("unmerged", "merged")}
     for before, after in zip(files["unmerged"], files["merged"], strict=True):
-        pairs = zip(
-            _predictions(results_dir, before), _predictions(results_dir, after), strict=True
-        )
+        pairs = zip(_predictions(run_dir, before), _predictions(run_dir, after), strict=True)
         changed += sum(first != second for first, second in pairs)
     return Merge(
         num_merged=report.num_merged,
@@ -225,9 +256,9 @@ def _sample_files(scores: tuple[Score, ...], variant: str) -> list[tuple[str, st
     return sorted(main.items())
 
 
-def _predictions(results_dir: Path, entry: tuple[str, str]) -> list[int | str | None]:
+def _predictions(run_dir: Path, entry: tuple[str, str]) -> list[int | str | None]:
     file, metric = entry
-    return [sample.prediction[metric] for sample in read_samples(results_dir / file)]
+    return [sample.prediction[metric] for sample in read_samples(run_dir / file)]
 
 
 def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latency, ...]:
@@ -254,12 +285,14 @@ def _record(
     config: RunConfig,
     command: str,
     started: str,
+    backbone: Backbone,
     tests: tuple[TestSet, ...],
     fitted: Fitted | None,
     *,
     scores: tuple[Score, ...] = (),
     merged: Merge | None = None,
     latency: tuple[Latency, ...] = (),
+    status: Status = "success",
     error: str | None = None,
 ) -> RunRecord:
     return RunRecord(
@@ -273,13 +306,13 @@ def _record(
         started=started,
         finished=timestamp(),
         provenance=provenance(),
-        backbone=Backbone(config.backbone, _backbone_hash(config)),
+        backbone=backbone,
         data=_data(config, tests, fitted),
         training=fitted.training if fitted else None,
         evaluations=scores,
         merge=merged,
         latency=latency,
-        status="diverged" if error else "success",
+        status=status,
         error=error,
     )
 
@@ -306,6 +339,7 @@ def _data(config: RunConfig, tests: tuple[TestSet, ...], fitted: Fitted | None) 
     )
 
 
-def _backbone_hash(config: RunConfig) -> str:
-    """Hash the backbone as it is loaded, not as an adapter's run left it."""
-    return backbone_hash(load_backbone(config.backbone, config.dtype))
+@cache
+def _backbone(name: str, dtype: str) -> Backbone:
+    """Describe the backbone as it is loaded, not as an adapter's run left it."""
+    return Backbone(name, backbone_hash(load_backbone(name, dtype)))

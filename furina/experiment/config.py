@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from typing import Any, Literal
 
 from furina.adapters import AdapterConfig, configure, methods
@@ -21,6 +23,7 @@ class RunConfig:
 
     Attributes:
         suite: folder of the record under results/.
+        row: what its row in the suite's table is called; the method if empty.
         backbone: name of a fetched model, a local Hugging Face folder, or a hub id.
         method: fine-tuning method, or base for the untouched backbone.
         adapter: options of the method.
@@ -29,7 +32,8 @@ class RunConfig:
         mixture: tasks that are trained together, each with its weight, cap and task_type.
         score: what is scored, TASK or TASK:PROTOCOL; what is trained if none.
         protocol: how items are asked in training, and in scoring unless `score` says otherwise.
-        steps: optimiser steps.
+        steps: optimiser steps; decided by `epochs` if none.
+        epochs: passes over the train items, in place of `steps`.
         batch_size: items of one optimiser step.
         micro_batch_size: items of one forward; all of the step's if none.
         bucket_steps: steps whose items are sorted by length together; no sorting if 1.
@@ -45,6 +49,10 @@ class RunConfig:
             short rows are trained on a CPU.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         compile: torch.compile backend of the training steps, such as inductor; none if none.
+        strategy: how several devices share the training: ddp, or fsdp, which shards the model
+            (FSDP2); ddp if none.
+        devices: devices of one machine that train together.
+        num_nodes: machines that train together.
         max_length: longest example in tokens; a longer one loses the start of its context.
         validation_size: train items that are held out, in equal parts from a mixture's tasks.
         validation_interval: optimiser steps between validation losses; only at the end if none.
@@ -57,11 +65,13 @@ class RunConfig:
         engine: shared computes a question once for all its choices, lm_eval is lm-eval's own.
         execute_code: run the programs that the model writes, which protocol code is scored by.
         score_without_router: score a routed mixture once more as the plain average of its experts.
+        activity_items: items of each scored task on which experts' activity is analysed; none if 0.
         latency_rounds: interleaved timing rounds; no timing if 0.
         latency_warmup: untimed rounds before them.
     """
 
     suite: str = "scratch"
+    row: str = ""
     backbone: str = "smollm2-135m-instruct"
     method: str = "furina"
     adapter: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +80,8 @@ class RunConfig:
     mixture: dict[str, Any] = field(default_factory=dict)
     score: tuple[str, ...] = ()
     protocol: str = "text"
-    steps: int = 60
+    steps: int | None = 60
+    epochs: int | None = None
     batch_size: int = 16
     micro_batch_size: int | None = None
     bucket_steps: int = 1
@@ -85,6 +96,9 @@ class RunConfig:
     attention: str | None = None
     gradient_checkpointing: bool = False
     compile: str | None = None
+    strategy: Literal["ddp", "fsdp"] | None = None
+    devices: int = 1
+    num_nodes: int = 1
     max_length: int = 512
     validation_size: int = 250
     validation_interval: int | None = None
@@ -97,33 +111,47 @@ class RunConfig:
     engine: Literal["shared", "lm_eval"] = "shared"
     execute_code: bool = False
     score_without_router: bool = False
+    activity_items: int = 0
     latency_rounds: int = 5
     latency_warmup: int = 2
 
     def __post_init__(self) -> None:
         """Check what no other part checks; raises ConfigurationError naming the field."""
         self._check_types()
-        sizes = ("batch_size", "bucket_steps", "eval_batch_size")
-        for name in ("steps", "checkpoint_interval", *sizes):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("validation_size", "latency_rounds", "latency_warmup", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
-        if self.validation_interval is not None and self.validation_interval < 1:
+        self._check_ranges()
+        if (self.steps is None) == (self.epochs is None):
             raise ConfigurationError(
-                f"validation_interval={self.validation_interval} must be at least 1, or left out."
+                f"steps={self.steps} and epochs={self.epochs}: give one of them, and null for the "
+                "other."
+            )
+        if self.strategy and self.world_size == 1:
+            raise ConfigurationError(
+                f"strategy={self.strategy} has no effect on one device: set devices or num_nodes."
             )
         if self.compile and self.gradient_checkpointing:
             raise ConfigurationError(
                 f"compile={self.compile} decides itself what to recompute: leave out "
                 "gradient_checkpointing."
             )
-        if self.is_base and (self.adapter or self.targets or self.score_without_router):
+        if self.is_base and (
+            self.adapter or self.targets or self.score_without_router or self.activity_items
+        ):
             raise ConfigurationError(
-                "method base trains nothing: options of an adapter, targets and "
+                "method base trains nothing: options of an adapter, targets, activity_items and "
                 "score_without_router would be ignored."
             )
+
+    def _check_ranges(self) -> None:
+        sizes = ("batch_size", "bucket_steps", "eval_batch_size", "devices", "num_nodes")
+        for name in ("steps", "epochs", "validation_interval", "checkpoint_interval", *sizes):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                left_out = ", or left out" * (name == "validation_interval")
+                raise ConfigurationError(f"{name}={value} must be at least 1{left_out}.")
+        counts = ("validation_size", "warmup_steps", "activity_items")
+        for name in (*counts, "latency_rounds", "latency_warmup"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
 
     def check_tasks(self) -> None:
         """Refuse tasks and protocols that do not fit; a suite's defaults alone need not.
@@ -179,7 +207,17 @@ class RunConfig:
     @property
     def name(self) -> str:
         """Return the run's name, which its files bear."""
-        return f"{self.method}--{self.task}--seed{self.seed}"
+        return f"{self.row or self.method}--{self.task}--seed{self.seed}"
+
+    @property
+    def cell(self) -> RunConfig:
+        """Return the run without its place in a suite: runs of equal cells give equal numbers."""
+        return replace(self, suite=RunConfig.suite, row="")
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes that train together."""
+        return self.devices * self.num_nodes
 
     def updated(self, changes: Mapping[str, Any]) -> RunConfig:
         """Return a copy with `changes`; options of the adapter are merged into it.
@@ -206,7 +244,7 @@ class RunConfig:
         if self.method not in methods():
             known = nearest(self.method, [*methods(), "base"])
             raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
-        made = configure(self.method, self.adapter)
+        made = _configured(methods()[self.method], json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not has_router(made):
             raise ConfigurationError(
                 f"score_without_router: method {self.method} has no router that could be removed."
@@ -216,3 +254,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+@cache
+def _configured(method: type[AdapterConfig], options: str) -> AdapterConfig:
+    """Check a method's options once: the runs of a suite have them in common."""
+    return configure(method.name, json.loads(options))

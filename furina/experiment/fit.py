@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from contextlib import AbstractContextManager, nullcontext
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from furina.auxiliary import record_selection
-from furina.backbones import best_device, load_backbone, load_tokenizer
+from furina.backbones import best_device
 from furina.checkpoint import load, save
 from furina.compilation import require_backend
-from furina.data.batches import Batch
 from furina.data.module import TaskDataModule
-from furina.errors import ConfigurationError
+from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
-from furina.inject import adapt, describe, state_of
-from furina.mode import evaluation_mode
+from furina.experiment.launch import launch, require_devices
+from furina.experiment.measures import measured
+from furina.experiment.process import adapted, run_backbone, run_data, train
+from furina.experiment.ranks import is_rank, leave, require_world, take_place
+from furina.inject import load_adapter_state_dict
 from furina.records import Training, codec, peak_memory_bytes
 from furina.storage import write_json
-from furina.training import (
-    FinetuneModule,
-    LossHistory,
-    ResumeCheckpoint,
-    gradient_ratio,
-    training_attention,
-)
+from furina.training import LossHistory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger("furina")
-
-RATIO_WINDOWS = 3
-"""Optimiser steps after the last one on whose batches the gradient ratio is measured."""
+PATIENCE = 3600
+"""Seconds that other processes give rank 0 to measure and save what was trained."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +43,45 @@ class Fitted:
 def fit(config: RunConfig, run_dir: Path) -> Fitted:
     """Fine-tune into `run_dir`: `adapter/`, `training.json`, `config.json` and CSV logs.
 
-    A finished run is loaded, an interrupted one resumed bit for bit. Raises ConfigurationError if
-    `run_dir` belongs to another config.
+    With several devices their processes do so, and this one, or each of them if torchrun has
+    started them, loads what came out onto one device. A finished run is loaded, an interrupted one
+    resumed bit for bit.
+
+    Raises ConfigurationError if `run_dir` belongs to another config or the devices cannot share
+    the run, DivergedError if it diverges, and FurinaError if a process dies.
     """
-    if config.is_base:
-        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
-    config.check_tasks()
-    config.adapter_config()
-    if config.compile:
-        require_backend(config.compile)
-    tokenizer = load_tokenizer(config.backbone)
-    model = load_backbone(
-        config.backbone, config.dtype, device=best_device(), attention=config.attention
-    )
-    data = _data(config, tokenizer)
+    _check(config)
     finished = run_dir / "training.json"
-    if finished.exists():
+    if not finished.exists() and config.world_size == 1:
+        return _fit_alone(config, run_dir)
+    data = run_data(config)
+    if not finished.exists():
+        if is_rank():
+            fit_as_rank(config, run_dir)
+        else:
+            _fit_by_others(config, run_dir, data)
+        _await(finished)
+    return _finished(config, run_dir, data)
+
+
+def fit_as_rank(config: RunConfig, run_dir: Path) -> None:
+    """Train as one of the processes that torchrun has started; rank 0 measures and saves.
+
+    It does so when the others have left, with the whole model on one device.
+    """
+    rank, sharded = take_place(), config.strategy == "fsdp"
+    # A model that is sharded need not fit into a device: each takes its parts from the CPU.
+    model, data = _prepared(config, None if sharded else best_device())
+    if rank == 0:
         claim(config, run_dir)
-        load(run_dir / "adapter", model)
-        data.setup("fit")
-        training: Training = codec.decode(
-            Training, json.loads(finished.read_text(encoding="utf-8")), str(finished)
-        )
-        return Fitted(model, tokenizer, data, training)
-    adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
-    data.setup("fit")
-    claim(config, run_dir)  # only now: a config that cannot run must not own the folder
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
-    with _attention(config, model, data):
-        history = _train(config, run_dir, model, data)
-    training = _summary(config, model, data, history)
-    save(model, run_dir / "adapter")
-    write_json(finished, asdict(training))
-    (run_dir / "last.ckpt").unlink(missing_ok=True)
-    return Fitted(model, tokenizer, data, training)
+    history = train(config, run_dir, model, data)
+    tensors, peak = leave(model)
+    if rank:
+        return
+    if sharded:
+        model = adapted(config, best_device())
+        load_adapter_state_dict(model, tensors)
+    _keep(config, run_dir, model, data, history, peak)
 
 
 def claim(config: RunConfig, run_dir: Path) -> None:
@@ -110,116 +100,82 @@ def claim(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TaskDataModule:
-    return TaskDataModule(
-        tokenizer,
-        config.mixture or config.task,
-        config.protocol,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        bucket_steps=config.bucket_steps,
-        validation_size=config.validation_size,
-        seed=config.seed,
-        source=config.source,
-        data_dir=config.data_dir,
-        max_length=config.max_length,
-    )
+def _check(config: RunConfig) -> None:
+    """Refuse what can be refused without reading anything."""
+    if config.is_base:
+        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
+    config.check_tasks()
+    config.adapter_config()
+    if config.compile:
+        require_backend(config.compile)
+    if is_rank():
+        require_world(config.world_size)
+    elif config.world_size > 1:
+        require_devices(config)
 
 
-def _attention(
-    config: RunConfig, model: PreTrainedModel, data: TaskDataModule
-) -> AbstractContextManager[None]:
-    if config.attention is not None:
-        return nullcontext()
-    rows = data.train_dataloader().examples
-    return training_attention(model, fmean(len(row.input_ids) for row in rows))
+def _fit_alone(config: RunConfig, run_dir: Path) -> Fitted:
+    model, data = _prepared(config, best_device())
+    claim(config, run_dir)  # only now: a config that cannot run must not own the folder
+    history = train(config, run_dir, model, data)
+    training = _keep(config, run_dir, model, data, history, peak_memory_bytes())
+    return Fitted(model, data.tokenizer, data, training)
 
 
-def _train(
-    config: RunConfig, run_dir: Path, model: PreTrainedModel, data: TaskDataModule
-) -> LossHistory:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import TQDMProgressBar
-    from lightning.pytorch.loggers import CSVLogger
-
-    module = FinetuneModule(
-        model,
-        config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        schedule=config.schedule,
-        total_steps=config.steps,
-        gradient_clip=config.gradient_clip,
-        lora_plus_ratio=config.lora_plus_ratio,
-        seed=config.seed,
-        compile_backend=config.compile,
-    )
-    resume = ResumeCheckpoint(run_dir / "last.ckpt", config.checkpoint_interval)
-    history = LossHistory()
-    with warnings.catch_warnings():
-        # One process that tokenised everything beforehand has nothing for workers to do.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        trainer = Trainer(
-            max_steps=config.steps,
-            val_check_interval=config.validation_interval or config.steps,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            logger=CSVLogger(run_dir, name="", version="logs"),
-            callbacks=[history, TQDMProgressBar(refresh_rate=5), resume],
-            enable_model_summary=False,
-        )
-        trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)
-    torch.nn.Module.to(model, best_device())  # the trainer hands it back on the CPU
-    return history
+def _fit_by_others(config: RunConfig, run_dir: Path, data: TaskDataModule) -> None:
+    """Let processes of their own train; they find the config in the claimed folder."""
+    data.setup("fit")  # what cannot be read is one process's error, before any starts
+    is_new = not (run_dir / "config.json").exists()
+    claim(config, run_dir)
+    try:
+        launch(config, run_dir)
+    except ConfigurationError:  # a config that cannot run must not own the folder
+        if is_new:
+            (run_dir / "config.json").unlink(missing_ok=True)
+            if not any(run_dir.iterdir()):
+                run_dir.rmdir()
+        raise
 
 
-def _summary(
-    config: RunConfig, model: PreTrainedModel, data: TaskDataModule, history: LossHistory
+def _prepared(config: RunConfig, device: str | None) -> tuple[PreTrainedModel, TaskDataModule]:
+    data = run_data(config)
+    model = adapted(config, device)
+    data.setup("fit")
+    return model, data
+
+
+def _keep(
+    config: RunConfig,
+    run_dir: Path,
+    model: PreTrainedModel,
+    data: TaskDataModule,
+    history: LossHistory,
+    peak: int,
 ) -> Training:
-    counts = describe(model)
-    return Training(
-        steps=config.steps,
-        seconds=history.seconds,
-        peak_memory_bytes=peak_memory_bytes(),
-        trainable=counts.trainable,
-        trainable_without_router=counts.trainable_without_router,
-        total=counts.total,
-        final_loss=history.training[-1][1],
-        loss_curve=tuple(history.training),
-        validation_curve=tuple(history.validation),
-        gradient_ratio=_gradient_ratio(config, model, data),
-        selection=_selection(model, data),
-    )
+    """Write what was trained, and what it cost, in place of the last checkpoint."""
+    training = measured(config, model, data, history, peak)
+    save(model, run_dir / "adapter")
+    write_json(run_dir / "training.json", asdict(training))
+    (run_dir / "last.ckpt").unlink(missing_ok=True)
+    return training
 
 
-def _gradient_ratio(
-    config: RunConfig, model: PreTrainedModel, data: TaskDataModule
-) -> float | None:
-    """Return the median ‖∇aux‖/‖∇task‖ over the batches that would have come next."""
-    if not state_of(model).config.has_auxiliary_loss:
-        return None
-    batches = data.train_dataloader()
-    ratios = [
-        gradient_ratio(model, [_on(model, batch) for batch in batches.window(step)])["ratio"]
-        for step in range(config.steps, config.steps + RATIO_WINDOWS)
-    ]
-    known = [ratio for ratio in ratios if ratio is not None]
-    return median(known) if known else None
+def _finished(config: RunConfig, run_dir: Path, data: TaskDataModule) -> Fitted:
+    claim(config, run_dir)
+    model = run_backbone(config, best_device())
+    load(run_dir / "adapter", model)
+    data.setup("fit")
+    file = run_dir / "training.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return Fitted(model, data.tokenizer, data, codec.decode(Training, saved, str(file)))
 
 
-@torch.inference_mode()
-def _selection(model: PreTrainedModel, data: TaskDataModule) -> dict[str, float] | None:
-    """Return the held-out top-K share as a mean over the adapted linears."""
-    loaders: list[Any] = data.val_dataloader()
-    if not state_of(model).config.records_selection or not loaders:
-        return None
-    with evaluation_mode(model), record_selection(model) as record:
-        for batch in loaders[0]:
-            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-            model(**_on(model, inputs), use_cache=False, logits_to_keep=1)
-    return {"top_k_share": record.mean_top_k_share()}
-
-
-def _on(model: PreTrainedModel, batch: Batch) -> Batch:
-    return {key: tensor.to(model.device) for key, tensor in batch.items()}
+def _await(file: Path) -> None:
+    """Wait until rank 0, which may be on another machine, has written `file`."""
+    end = time.monotonic() + PATIENCE
+    while not file.exists():
+        if time.monotonic() > end:
+            raise FurinaError(
+                f"{file} is not there {PATIENCE} s after the training: run the same command again."
+            )
+        time.sleep(0.5)

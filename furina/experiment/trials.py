@@ -13,6 +13,7 @@ from furina.errors import ConfigurationError
 from furina.evaluation.harness import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
+from furina.experiment.process import planned_steps
 from furina.records import SearchRecord, SelectionRecord, provenance
 from furina.training import DivergedError
 
@@ -44,7 +45,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
         protocol=config.protocol,
         learning_rate=0.0 if config.is_base else config.learning_rate,
         magnitude_multiplier=options.get("magnitude_lr_multiplier"),
-        steps=0 if config.is_base else config.steps,
+        steps=0 if config.is_base else planned_steps(config),
         seed=config.seed,
         metric=asked.metrics[0],
         value=value,
@@ -81,7 +82,7 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
         coefficient=options["selection_coefficient"],
         reduction=options["selection_reduction"],
         top_k=options["top_k"],
-        steps=config.steps,
+        steps=training.steps,
         top_k_share=training.selection["top_k_share"],
         final_loss=training.final_loss,
         gradient_ratio=training.gradient_ratio,

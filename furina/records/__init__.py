@@ -1,5 +1,12 @@
 """Result records: frozen dataclasses that are written to and read from JSON strictly."""
 
+from furina.records.activity import (
+    ACTIVITY_SCHEMA,
+    ActivityRecord,
+    ExpertWeights,
+    TaskActivity,
+    TokenExample,
+)
 from furina.records.codec import RecordError
 from furina.records.environment import (
     Hardware,
@@ -25,10 +32,13 @@ from furina.records.runs import (
 from furina.records.studies import STUDY_SCHEMA, SearchRecord, SelectionRecord
 
 __all__ = [
+    "ACTIVITY_SCHEMA",
     "SCHEMA",
     "STUDY_SCHEMA",
+    "ActivityRecord",
     "Backbone",
     "Data",
+    "ExpertWeights",
     "Hardware",
     "Latency",
     "Merge",
@@ -40,6 +50,8 @@ __all__ = [
     "SelectionRecord",
     "Spread",
     "Status",
+    "TaskActivity",
+    "TokenExample",
     "Training",
     "Variant",
     "peak_memory_bytes",

@@ -130,7 +130,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything known about one (method, task, seed) of a suite.
+    """Everything known about one (row, task, seed) of a suite.
 
     `started` and `finished` are UTC, ISO 8601. A run that failed or diverged keeps its record,
     with the reason in `error`.
@@ -166,6 +166,11 @@ class RunRecord:
         codec.write(self, path)
 
     @property
+    def row(self) -> str:
+        """Return what its row in the suite's table is called: the method, unless the suite says."""
+        return str(self.config.get("row") or self.method)
+
+    @property
     def file_name(self) -> str:
         """Return the record's file name inside its suite's folder."""
-        return f"{self.method}--{self.task}--seed{self.seed}.json"
+        return f"{self.row}--{self.task}--seed{self.seed}.json"

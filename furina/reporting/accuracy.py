@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from furina.records import RecordError, Score
 from furina.reporting import differences
 from furina.reporting.cells import Cell, missing
 from furina.reporting.differences import Difference
-from furina.reporting.notes import NO_RECORD, NO_RESULT, ONE_MODEL
+from furina.reporting.notes import NO_RECORD, NO_RESULT, NOT_ALL_TASKS, ONE_MODEL
 from furina.reporting.suites import Run, Suite, read_correct
 
 NO_SCORE = "not scored in this variant"
-NOT_ALL_TASKS = "some task has no score, so there is no mean"
 NO_BASE_SCORE = "the base model was not scored on this task"
 UNPAIRED = "unpaired: per-question outputs are missing, so the two standard errors are combined"
 
 
-def scores(suite: Suite, method: str, task: str, variant: str) -> list[tuple[Run, Score]]:
+def scores(suite: Suite, row: str, task: str, variant: str) -> list[tuple[Run, Score]]:
     """Return the scores of a cell, one per seed; the base model's stand in for "unmerged"."""
-    wanted = "base" if method == "base" and variant == "unmerged" else variant
+    wanted = "base" if row == "base" and variant == "unmerged" else variant
     pairs = (
         (run, run.score(wanted, task, suite.protocol, suite.metric))
-        for run in suite.select(method, task)
+        for run in suite.select(row, task)
     )
     return [(run, score) for run, score in pairs if score]
 
 
-def absence(suite: Suite, method: str, task: str, otherwise: str) -> str:
+def absence(suite: Suite, row: str, task: str, otherwise: str) -> str:
     """Return why a cell is empty: `otherwise` where its run succeeded."""
-    if method == "base":
+    if row == "base":
         return ONE_MODEL
-    if suite.select(method, task):
+    if suite.select(row, task):
         return otherwise
-    failed = any(
-        f.record.method == method and task in f.tasks(suite.protocol) for f in suite.failures
-    )
+    failed = any(f.record.row == row and task in f.tasks(suite.protocol) for f in suite.failures)
     return NO_RESULT if failed else NO_RECORD
 
 
-def accuracy(suite: Suite, method: str, task: str, variant: str) -> Cell:
+def accuracy(suite: Suite, row: str, task: str, variant: str) -> Cell:
     """Return the accuracy in percent with its standard error, as a mean over seeds."""
-    found = [score for _, score in scores(suite, method, task, variant)]
+    found = [score for _, score in scores(suite, row, task, variant)]
     if not found:
-        base_missing = method == "base" and variant == "unmerged"
-        reason = NO_RECORD if base_missing else absence(suite, method, task, NO_SCORE)
+        base_missing = row == "base" and variant == "unmerged"
+        reason = NO_RECORD if base_missing else absence(suite, row, task, NO_SCORE)
         return missing(reason)
     values = [100 * score.value for score in found]
     stderr = 100 * statistics.fmean(score.stderr for score in found)
@@ -61,21 +58,26 @@ def accuracy(suite: Suite, method: str, task: str, variant: str) -> Cell:
         "seeds": len(found),
         "n": found[0].n,
     }
-    return Cell(text, numbers, (*_chance_notes(found), *_truncation_notes(found)))
+    return Cell(text, numbers, score_notes(found))
 
 
-def macro(suite: Suite, method: str, variant: str) -> Cell:
+def macro(suite: Suite, row: str, variant: str) -> Cell:
     """Return the mean accuracy over the suite's tasks, each of which counts the same."""
     means, errors = [], []
     for task in suite.tasks:
-        found = [score for _, score in scores(suite, method, task, variant)]
+        found = [score for _, score in scores(suite, row, task, variant)]
         if not found:
-            return missing(ONE_MODEL if method == "base" else NOT_ALL_TASKS)
+            return missing(ONE_MODEL if row == "base" else NOT_ALL_TASKS)
         means.append(100 * statistics.fmean(score.value for score in found))
         errors.append(100 * statistics.fmean(score.stderr for score in found))
     stderr = math.hypot(*errors) / len(errors)
     numbers = {"": statistics.fmean(means), "stderr": stderr, "tasks": len(means)}
     return Cell(f"{numbers['']:.1f} ± {stderr:.1f}", numbers)
+
+
+def score_notes(found: Sequence[Score]) -> tuple[str, ...]:
+    """Return the notes of a cell's scores: not above chance, cut prompts."""
+    return (*_chance_notes(found), *_truncation_notes(found))
 
 
 def _chance_notes(found: Sequence[Score]) -> tuple[str, ...]:
@@ -93,31 +95,27 @@ def _truncation_notes(found: Sequence[Score]) -> tuple[str, ...]:
     return (f"{cut} prompts were longer than the model reads and lost their start",) if cut else ()
 
 
-def gain(suite: Suite, method: str, task: str, variant: str = "unmerged") -> Difference | None:
+def gain(suite: Suite, row: str, task: str, variant: str = "unmerged") -> Difference | None:
     """Return the gain over base as a fraction; see `difference`."""
-    return difference(suite, task, (method, variant), ("base", "unmerged"))
+    return difference(suite, task, (row, variant), ("base", "unmerged"))
 
 
 def difference(
     suite: Suite, task: str, ours: tuple[str, str], theirs: tuple[str, str]
 ) -> Difference | None:
-    """Return by how much one (method, variant) beats another, as a fraction.
+    """Return by how much one (row, variant) beats another, as a fraction.
 
     It is paired over questions where outputs exist; with several seeds a question counts by its
     mean over seeds. None without both scores.
     """
-    treated, control = (scores(suite, method, task, way) for method, way in (ours, theirs))
+    treated, control = (scores(suite, row, task, way) for row, way in (ours, theirs))
     if not treated or not control:
         return None
-    first_correct, second_correct = _correct(treated), _correct(control)
+    first_correct, second_correct = correctness(treated), correctness(control)
     if first_correct is None or second_correct is None:
         first, second = (_mean_score(pairs) for pairs in (treated, control))
         return differences.of_scores(*first, *second)
-    if first_correct.keys() != second_correct.keys():
-        raise RecordError(
-            f"The per-question outputs of {treated[0][0].path} and {control[0][0].path} are of "
-            "different questions, so they cannot be paired; run one of them again."
-        )
+    require_same(first_correct, second_correct, (treated[0][0], control[0][0]), "paired")
     return differences.paired(first_correct, second_correct)
 
 
@@ -126,28 +124,38 @@ def _mean_score(pairs: Sequence[tuple[Run, Score]]) -> tuple[float, float]:
     return value, statistics.fmean(score.stderr for _, score in pairs)
 
 
-def _correct(pairs: Sequence[tuple[Run, Score]]) -> dict[str, float] | None:
-    """Return each question's mean correctness over the runs, None if one has no outputs."""
+def correctness(pairs: Sequence[tuple[Run, Score]]) -> dict[str, float] | None:
+    """Return each question's mean correctness over the runs, None if one has no outputs.
+
+    Raises RecordError where two runs answered different questions.
+    """
     outputs = [read_correct(run, score) for run, score in pairs]
     known = [output for output in outputs if output is not None]
     if len(known) < len(outputs):
         return None
     for (run, _), output in zip(pairs, known, strict=True):
-        if output.keys() != known[0].keys():
-            raise RecordError(
-                f"The per-question outputs of {pairs[0][0].path} and {run.path} are of "
-                "different questions, so they cannot be averaged; run one of them again."
-            )
+        require_same(known[0], output, (pairs[0][0], run), "averaged")
     return {key: statistics.fmean(output[key] for output in known) for key in known[0]}
 
 
-def gain_cell(suite: Suite, method: str, task: str) -> Cell:
+def require_same(
+    first: Mapping[str, float], second: Mapping[str, float], runs: tuple[Run, Run], what: str
+) -> None:
+    """Refuse outputs of different questions; raises RecordError naming the two runs' files."""
+    if first.keys() != second.keys():
+        raise RecordError(
+            f"The per-question outputs of {runs[0].path} and {runs[1].path} are of different "
+            f"questions, so they cannot be {what}; run one of them again."
+        )
+
+
+def gain_cell(suite: Suite, row: str, task: str) -> Cell:
     """Return the gain over base in points and in standard errors."""
-    if method == "base":
+    if row == "base":
         return missing(ONE_MODEL)
-    if not scores(suite, method, task, "unmerged"):
-        return missing(absence(suite, method, task, NO_SCORE))
-    difference = gain(suite, method, task)
+    if not scores(suite, row, task, "unmerged"):
+        return missing(absence(suite, row, task, NO_SCORE))
+    difference = gain(suite, row, task)
     if difference is None:
         return missing(NO_BASE_SCORE)
     points = f"{100 * difference.value:+.1f}"

@@ -19,9 +19,9 @@ NOT_TIMED = "not timed"
 NO_BASE_TIME = "the base model was not timed in the same run, so there is no ratio"
 
 
-def trainable(method: str, runs: Sequence[Run]) -> Cell:
+def trainable(row: str, runs: Sequence[Run]) -> Cell:
     """Return the number of trained parameters."""
-    if method == "base":
+    if row == "base":
         return Cell("0", {"": 0, "without router": 0})
     trained = [run.record.training for run in runs if run.record.training]
     if not trained:
@@ -38,19 +38,19 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def time(suite: Suite, method: str, variant: str, spread: Callable[[Latency], Spread]) -> Cell:
-    """Return a median time and its ratio to base, as the median over the method's runs."""
-    if method == "base":
+def time(suite: Suite, row: str, variant: str, spread: Callable[[Latency], Spread]) -> Cell:
+    """Return a median time and its ratio to base, as the median over the row's runs."""
+    if row == "base":
         return _base_time(suite, variant, spread)
     spreads, ratios = [], []
-    for run in suite.select(method):
+    for run in suite.select(row):
         times = {latency.variant: spread(latency) for latency in run.record.latency}
         if variant in times:
             spreads.append(times[variant])
         if variant in times and "base" in times:
             ratios.append(times[variant].median / times["base"].median)
     if not spreads:
-        return missing(NOT_TIMED if suite.select(method) else NO_RESULT)
+        return missing(NOT_TIMED if suite.select(row) else NO_RESULT)
     return _time_cell(spreads, ratios)
 
 
@@ -82,12 +82,12 @@ def _time_cell(spreads: Sequence[Spread], ratios: Sequence[float]) -> Cell:
     return Cell(text, numbers, () if ratios else (NO_BASE_TIME,))
 
 
-def training(method: str, runs: Sequence[Run]) -> Row:
+def training(row: str, runs: Sequence[Run]) -> Row:
     """Return the cells of a run's steps, mean minutes and highest peak memory."""
     trained = [run.record.training for run in runs if run.record.training]
     columns = [("training", name) for name in ("steps", "minutes", "peak memory, GB")]
     if not trained:
-        reason = ONE_MODEL if method == "base" else NO_RESULT
+        reason = ONE_MODEL if row == "base" else NO_RESULT
         return {column: missing(reason) for column in columns}
     steps = sorted({run.steps for run in trained})
     minutes = statistics.fmean(run.seconds for run in trained) / 60

@@ -11,7 +11,7 @@ NOT_COMPARED = "the two models' outputs were not compared"
 
 def merge_table(suite: Suite) -> Table | None:
     """Return a row per merged run, None where nothing was merged."""
-    runs = [run for method in suite.methods for run in suite.select(method) if run.record.merge]
+    runs = [run for row in suite.rows for run in suite.select(row) if run.record.merge]
     if not runs:
         return None
     remark = (
@@ -27,7 +27,7 @@ def _merge_row(run: Run) -> Row:
     assert merge is not None
     sets = {(s.task, s.protocol): s.n for s in record.evaluations if s.variant == "merged"}
     return {
-        ("", "method"): label(record.method),
+        ("", "method"): label(record.row),
         ("", "task"): label(record.task),
         ("", "seed"): _number(record.seed),
         ("", "linears"): _number(merge.num_merged),
@@ -49,8 +49,8 @@ def _number(value: Number) -> Cell:
 def latency_table(suite: Suite) -> Table | None:
     """Return a row per timed model, None where nothing was timed."""
     rows = []
-    for method in suite.methods:
-        for run in suite.select(method):
+    for row in suite.rows:
+        for run in suite.select(row):
             rows += _latency_rows(run)
     remark = "Milliseconds, median [first and third quartile] over the repeats."
     return build("latency", f"{suite.name}: latency", rows, (remark,), keys=2) if rows else None

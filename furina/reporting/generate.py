@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from furina.errors import FurinaError, nearest
-from furina.records import RecordError, SearchRecord, SelectionRecord
-from furina.reporting import plots, render
+from furina.records import RecordError
 from furina.reporting import readme as readme_block
+from furina.reporting import render
 from furina.reporting.cells import Table
-from furina.reporting.details import latency_table, merge_table
-from furina.reporting.paper import paper_table
-from furina.reporting.removal import removal_table
-from furina.reporting.studies import search_table, selection_table
-from furina.reporting.suites import Suite, load_suites, read_folder
-from furina.reporting.tables import main_table
+from furina.reporting.contents import load_suites_of, sections, status_section
+from furina.reporting.page import Section, page
+from furina.reporting.reproducing import reproducing
 from furina.storage import write_text
 
-STUDIES = ("search", "selection")
-PAPER = "paper"
-BENCHMARKS = ("training", "latency", "vllm", "merging", "gguf")
-"""Folders that scripts in benchmarks/ write, with tables of their own."""
+STATUS = "REPRODUCING.md"
+PAGE = "report.html"
 GENERATED = {"tables": ("md", "csv", "tex"), "figures": ("svg",)}
 
 
@@ -46,7 +41,7 @@ def report(
     metric: str | None = None,
     check: bool = False,
 ) -> Report:
-    """Write (or, with `check`, compare) all tables and figures of `results_dir`.
+    """Write (or, with `check`, compare) all tables, figures and pages of `results_dir`.
 
     Args:
         results_dir: folder with a folder of run records per suite, and search/, selection/, paper/.
@@ -75,28 +70,23 @@ def generate(
 ) -> Report:
     """Return the report in memory; nothing on disk is touched."""
     made = Report()
-    names = _suites(results_dir)
-    for name in names:
-        for number, suite_of in enumerate(load_suites(results_dir / name, metric)):
-            add = _add_accuracy if number else _add_suite
-            add(made, results_dir / name, suite_of)
-    _add_studies(made, results_dir)
-    paper = results_dir / PAPER / "main.csv"
-    papers = [paper_table(paper)] if paper.is_file() else []
-    _add_tables(made, results_dir / PAPER, papers)
+    suites = load_suites_of(results_dir, metric)
+    found = sections(results_dir, suites)
+    for section in found:
+        if section.written:
+            _add(made, results_dir / section.name, section)
     if not made.tables:
-        raise RecordError(f"There are no records in {results_dir}; run `furina reproduce` first.")
+        raise RecordError(f"There are no records in {results_dir}; run `furina run` first.")
+    status = status_section(results_dir, suites)
+    if status is not None:
+        made.tables += status.tables
+        made.files[results_dir / STATUS] = reproducing(*status.tables)
+        found = [status, *found]
+    made.files[results_dir / PAGE] = page(found)
     if readme is not None:
-        shown = _choose(results_dir, names, suite)
-        main = next(t for t in made.tables if t.title.startswith(f"{shown}: ") and t.name == "main")
-        made.files[readme] = readme_block.fill(readme, _readme_text(main, papers))
+        shown = _choose(results_dir, list(suites), suite)
+        made.files[readme] = readme_block.fill(readme, _readme_text(made.tables, shown))
     return made
-
-
-def _suites(results_dir: Path) -> list[str]:
-    reserved = (*STUDIES, PAPER, *BENCHMARKS)
-    found = sorted({path.parent.name for path in results_dir.glob("*/*.json")})
-    return [name for name in found if name not in reserved and not name.startswith(".")]
 
 
 def _choose(results_dir: Path, names: Sequence[str], suite: str | None) -> str:
@@ -110,44 +100,22 @@ def _choose(results_dir: Path, names: Sequence[str], suite: str | None) -> str:
     return names[0]
 
 
-def _add_suite(made: Report, folder: Path, suite: Suite) -> None:
-    tables = [main_table(suite), latency_table(suite), merge_table(suite), removal_table(suite)]
-    _add_tables(made, folder, [table for table in tables if table is not None])
-    figures = {
-        "accuracy_latency": plots.accuracy_latency(suite),
-        "loss_curves": plots.loss_curves(suite),
-    }
-    for name, figure in figures.items():
-        if figure is not None:
-            made.files[folder / "figures" / f"{name}.svg"] = plots.svg(figure)
-
-
-def _add_accuracy(made: Report, folder: Path, suite: Suite) -> None:
-    """Add the table of a further protocol: one table never mixes two."""
-    table = main_table(suite)
-    _add_tables(made, folder, [replace(table, name=f"main-{suite.protocol}")])
-
-
-def _add_studies(made: Report, results_dir: Path) -> None:
-    search = read_folder(results_dir / "search", SearchRecord.read)
-    if search:
-        _add_tables(made, results_dir / "search", [search_table(search)])
-    selection = read_folder(results_dir / "selection", SelectionRecord.read)
-    if selection:
-        _add_tables(made, results_dir / "selection", [selection_table(selection)])
-
-
-def _add_tables(made: Report, folder: Path, tables: Sequence[Table]) -> None:
-    for table in tables:
+def _add(made: Report, folder: Path, section: Section) -> None:
+    """Add the files of a section's tables and figures."""
+    for table in section.tables:
         made.tables.append(table)
         stem = folder / "tables" / table.name
         made.files[stem.with_suffix(".md")] = f"# {table.title}\n\n{render.markdown(table)}"
         made.files[stem.with_suffix(".csv")] = render.csv(table)
         made.files[stem.with_suffix(".tex")] = render.latex(table)
+    for drawing in section.drawings:
+        made.files[folder / "figures" / f"{drawing.name}.svg"] = drawing.svg
 
 
-def _readme_text(main: Table, papers: Sequence[Table]) -> str:
+def _readme_text(tables: Sequence[Table], suite: str) -> str:
     """Return the main table and, apart and under its own heading, the paper's main numbers."""
+    main = next(t for t in tables if t.title.startswith(f"{suite}: ") and t.name == "main")
+    papers = (t for t in tables if t.name == "paper_main")
     context = [f"**{table.title}**\n\n{render.markdown(table)}" for table in papers]
     return "\n".join([render.markdown(main), *context])
 

@@ -43,7 +43,8 @@ Curve = Sequence[tuple[int, float]]
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Draw in this module's style, whatever the user's is."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
@@ -53,7 +54,7 @@ def _style() -> Iterator[None]:
 def svg(figure: Figure) -> str:
     """Return a figure as SVG without a date, so that equal figures are equal bytes."""
     buffer = io.StringIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
@@ -61,21 +62,25 @@ def svg(figure: Figure) -> str:
 def png(figure: Figure) -> bytes:
     """Return a figure as PNG, for looking at: its bytes depend on the machine's fonts."""
     buffer = io.BytesIO()
-    with _style():
+    with style():
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _colours(suite: Suite) -> dict[str, tuple[str, str]]:
-    """Return each method's colour and marker."""
-    looks = {"base": ("black", "*")}
-    for i, method in enumerate(method for method in suite.methods if method != "base"):
-        turn, colour = divmod(i, len(COLOURS))
-        looks[method] = COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)]
-    return looks
+def look(index: int) -> tuple[str, str]:
+    """Return the colour and marker of a series: no two of the first 49 look alike."""
+    turn, colour = divmod(index, len(COLOURS))
+    return COLOURS[colour], MARKERS[(colour + turn) % len(MARKERS)]
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def _looks(suite: Suite) -> dict[str, tuple[str, str]]:
+    """Return each row's colour and marker."""
+    tuned = [row for row in suite.rows if row != "base"]
+    return {"base": ("black", "*"), **{row: look(i) for i, row in enumerate(tuned)}}
+
+
+def panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with that many axes, `height` inches each."""
     columns, rows = min(count, COLUMNS), math.ceil(count / COLUMNS)
     size = 3.6 * max(columns, 2) + 0.4, height * rows
     figure = Figure(figsize=size, layout="constrained")
@@ -85,35 +90,35 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
 def accuracy_latency(suite: Suite) -> Figure | None:
     """Return accuracy against latency, a panel per task, None where nothing was timed.
 
-    Hollow markers are unmerged models, filled ones merged; an arrow joins the two of a method.
+    Hollow markers are unmerged models, filled ones merged; an arrow joins the two of a row.
     """
     timed = [t for run in suite.runs if run.succeeded for t in run.record.latency]
     if not timed:
         return None
-    with _style():
-        figure, panels = _panels(len(suite.tasks), 3.3)
-        for task, axes in zip(suite.tasks, panels, strict=True):
+    with style():
+        figure, axes_of = panels(len(suite.tasks), 3.3)
+        for task, axes in zip(suite.tasks, axes_of, strict=True):
             axes.set_title(task, fontsize=10)
             axes.set_xlabel(
                 f"time for {timed[0].prompt_tokens} tokens in, {timed[0].new_tokens} out, ms"
             )
-            for method, look in _colours(suite).items():
-                _draw_method(axes, suite, method, task, look)
+            for row, appearance in _looks(suite).items():
+                _draw_row(axes, suite, row, task, appearance)
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.margins(0.15)
-        panels[0].set_ylabel(f"accuracy ({suite.metric}), %")
+        axes_of[0].set_ylabel(f"accuracy ({suite.metric}), %")
         _legend(figure, suite)
     return figure
 
 
-def _draw_method(axes: Axes, suite: Suite, method: str, task: str, look: tuple[str, str]) -> None:
-    colour, marker = look
-    points = {variant: _point(suite, method, task, variant) for variant in ("unmerged", "merged")}
+def _draw_row(axes: Axes, suite: Suite, row: str, task: str, appearance: tuple[str, str]) -> None:
+    colour, marker = appearance
+    points = {variant: _point(suite, row, task, variant) for variant in ("unmerged", "merged")}
     for variant, point in points.items():
         if point is None:
             continue
         time, value, stderr = point
-        hollow = variant == "unmerged" and method != "base"
+        hollow = variant == "unmerged" and row != "base"
         axes.errorbar(
             time.median,
             value,
@@ -123,12 +128,12 @@ def _draw_method(axes: Axes, suite: Suite, method: str, task: str, look: tuple[s
             color=colour,
             markerfacecolor="white" if hollow else colour,
             markeredgecolor=colour if hollow else "white",
-            markersize=13 if method == "base" else 8,
+            markersize=13 if row == "base" else 8,
             elinewidth=0.8,
             zorder=3,
         )
     unmerged, merged = points["unmerged"], points["merged"]
-    if method == "base" and unmerged:
+    if row == "base" and unmerged:
         axes.axhline(unmerged[1], color="black", linewidth=0.8, linestyle=":", zorder=1)
         axes.axvline(unmerged[0].median, color="black", linewidth=0.8, linestyle=":", zorder=1)
     elif unmerged and merged:
@@ -137,10 +142,10 @@ def _draw_method(axes: Axes, suite: Suite, method: str, task: str, look: tuple[s
         axes.annotate("", *ends, arrowprops=arrow)
 
 
-def _point(suite: Suite, method: str, task: str, variant: str) -> Point | None:
+def _point(suite: Suite, row: str, task: str, variant: str) -> Point | None:
     """Return (total time, accuracy in %, its standard error) of one model on one task."""
-    found = [score for _, score in scores(suite, method, task, variant)]
-    times = _times(suite, method, "base" if method == "base" else variant)
+    found = [score for _, score in scores(suite, row, task, variant)]
+    times = _times(suite, row, "base" if row == "base" else variant)
     if not found or not times:
         return None
     middle = Spread(
@@ -153,17 +158,17 @@ def _point(suite: Suite, method: str, task: str, variant: str) -> Point | None:
     return middle, 100 * value, 100 * statistics.fmean(score.stderr for score in found)
 
 
-def _times(suite: Suite, method: str, variant: str) -> list[Spread]:
-    methods = suite.methods if method == "base" else [method]
-    runs = [run for name in methods for run in suite.select(name)]
+def _times(suite: Suite, row: str, variant: str) -> list[Spread]:
+    rows = suite.rows if row == "base" else [row]
+    runs = [run for name in rows for run in suite.select(name)]
     return [t.total_ms for run in runs for t in run.record.latency if t.variant == variant]
 
 
 def _legend(figure: Figure, suite: Suite) -> None:
     handles = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, label=method)
-        for method, (colour, marker) in _colours(suite).items()
-        if method in suite.methods
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=row)
+        for row, (colour, marker) in _looks(suite).items()
+        if row in suite.rows
     ]
     for name, face in (("unmerged", "white"), ("merged", "#777777")):
         handles.append(
@@ -179,23 +184,23 @@ def loss_curves(suite: Suite) -> Figure | None:
     """
     if not any(run.record.training for run in suite.runs):
         return None
-    with _style():
-        figure, panels = _panels(len(suite.trained), 3.0)
-        for task, axes in zip(suite.trained, panels, strict=True):
+    with style():
+        figure, axes_of = panels(len(suite.trained), 3.0)
+        for task, axes in zip(suite.trained, axes_of, strict=True):
             axes.set_title(task, fontsize=10)
             axes.set_xlabel("optimiser step")
-            for method, (colour, _) in _colours(suite).items():
-                for i, curve in enumerate(_curves(suite, method, task)):
-                    _draw_curve(axes, curve, colour, "_" if i else method)
+            for row, (colour, _) in _looks(suite).items():
+                for i, curve in enumerate(_curves(suite, row, task)):
+                    _draw_curve(axes, curve, colour, "_" if i else row)
             if axes.lines:
                 axes.legend()
-        panels[0].set_ylabel("training loss, nats per answer token")
+        axes_of[0].set_ylabel("training loss, nats per answer token")
     return figure
 
 
-def _curves(suite: Suite, method: str, task: str) -> list[Curve]:
+def _curves(suite: Suite, row: str, task: str) -> list[Curve]:
     records = [run.record for run in suite.runs]
-    trained = [r.training for r in records if (r.method, r.task) == (method, task) and r.training]
+    trained = [r.training for r in records if (r.row, r.task) == (row, task) and r.training]
     return [training.loss_curve for training in trained if training.loss_curve]
 
 

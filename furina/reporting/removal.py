@@ -14,16 +14,16 @@ NOT_PAIRED = "per-question outputs are missing, so there is no interval"
 
 
 def removal_table(suite: Suite) -> Table | None:
-    """Return a row per method and task, None where no router was removed (the paper's table 7)."""
+    """Return a line per row and task, None where no router was removed (the paper's table 7)."""
     found = [
-        (method, task)
-        for method in suite.methods
+        (row, task)
+        for row in suite.rows
         for task in suite.tasks
-        if method == "base" or _served(suite, method, task)
+        if row == "base" or _served(suite, row, task)
     ]
     if not any(_served(suite, *pair) == REMOVED for pair in found):
         return None
-    rows = [_row(suite, *pair) for pair in found]
+    rows = [_cells(suite, *pair) for pair in found]
     remarks = (
         "As trained: with its router, or unmerged. As one matrix: the plain average of the experts "
         "where a router was removed, else merged. Difference: as one matrix minus as trained, in "
@@ -35,31 +35,31 @@ def removal_table(suite: Suite) -> Table | None:
     return build("router_removed", f"{suite.name}: routers removed", rows, remarks, keys=2)
 
 
-def _served(suite: Suite, method: str, task: str) -> str | None:
+def _served(suite: Suite, row: str, task: str) -> str | None:
     """Return the variant that is one matrix per linear, None if there is none."""
-    return next((v for v in (REMOVED, "merged") if scores(suite, method, task, v)), None)
+    return next((v for v in (REMOVED, "merged") if scores(suite, row, task, v)), None)
 
 
-def _row(suite: Suite, method: str, task: str) -> Row:
-    row: Row = {("", "method"): label(method), ("", "task"): label(task)}
+def _cells(suite: Suite, row: str, task: str) -> Row:
+    cells: Row = {("", "method"): label(row), ("", "task"): label(task)}
     group = f"{suite.metric}, %"
-    row[group, "as trained"] = accuracy(suite, method, task, "unmerged")
-    served = _served(suite, method, task)
+    cells[group, "as trained"] = accuracy(suite, row, task, "unmerged")
+    served = _served(suite, row, task)
     if served is None:
         blank = missing("the base model has no adapter")
-        row[group, "as one matrix"] = row["difference", "points"] = blank
-        row["difference", "95 % interval"] = row["", "verdict"] = blank
-        row["", "how"] = blank
-        return row
-    row[group, "as one matrix"] = accuracy(suite, method, task, served)
-    lost = difference(suite, task, (method, served), (method, "unmerged"))
-    left = difference(suite, task, (method, served), ("base", "unmerged"))
+        cells[group, "as one matrix"] = cells["difference", "points"] = blank
+        cells["difference", "95 % interval"] = cells["", "verdict"] = blank
+        cells["", "how"] = blank
+        return cells
+    cells[group, "as one matrix"] = accuracy(suite, row, task, served)
+    lost = difference(suite, task, (row, served), (row, "unmerged"))
+    left = difference(suite, task, (row, served), ("base", "unmerged"))
     assert lost is not None
-    row["difference", "points"] = Cell(f"{100 * lost.value:+.1f}", {"": 100 * lost.value})
-    row["difference", "95 % interval"] = _interval_cell(lost)
-    row["", "verdict"] = label(verdict(lost, left))
-    row["", "how"] = label("router removed" if served == REMOVED else "merged")
-    return row
+    cells["difference", "points"] = Cell(f"{100 * lost.value:+.1f}", {"": 100 * lost.value})
+    cells["difference", "95 % interval"] = _interval_cell(lost)
+    cells["", "verdict"] = label(verdict(lost, left))
+    cells["", "how"] = label("router removed" if served == REMOVED else "merged")
+    return cells
 
 
 def interval(found: Difference) -> tuple[float, float] | None:

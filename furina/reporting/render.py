@@ -49,11 +49,13 @@ def _rows(table: Table, write: Callable[[Cell, str], str]) -> list[list[str]]:
     return [[write(cell, ",".join(marks[n] for n in cell.notes)) for cell in row] for row in rows]
 
 
-def _columns(table: Table) -> list[tuple[str, str]]:
+def columns_of(table: Table) -> list[tuple[str, str]]:
+    """Return each column's group and name."""
     return [(str(column[0]), str(column[1])) for column in table.frame.columns]
 
 
-def _is_numeric(table: Table, column: int) -> bool:
+def is_numeric(table: Table, column: int) -> bool:
+    """Tell whether the column with that number holds numbers, be they missing."""
     return any(not isinstance(cell.numbers.get(""), str) for cell in table.frame.iloc[:, column])
 
 
@@ -65,9 +67,9 @@ def markdown(table: Table) -> str:
         text = f"**{text}**" if cell.bold else text
         return f"{text} <sup>{marks}</sup>" if marks else text
 
-    columns = _columns(table)
+    columns = columns_of(table)
     heads = [escape(g, MARKDOWN) + ("<br>" if g else "") + escape(n, MARKDOWN) for g, n in columns]
-    rules = ["---:" if _is_numeric(table, i) else "---" for i in range(len(columns))]
+    rules = ["---:" if is_numeric(table, i) else "---" for i in range(len(columns))]
     lines = ["| " + " | ".join(row) + " |" for row in (heads, rules, *_rows(table, write))]
     notes = [f"<sup>{mark}</sup> {escape(n, MARKDOWN)}." for n, mark in table.footnotes.items()]
     remarks = [escape(remark, MARKDOWN) for remark in table.remarks]
@@ -77,7 +79,7 @@ def markdown(table: Table) -> str:
 
 def csv(table: Table) -> str:
     """Return every number of the table, a column each, unrounded; notes come last."""
-    columns = _columns(table)
+    columns = columns_of(table)
     rows: list[list[Cell]] = table.frame.to_numpy().tolist()
     records = []
     for row in rows:
@@ -85,7 +87,7 @@ def csv(table: Table) -> str:
         for i, (column, cell) in enumerate(zip(columns, row, strict=True)):
             # A missing cell has no named numbers, so the column's names come from all rows.
             for key in dict.fromkeys(key for other in rows for key in other[i].numbers):
-                record[_csv_name(*column, key)] = _exact(cell.numbers.get(key))
+                record[_csv_name(*column, key)] = exact(cell.numbers.get(key))
         record["notes"] = "; ".join(_noted(columns, row))
         records.append(record)
     return pd.DataFrame(records).to_csv(index=False, lineterminator="\n")
@@ -102,7 +104,8 @@ def _noted(columns: Sequence[tuple[str, str]], row: Sequence[Cell]) -> Iterator[
         yield f"{sentence} ({', '.join(about)})"
 
 
-def _exact(number: Number) -> str:
+def exact(number: Number) -> str:
+    """Return a number unrounded, "" for a missing one."""
     if number is None:
         return ""
     return f"{number:.10g}" if isinstance(number, float) else str(number)
@@ -116,8 +119,8 @@ def latex(table: Table) -> str:
         text = rf"\textbf{{{text}}}" if cell.bold else text
         return rf"{text}\textsuperscript{{{marks}}}" if marks else text
 
-    columns = _columns(table)
-    alignment = "".join("r" if _is_numeric(table, i) else "l" for i in range(len(columns)))
+    columns = columns_of(table)
+    alignment = "".join("r" if is_numeric(table, i) else "l" for i in range(len(columns)))
     notes = [rf"\textsuperscript{{{m}}}{escape(n, LATEX)}." for n, m in table.footnotes.items()]
     notes += [escape(remark, LATEX) for remark in table.remarks]
     lines = [
@@ -143,7 +146,7 @@ def _latex_groups(columns: Sequence[tuple[str, str]]) -> list[str]:
     if not any(group for group, _ in columns):
         return []
     heads, rules, start = [], [], 1
-    for group, names in _grouped(columns):
+    for group, names in grouped(columns):
         end = start + len(names) - 1
         heads.append(rf"\multicolumn{{{len(names)}}}{{c}}{{{escape(group, LATEX)}}}")
         rules += [rf"\cmidrule(lr){{{start}-{end}}}"] if group else []
@@ -151,7 +154,7 @@ def _latex_groups(columns: Sequence[tuple[str, str]]) -> list[str]:
     return [" & ".join(heads) + r" \\", " ".join(rules)]
 
 
-def _grouped(columns: Sequence[tuple[str, str]]) -> list[tuple[str, list[int]]]:
+def grouped(columns: Sequence[tuple[str, str]]) -> list[tuple[str, list[int]]]:
     """Return runs of neighbouring columns of one group, as column numbers."""
     groups: list[tuple[str, list[int]]] = []
     for i, (group, _) in enumerate(columns):
@@ -175,14 +178,14 @@ def terminal(table: Table, width: int) -> RenderableType:
 
 def _blocks(table: Table, rows: list[list[str]], width: int) -> list[list[int]]:
     """Return the columns of each block: the keys, then as many whole groups as fit."""
-    columns = _columns(table)
+    columns = columns_of(table)
     widths = [
         max(len(text) for text in (*column, *(row[i] for row in rows))) + SEPARATOR
         for i, column in enumerate(columns)
     ]
     keys = list(range(table.keys))
     blocks: list[list[int]] = []
-    for _, group in _grouped(columns):
+    for _, group in grouped(columns):
         added = [i for i in group if i not in keys]
         if not blocks or sum(widths[i] for i in (*blocks[-1], *added)) > width:
             blocks.append(list(keys))
@@ -191,7 +194,7 @@ def _blocks(table: Table, rows: list[list[str]], width: int) -> list[list[int]]:
 
 
 def _block(table: Table, rows: list[list[str]], block: Sequence[int]) -> RichTable:
-    columns = _columns(table)
+    columns = columns_of(table)
     rich_table = RichTable(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     grouped = any(columns[i][0] for i in block)
     shown = ""
@@ -199,7 +202,7 @@ def _block(table: Table, rows: list[list[str]], block: Sequence[int]) -> RichTab
         group, name = columns[i]
         head = f"{'' if group == shown else group}\n{name}" if grouped else name
         shown = group
-        justify: Literal["left", "right"] = "right" if _is_numeric(table, i) else "left"
+        justify: Literal["left", "right"] = "right" if is_numeric(table, i) else "left"
         rich_table.add_column(Text(head), justify=justify, no_wrap=True)
     cells: list[list[Cell]] = table.frame.to_numpy().tolist()
     for row, texts in zip(cells, rows, strict=True):

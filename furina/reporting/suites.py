@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from furina.records import RecordError, RunRecord, Score
+from furina.reporting.staleness import NUMERICS, Change, read_changes
 
 # These may differ between the seeds of one row without changing what the row measures.
 FREE_KEYS = {"seed", "name", "checkpoint_interval", "validation_interval", "data_dir", "source"}
@@ -41,7 +42,23 @@ class Run:
         """Return the tasks it scored under a protocol; those meant to be if it has no score."""
         if self.record.evaluations:
             return {s.task for s in self.record.evaluations if s.protocol == protocol}
-        return {data.task for data in self.record.data if data.test_sha256}
+        if self.record.data:
+            return {data.task for data in self.record.data if data.test_sha256}
+        return self._planned(protocol)
+
+    def _planned(self, protocol: str) -> set[str]:
+        """Return what its config says is scored; a run may fail before it has read any data."""
+        config = self.record.config
+        named = config.get("score") or config.get("mixture") or [self.record.task]
+        pairs = (
+            str(entry).partition(":")
+            for entry in (named if isinstance(named, (list, dict)) else ())
+        )
+        return {
+            task
+            for task, _, asked in pairs
+            if (asked or config.get("protocol", protocol)) == protocol
+        }
 
     def score(self, variant: str, task: str, protocol: str, metric: str) -> Score | None:
         """Return one score, None where it was not taken."""
@@ -52,19 +69,24 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Suite:
-    """The comparable runs of one folder; its tables show one metric of one protocol."""
+    """The comparable runs of one folder; its tables show one metric of one protocol.
+
+    Two readings of a folder are two suites, since its files may have changed in between. `changes`
+    are the dated changes that move numbers, by which a run may be out of date.
+    """
 
     name: str
     protocol: str
     metric: str
     runs: tuple[Run, ...]
+    changes: tuple[Change, ...] = ()
 
     @property
-    def methods(self) -> list[str]:
-        """Return the methods: base first, then by trainable parameters."""
-        return list(dict.fromkeys(r.record.method for r in sorted(self.runs, key=_method_order)))
+    def rows(self) -> list[str]:
+        """Return the rows of its tables: base first, then by trainable parameters."""
+        return list(dict.fromkeys(r.record.row for r in sorted(self.runs, key=_row_order)))
 
     @property
     def tasks(self) -> list[str]:
@@ -76,13 +98,13 @@ class Suite:
         """Return what was trained by name: tasks, or mixtures."""
         return sorted({run.record.task for run in self.runs})
 
-    def select(self, method: str, task: str | None = None) -> list[Run]:
-        """Return the successful runs of one method, all or those that scored a task."""
+    def select(self, row: str, task: str | None = None) -> list[Run]:
+        """Return the successful runs of one row, all or those that scored a task."""
         return [
             run
             for run in self.runs
             if run.succeeded
-            and run.record.method == method
+            and run.record.row == row
             and (task is None or task in run.tasks(self.protocol))
         ]
 
@@ -92,10 +114,10 @@ class Suite:
         return [run for run in self.runs if not run.succeeded]
 
 
-def _method_order(run: Run) -> tuple[bool, float, str]:
+def _row_order(run: Run) -> tuple[bool, float, str]:
     training = run.record.training
     size = training.trainable if training else float("inf")
-    return run.record.method != "base", size, run.record.method
+    return run.record.row != "base", size, run.record.row
 
 
 def read_folder(folder: Path, read: Callable[[Path], R]) -> dict[Path, R]:
@@ -106,28 +128,41 @@ def read_folder(folder: Path, read: Callable[[Path], R]) -> dict[Path, R]:
 def load_suites(folder: Path, metric: str | None = None) -> list[Suite]:
     """Read the suite of `folder` once per protocol, the one it was trained under first.
 
-    The metric defaults to the one each record lists first under the protocol. Raises RecordError
-    naming two files that cannot be compared.
+    The metric defaults to the one each record lists first under the protocol. The changes that
+    move numbers are read from the file beside the suites' folders, where there is one. Raises
+    RecordError naming two files that cannot be compared.
     """
     runs = tuple(Run(path, r) for path, r in read_folder(folder, RunRecord.read).items())
     if not runs:
-        raise RecordError(f"There are no run records in {folder}; run `furina reproduce` first.")
+        raise RecordError(f"There are no run records in {folder}; run `furina run` first.")
+    _check_base(runs)
     _check_unique(runs)
     _check_comparable(runs, metric)
+    changes = read_changes(folder.parent / NUMERICS)
     first: dict[str, str] = {}
     for run in runs:
         for score in run.record.evaluations:
             first.setdefault(score.protocol, score.metric)
     return [
-        Suite(folder.name, protocol, metric or main, runs)
+        Suite(folder.name, protocol, metric or main, runs, changes)
         for protocol, main in (first or {"text": "acc"}).items()
     ]
+
+
+def _check_base(runs: Iterable[Run]) -> None:
+    """Refuse another name for the untouched backbone, which every table compares with."""
+    for run in runs:
+        if (run.record.method == "base") != (run.record.row == "base"):
+            raise RecordError(
+                f"{run.path} is row {run.record.row!r} of method {run.record.method!r}: the "
+                "untouched backbone, and nothing else, is row 'base'."
+            )
 
 
 def _check_unique(runs: Iterable[Run]) -> None:
     seen: dict[Hashable, Path] = {}
     for run in runs:
-        key = (run.record.method, run.record.task, run.record.seed)
+        key = (run.record.row, run.record.task, run.record.seed)
         if key in seen:
             raise RecordError(
                 f"{seen[key]} and {run.path} both hold {key[0]} on {key[1]}, seed {key[2]}; "
@@ -135,10 +170,10 @@ def _check_unique(runs: Iterable[Run]) -> None:
             )
         seen[key] = run.path
         for task, protocol in {(s.task, s.protocol) for s in run.record.evaluations}:
-            scored = "score", run.record.method, run.record.seed, task, protocol
+            scored = "score", run.record.row, run.record.seed, task, protocol
             if scored in seen:
                 raise RecordError(
-                    f"{seen[scored]} and {run.path} both score {run.record.method}, seed "
+                    f"{seen[scored]} and {run.path} both score {run.record.row}, seed "
                     f"{run.record.seed}, on {task} under {protocol}; keep them in two suites."
                 )
             seen[scored] = run.path
@@ -159,7 +194,8 @@ def _check_comparable(runs: Iterable[Run], metric: str | None) -> None:
 def _identity(run: Run, metric: str | None) -> Iterable[tuple[str, Hashable, Hashable]]:
     """Yield (what, scope, value): within a scope, every run must have the same value."""
     record = run.record
-    yield "the backbone's hash", "", record.backbone.sha256
+    if record.backbone.sha256:  # a run may fail before the backbone is loaded
+        yield "the backbone's hash", "", record.backbone.sha256
     for data in record.data:
         if data.test_sha256:
             yield "the test subset", data.task, data.test_subset
@@ -178,7 +214,7 @@ def _identity(run: Run, metric: str | None) -> Iterable[tuple[str, Hashable, Has
         yield "the number of prompt tokens", "", latency.prompt_tokens
         yield "the number of new tokens", "", latency.new_tokens
     if run.succeeded:
-        cell = (record.method, record.task)
+        cell = (record.row, record.task)
         for key, setting in record.config.items():
             if key not in FREE_KEYS:
                 yield f"the setting {key}", cell, json.dumps(setting, sort_keys=True)

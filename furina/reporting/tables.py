@@ -1,4 +1,4 @@
-"""The main table: one row per method, accuracy and cost, unmerged and merged."""
+"""The main table: a line per row, accuracy and cost, unmerged and merged."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ VARIANTS = ("unmerged", "merged")
 
 
 def main_table(suite: Suite) -> Table:
-    """Return the suite's main table: a row per method, a group of columns per task and cost."""
-    rows = [_row(suite, method) for method in suite.methods]
+    """Return the suite's main table: a line per row, a group of columns per task and cost."""
     return build(
         "main",
         f"{suite.name}: accuracy and cost under protocol {suite.protocol}",
-        rows,
+        [_cells(suite, row) for row in suite.rows],
         _remarks(suite),
     )
 
 
-def _row(suite: Suite, method: str) -> Row:
-    runs = suite.select(method)
-    row: Row = {("", "method"): label(method, *_tree_notes(runs))}
-    row["", "seeds"] = _seeds(method, runs)
-    row["", "trainable"] = costs.trainable(method, runs)
+def _cells(suite: Suite, row: str) -> Row:
+    runs = suite.select(row)
+    cells: Row = {("", "method"): label(row, *_tree_notes(runs))}
+    cells["", "seeds"] = seeds_cell(row, runs)
+    cells["", "trainable"] = costs.trainable(row, runs)
     for task in suite.tasks:
         group = f"{task} {suite.metric}, %"
         for variant in VARIANTS:
-            row[group, variant] = accuracy(suite, method, task, variant)
-        row[group, "gain"] = gain_cell(suite, method, task)
+            cells[group, variant] = accuracy(suite, row, task, variant)
+        cells[group, "gain"] = gain_cell(suite, row, task)
     if len(suite.tasks) > 1:
         for variant in VARIANTS:
-            row[f"mean of {len(suite.tasks)} tasks, %", variant] = macro(suite, method, variant)
+            cells[f"mean of {len(suite.tasks)} tasks, %", variant] = macro(suite, row, variant)
     for group, spread in costs.TIMES.items():
         for variant in VARIANTS:
-            row[group, variant] = costs.time(suite, method, variant, spread)
-    row.update(costs.training(method, runs))
-    return row
+            cells[group, variant] = costs.time(suite, row, variant, spread)
+    cells.update(costs.training(row, runs))
+    return cells
 
 
 def _tree_notes(runs: Iterable[Run]) -> list[str]:
@@ -49,8 +48,9 @@ def _tree_notes(runs: Iterable[Run]) -> list[str]:
     return [note for state, note in ((True, DIRTY), (None, NO_COMMIT)) if state in states]
 
 
-def _seeds(method: str, runs: Sequence[Run]) -> Cell:
-    if method == "base":
+def seeds_cell(row: str, runs: Sequence[Run]) -> Cell:
+    """Return how many seeds a row has, of the tasks that have fewest and most."""
+    if row == "base":
         return missing(ONE_MODEL)
     counts = {task: 0 for task in sorted(run.record.task for run in runs)}
     for run in runs:
@@ -69,11 +69,11 @@ def _remarks(suite: Suite) -> tuple[str, ...]:
         "questions, and in standard errors of that difference."
     ]
     remarks += [_task_remark(suite, task) for task in suite.tasks]
-    remarks += [*_latency_remark(suite), _conditions(suite)]
+    remarks += [*_latency_remark(suite), conditions(suite)]
     remarks.append(
         "Training: minutes are the mean of a run without evaluation, memory is the highest peak."
     )
-    return tuple(remark for remark in remarks if remark) + _failure_remarks(suite)
+    return tuple(remark for remark in remarks if remark) + failure_remarks(suite)
 
 
 def _task_remark(suite: Suite, task: str) -> str:
@@ -95,8 +95,10 @@ def _latency_remark(suite: Suite) -> list[str]:
     ]
 
 
-def _conditions(suite: Suite) -> str:
+def conditions(suite: Suite) -> str:
+    """Return on what the suite was run: backbone, protocol, commits and machines."""
     records = [run.record for run in suite.runs]
+    backbone = max((record.backbone for record in records), key=lambda b: b.sha256 != "")
     machines = dict.fromkeys(
         f"{h.accelerator or h.cpu}, {h.cores} cores, {h.threads} threads"
         for h in (record.provenance.hardware for record in records)
@@ -111,14 +113,15 @@ def _conditions(suite: Suite) -> str:
         else ""
     )
     return (
-        f"Backbone {records[0].backbone.name} (sha256 {records[0].backbone.sha256[:12]}){prompt}; "
+        f"Backbone {backbone.name} (sha256 {backbone.sha256[:12]}){prompt}; "
         f"commit {', '.join(commits)}; on {'; '.join(machines)}."
     )
 
 
-def _failure_remarks(suite: Suite) -> tuple[str, ...]:
+def failure_remarks(suite: Suite) -> tuple[str, ...]:
+    """Return a sentence for each run that diverged or failed."""
     return tuple(
-        f"No result: {run.record.method} on {run.record.task}, seed {run.record.seed} "
+        f"No result: {run.record.row} on {run.record.task}, seed {run.record.seed} "
         f"{run.record.status}{f': {run.record.error}' if run.record.error else ''}."
         for run in suite.failures
     )

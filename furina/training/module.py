@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.aggregation import RunningMean, SumMetric
 
 from furina.accumulation import accumulating
+from furina.adapters.sharding import whole
 from furina.auxiliary import after_step, auxiliary_loss
 from furina.compilation import CompiledDecoder
 from furina.errors import ConfigurationError
@@ -32,8 +33,13 @@ from furina.inject import (
 from furina.training.checkpointing import require_same
 from furina.training.divergence import DivergenceWatch
 from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers
-from furina.training.preconditions import refuse_ignored_options, require_trainable
+from furina.training.preconditions import (
+    refuse_ignored_options,
+    refuse_unsharded_options,
+    require_trainable,
+)
 from furina.training.schedule import Schedule, learning_rate_factor, schedule_length, step_seed
+from furina.training.sharding import ShardedStrategy, shard
 from furina.training.window import Share, shares
 
 RUNNING_WINDOW = 20
@@ -103,9 +109,16 @@ class FinetuneModule(pl.LightningModule):
         self._validation_tokens = SumMetric(nan_strategy="disable")
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Refuse Trainer options that would be ignored; adds no callback."""
+        """Refuse Trainer options that would be ignored or fail later; adds no callback."""
         refuse_ignored_options(self.trainer)
+        refuse_unsharded_options(self.trainer, compiled=self._compiled is not None)
         return []
+
+    def configure_model(self) -> None:
+        """Shard the model if the strategy does so."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Silence Lightning's word that a hook of this module, not the data module's, is used."""
@@ -254,8 +267,8 @@ class FinetuneModule(pl.LightningModule):
         logits, targets = answer_logits(self.model, micro)
         task = share.task * mean_nll(logits, targets)
         auxiliary = share.auxiliary * auxiliary_loss(self.model)
-        # DDP averages over the ranks but the loss is their sum; the auxiliary loss's own all-reduce
-        # has put that factor into its gradient already.
+        # DDP and FSDP2 average over the ranks but the loss is their sum; the auxiliary loss's own
+        # all-reduce has put that factor into its gradient already.
         self.manual_backward(self.trainer.world_size * task + auxiliary)
         hits = (logits.argmax(-1) == targets).sum() * (share.task / max(len(targets), 1))
         return torch.stack([task.detach(), hits, auxiliary.detach()])
@@ -263,7 +276,7 @@ class FinetuneModule(pl.LightningModule):
     def _clip(self) -> Tensor:
         """Clip the global gradient norm; returns the norm before that."""
         parameters = list(adapter_parameters(self.model).values())
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.hparams["gradient_clip"] is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.hparams["gradient_clip"], norm)
         return norm

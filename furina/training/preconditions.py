@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from furina.errors import ConfigurationError
 from furina.inject import state_of
+from furina.training.sharding import ShardedStrategy
 
 
 def refuse_ignored_options(trainer: pl.Trainer) -> None:
@@ -25,6 +27,28 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
         raise ConfigurationError(
             "Trainer(precision='16-mixed') scales the gradients that are clipped here: use "
             "'bf16-mixed' or '32-true'."
+        )
+
+
+def refuse_unsharded_options(trainer: pl.Trainer, compiled: bool) -> None:
+    """Raise ConfigurationError for what a model that is sharded over devices does not allow."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    if not isinstance(strategy, ShardedStrategy):
+        raise ConfigurationError(
+            "Trainer(strategy=ModelParallelStrategy(…)) keeps checkpoints in parts: use "
+            "furina.training.ShardedStrategy(world_size)."
+        )
+    if compiled:
+        raise ConfigurationError(
+            "torch.compile does not work on a sharded model, whose layers are gathered by hooks "
+            "that break the graph: leave out compile, or use strategy ddp."
+        )
+    if trainer.validate_loop.inference_mode:
+        raise ConfigurationError(
+            "A sharded model's weights cannot be trained once gathered in inference mode: set "
+            "Trainer(inference_mode=False)."
         )
 
 

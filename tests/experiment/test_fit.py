@@ -14,6 +14,7 @@ import torch
 from furina import adapter_state_dict, describe
 from furina.errors import ConfigurationError, DataError
 from furina.experiment import fit as fit_module
+from furina.experiment import process
 from furina.experiment.fit import fit
 from furina.training import LossHistory
 from tests.experiment.conftest import Finished
@@ -182,8 +183,9 @@ def test_attention_is_switched_only_where_none_was_chosen(
         seen.append(model.config._attn_implementation)
         raise Killed
 
-    monkeypatch.setattr(fit_module, "_train", train)
-    monkeypatch.setattr(fit_module, "best_device", lambda: "cpu")
+    monkeypatch.setattr(process, "_train", train)
+    for module in (fit_module, process):
+        monkeypatch.setattr(module, "best_device", lambda: "cpu")
     with pytest.raises(Killed):
         fit(tiny(data_dir, attention=chosen), tmp_path)
     assert seen == [expected]

@@ -6,8 +6,10 @@ import gzip
 import json
 import math
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from furina.records import (
     Backbone,
@@ -76,8 +78,8 @@ def correct(method: str, task: str, seed: int, flips: int = 0) -> list[bool]:
     return [not a if i < flips else a for i, a in enumerate(answers)]
 
 
-def score(variant: Variant, task: str, answers: list[bool], samples: str | None) -> Score:
-    n, chance = len(answers), TASKS[task][1]
+def score(variant: Variant, task: str, answers: Sequence[bool], samples: str | None) -> Score:
+    n, chance = len(answers), TASKS.get(task, (0, 0.25))[1]
     value = sum(answers) / n
     stderr = math.sqrt(value * (1 - value) / (n - 1))
     return Score(
@@ -129,7 +131,7 @@ def run_record(method: str, task: str, seed: int = 0, samples: bool = True) -> R
         task=task,
         seed=seed,
         config={"learning_rate": 5e-4, "adapter": {"rank": 16}, "seed": seed},
-        command="furina reproduce experiments/quickstart.yaml",
+        command="furina run quickstart",
         started="2026-11-20T10:00:00+00:00",
         finished="2026-11-20T10:06:00+00:00",
         provenance=PROVENANCE,
@@ -156,7 +158,34 @@ def write_run(folder: Path, record: RunRecord) -> Path:
     return path
 
 
-def write_samples(path: Path, metric: str, answers: list[bool], first_id: int = 0) -> None:
+def write_row(
+    folder: Path, row: str, task: str, answers: Sequence[bool], seed: int = 0, **changes: Any
+) -> RunRecord:
+    """Write a run that gave `answers`, merged and unmerged, and return its record.
+
+    Rows other than base and lora are of method furina. `changes` replace fields of the record.
+    """
+    method = row if row in ("base", "lora") else "furina"
+    variants: tuple[Variant, ...] = ("base",) if row == "base" else ("unmerged", "merged")
+    name = f"{row}--{task}--seed{seed}"
+    files = {v: f"samples/{name}--{task}--{v}.jsonl.gz" for v in variants}
+    for file in files.values():
+        write_samples(folder / file, "acc", answers)
+    like = run_record(method, "arc_easy", seed, samples=False)
+    record = replace(
+        like,
+        name=name,
+        task=task,
+        config={**like.config, "row": "" if row == method else row},
+        data=(replace(like.data[0], task=task, test_subset=f"test-{len(answers)}"),),
+        evaluations=tuple(score(v, task, answers, files[v]) for v in variants),
+    )
+    record = replace(record, **changes)
+    record.write(folder / record.file_name)
+    return record
+
+
+def write_samples(path: Path, metric: str, answers: Sequence[bool], first_id: int = 0) -> None:
     numbered = enumerate(answers, first_id)
     rows = [{"id": f"q{i}", "correct": {metric: answer}} for i, answer in numbered]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +225,7 @@ def search_record(
         n=300,
         seconds=290.0,
         config={"seed": seed},
-        command="furina reproduce experiments/search.yaml",
+        command="furina run search",
         provenance=PROVENANCE,
     )
 
@@ -214,6 +243,6 @@ def selection_record(seed: int, coefficient: float, share: float) -> SelectionRe
         final_loss=1.2 + 0.01 * seed,
         gradient_ratio=0.2 if coefficient else None,
         config={"seed": seed},
-        command="furina reproduce experiments/selection.yaml",
+        command="furina run selection",
         provenance=PROVENANCE,
     )

@@ -168,6 +168,18 @@ def test_an_integer_is_read_where_a_float_is_declared() -> None:
     assert (type(value), value) == (float, 3.0)
 
 
+@pytest.mark.parametrize(
+    ("config", "row"),
+    [({}, "furina"), ({"row": ""}, "furina"), ({"row": "no-shared"}, "no-shared")],
+)
+def test_a_record_is_filed_under_its_row_which_is_its_method_where_nothing_is_said(
+    config: dict[str, object], row: str
+) -> None:
+    record = replace(fakes.run_record("furina", "arc_easy", 3), config=config)
+    assert record.row == row
+    assert record.file_name == f"{row}--arc_easy--seed3.json"
+
+
 def test_file_names_hold_everything_that_is_varied() -> None:
     searched = [
         fakes.search_record("furina", "arc_easy", rate, 0.5, multiplier, seed)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import html
+import re
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import OutdatedReportError, plots, report
-from furina.reporting.paper import paper_table
+from furina.reporting import OutdatedReportError, plots, report, significance
 from furina.reporting.readme import BEGIN, END, fill
 from tests.records import fakes
 
-PAPER = Path(__file__).parents[2] / "results" / "paper"
+RESULTS = Path(__file__).parents[2] / "results"
+PAPER = RESULTS / "paper"
 
 
 @pytest.fixture
@@ -37,8 +39,9 @@ def whole(results: Path) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the drawing, which is most of a report's time."""
+    """Leave out the drawing and most resamples, which are most of a report's time."""
     monkeypatch.setattr(plots, "svg", lambda figure: "<svg/>\n")
+    monkeypatch.setattr(significance, "RESAMPLES", 99)
 
 
 def readme(results: Path) -> Path:
@@ -49,11 +52,15 @@ def readme(results: Path) -> Path:
 def test_every_table_is_written_in_three_forms_and_every_figure_as_svg(whole: Path) -> None:
     report(whole, readme=readme(whole))
     written = {str(p.relative_to(whole)) for p in whole.rglob("*/tables/*")}
-    tables = [f"quickstart/tables/{name}" for name in ("main", "latency", "merge")]
-    tables += ["search/tables/search", "selection/tables/selection", "paper/tables/paper_main"]
+    names = ("comparison", "main", "latency", "merge")
+    tables = [f"quickstart/tables/{name}" for name in names]
+    tables += ["search/tables/search", "selection/tables/selection"]
+    papers = (path.stem for path in PAPER.glob("*.csv") if path.stem != "index")
+    tables += [f"paper/tables/paper_{name}" for name in papers]
     assert written == {f"{table}.{end}" for table in tables for end in ("md", "csv", "tex")}
     figures = {path.name for path in whole.rglob("figures/*")}
-    assert figures == {"accuracy_latency.svg", "loss_curves.svg"}
+    assert figures == {"differences.svg", "accuracy_latency.svg", "loss_curves.svg"}
+    assert (whole / "report.html").is_file() and (whole / "REPRODUCING.md").is_file()
 
 
 def test_a_second_report_changes_no_byte_and_passes_the_check(whole: Path) -> None:
@@ -85,6 +92,58 @@ def test_the_check_lists_every_differing_missing_and_stale_file_and_writes_nothi
         assert str(path) in listed
     assert str(whole / "quickstart" / "tables" / "main.csv") not in listed
     assert state == {p: p.read_bytes() for p in whole.parent.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["report.html", "REPRODUCING.md"])
+@pytest.mark.usefixtures("undrawn")
+def test_the_check_covers_the_page_and_the_statuses(name: str, whole: Path) -> None:
+    report(whole)
+    report(whole, check=True)
+    (whole / name).write_text((whole / name).read_text() + " ")
+    with pytest.raises(OutdatedReportError, match=re.escape(name)):
+        report(whole, check=True)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_generated_table_is_on_the_page_and_in_the_terminal(whole: Path) -> None:
+    made = report(whole)
+    text = (whole / "report.html").read_text()
+    for table in made.tables:
+        assert f">{html.escape(table.title)}</h3>" in text
+    written = {path.stem for path in whole.rglob("tables/*.csv")}
+    assert written | {"status", "effort"} == {table.name for table in made.tables}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_benchmarks_wrote_is_shown_and_left_alone(whole: Path) -> None:
+    shutil.copytree(RESULTS / "training", whole / "training")
+    before = {path: path.read_bytes() for path in (whole / "training").iterdir()}
+    report(whole)
+    assert before == {path: path.read_bytes() for path in (whole / "training").iterdir()}
+    text = (whole / "report.html").read_text()
+    assert "training/step: One optimiser step" in text
+    assert text.count("<svg") == 2 + len(list((whole / "training").glob("*.svg"))) + 1
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_suite_of_the_paper_stands_beside_its_table(whole: Path) -> None:
+    fakes.write_suite(whole / "main-cpu")
+    report(whole)
+    status = (whole / "REPRODUCING.md").read_text()
+    assert "| Table 1 | Accuracy on seven commonsense tasks | main-cpu | cpu | undecided" in status
+    assert "furina run variants --scale cpu" in status
+    comparison = (whole / "main-cpu" / "tables" / "comparison.md").read_text()
+    assert "beside the paper's Table 1" in comparison
+    text = (whole / "report.html").read_text()
+    assert text.index('id="main-cpu"') < text.index('id="quickstart"') < text.index('id="search"')
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_the_papers_list_there_is_a_page_but_no_status(whole: Path) -> None:
+    shutil.rmtree(whole / "paper")
+    report(whole)
+    assert (whole / "report.html").is_file()
+    assert not (whole / "REPRODUCING.md").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -166,7 +225,7 @@ def test_a_second_protocol_has_a_table_of_its_own(whole: Path) -> None:
 
 
 def test_a_results_folder_without_records_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="furina reproduce"):
+    with pytest.raises(RecordError, match="furina run"):
         report(tmp_path)
 
 
@@ -193,36 +252,6 @@ def test_a_broken_record_is_an_error_before_anything_is_written(whole: Path) -> 
     with pytest.raises(RecordError, match="not valid JSON"):
         report(whole)
     assert not list(whole.rglob("tables"))
-
-
-@pytest.mark.parametrize("path", sorted(PAPER.glob("*.csv")), ids=lambda path: path.stem)
-def test_every_file_of_the_papers_numbers_is_a_table(path: Path) -> None:
-    assert not paper_table(path).frame.empty
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must have lines under the header"),
-        ("a,b\n1,2\n", "must have lines under the header"),
-        ("source,table,row,column,value,unit\n", "must have lines"),
-        ("source,table,row,column,value,unit\ns,t,r,c,x,%\n", "'x' is not a number"),
-        ("source,table,row,column,value,unit\ns,t,r,c,1,%\ns,t,r,c,2,%\n", "twice"),
-    ],
-)
-def test_a_damaged_file_of_the_papers_numbers_is_one_sentence(
-    text: str, message: str, tmp_path: Path
-) -> None:
-    (tmp_path / "main.csv").write_text(text)
-    with pytest.raises(RecordError, match=message):
-        paper_table(tmp_path / "main.csv")
-
-
-def test_the_papers_means_of_three_are_the_means_of_its_three_backbones() -> None:
-    for row in paper_table(PAPER / "main.csv").frame.to_dict("records"):
-        *backbones, mean = (cell.numbers[""] for cell in list(row.values())[1:])
-        if None not in backbones:
-            assert sum(backbones) / 3 == pytest.approx(mean, abs=0.051)
 
 
 IMPORTS = """

@@ -125,5 +125,5 @@ def test_more_methods_than_colours_are_all_shown_and_no_two_alike(folder: Path) 
     assert figure
     labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     looks = {(h.get_color(), h.get_marker()) for h in figure.legends[0].get_lines()[:-2]}
-    assert labels[:-2] == load_suite(folder).methods
+    assert labels[:-2] == load_suite(folder).rows
     assert len(looks) == 1 + 2 + len(plots.COLOURS)

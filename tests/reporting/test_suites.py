@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import accuracy
+from furina.reporting import accuracy, notes
 from furina.reporting.suites import read_correct
 from tests.records import fakes
 from tests.reporting.frames import load_suite
@@ -74,7 +74,58 @@ def test_two_seeds_of_one_row_with_other_settings_are_an_error(
 def test_methods_and_tasks_may_have_settings_of_their_own(folder: Path) -> None:
     record = fakes.run_record("lora", "openbookqa")
     fakes.write_run(folder, replace(record, config={**record.config, "learning_rate": 1e-3}))
-    assert load_suite(folder).methods == ["base", "lora", "furina"]
+    assert load_suite(folder).rows == ["base", "lora", "furina"]
+
+
+def test_rows_of_one_method_are_rows_of_their_own(folder: Path) -> None:
+    for row in ("furina-no-shared", "furina-one"):
+        record = fakes.run_record("furina", "arc_easy")
+        config = {**record.config, "row": row, "learning_rate": len(row) / 1e4}
+        fakes.write_run(folder, replace(record, config=config))
+    suite = load_suite(folder)
+    assert suite.rows == ["base", "lora", "furina", "furina-no-shared", "furina-one"]
+    (run,) = suite.select("furina-one", "arc_easy")
+    assert run.path.name == "furina-one--arc_easy--seed0.json"
+    assert len(suite.select("furina")) == len(fakes.TASKS)
+
+
+def test_two_seeds_of_one_row_may_not_differ_whatever_their_method(folder: Path) -> None:
+    for seed, method in enumerate(("furina", "lora")):
+        record = fakes.run_record(method, "arc_easy", seed)
+        config = {**record.config, "row": "one", "learning_rate": 1e-3 * (seed + 1)}
+        fakes.write_run(folder, replace(record, config=config))
+    with pytest.raises(RecordError, match="the setting learning_rate"):
+        load_suite(folder)
+
+
+@pytest.mark.parametrize(("method", "row"), [("base", "untouched"), ("furina", "base")])
+def test_only_the_untouched_backbone_is_row_base(method: str, row: str, folder: Path) -> None:
+    record = fakes.run_record(method, "arc_easy", samples=False)
+    replace(record, config={**record.config, "row": row}).write(folder / "other.json")
+    with pytest.raises(RecordError, match=rf"other\.json is row '{row}' of method '{method}'"):
+        load_suite(folder)
+
+
+def test_a_run_that_failed_before_anything_was_read_keeps_its_tasks(folder: Path) -> None:
+    record = fakes.run_record("lora", "openbookqa")
+    failed = replace(
+        record,
+        status="failed",
+        error="killed",
+        data=(),
+        evaluations=(),
+        backbone=replace(record.backbone, sha256=""),
+    )
+    scores = {"score": ["arc_easy", "openbookqa:label"], "protocol": "text"}
+    mixture = {"mixture": {"arc_easy": {}, "openbookqa": {"cap": 5}}}
+    for config, tasks in (({}, {"openbookqa"}), (scores, {"arc_easy"}), (mixture, {*fakes.TASKS})):
+        fakes.write_run(folder, replace(failed, config={**record.config, **config}))
+        suite = load_suite(folder)
+        (run,) = suite.failures
+        assert run.tasks("text") == tasks
+        assert accuracy.absence(suite, "lora", "openbookqa", "x") == (
+            notes.NO_RESULT if "openbookqa" in tasks else notes.NO_RECORD
+        )
 
 
 def test_two_files_of_one_cell_and_seed_are_an_error_that_names_both(folder: Path) -> None:

@@ -120,7 +120,7 @@ def test_other_questions_cannot_be_paired(folder: Path) -> None:
 def test_a_score_at_chance_is_marked(folder: Path) -> None:
     suite = load_suite(folder)
     table = main_table(suite)
-    for method in suite.methods:
+    for method in suite.rows:
         for task in suite.tasks:
             for _, score in accuracy.scores(suite, method, task, "unmerged"):
                 shown = cell(table, method, f"{task} acc, %", "unmerged")
@@ -218,7 +218,7 @@ def test_untimed_runs_are_dashes(folder: Path) -> None:
         replace(RunRecord.read(path), latency=()).write(path)
     suite = load_suite(folder)
     table = main_table(suite)
-    for method in suite.methods:
+    for method in suite.rows:
         assert cell(table, method, "total time, ms", "unmerged").text == "–"
     assert latency_table(suite) is None
 
@@ -259,6 +259,14 @@ def test_remarks_say_on_what_the_numbers_were_taken(folder: Path) -> None:
         "0123456789",
     ):
         assert part in text
+
+
+def test_the_backbone_is_that_of_a_run_that_loaded_it(folder: Path) -> None:
+    record = fakes.run_record("base", "arc_easy")
+    unknown = replace(record.backbone, sha256="")
+    failed = replace(record, status="failed", evaluations=(), data=(), backbone=unknown)
+    table = rewrite(folder, failed)
+    assert any("(sha256 bbbbbbbbbbbb)" in remark for remark in table.remarks)
 
 
 def test_the_latency_table_has_every_timed_model_with_its_quartiles(folder: Path) -> None:

@@ -1,85 +1,58 @@
+"""Two processes under DDP train what one does, whatever the method."""
+
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import furina
-from furina.training import FinetuneModule, LossHistory
-from tests.training.helpers import PROCESSES, RandomQuestions, fit, tiny
+from furina.adapters import methods
+from tests.training.ranks import (
+    RESUMED,
+    Case,
+    assert_equal_runs,
+    assert_same_losses,
+    assert_same_way,
+    kill_and_resume,
+    made_once,
+    on_two_ranks,
+    results,
+    resumed,
+    run_alone,
+    train,
+    train_all,
+)
 
-STEPS = 3
-
-
-def train(folder: Path, method: str, micro_batch_size: int | None, **options: Any) -> None:
-    torch.set_num_threads(1)
-    module = FinetuneModule(tiny(method, "float64"), 1e-3, weight_decay=0.1)
-    history = LossHistory()
-    data = RandomQuestions(micro_batch_size=micro_batch_size)
-    run = fit(module, folder, data, max_steps=STEPS, callbacks=[history], **options)
-    assert run.global_step == STEPS
-    state = {
-        "adapter": furina.adapter_state_dict(module.model),
-        "losses": history.training,
-        # Adam does not see a constant factor on all gradients; their norm does.
-        "norm": run.callback_metrics["train/gradient_norm"],
-    }
-    torch.save(state, folder / f"rank{run.global_rank}.pt")
+CASES = [*(Case(method) for method in methods()), Case("lora", micro=3)]
 
 
-def train_rank(rank: int, port: int, folder: Path, method: str, micro: int | None) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        LOCAL_RANK=str(rank),
-        NODE_RANK="0",
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    train(folder, method, micro, strategy="ddp", devices=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases trained by one pair of processes."""
+
+    def make(folder: Path) -> None:
+        assert on_two_ranks(train_all, folder, CASES, "ddp") == [0, 0]
+
+    return made_once(tmp_path_factory, "ddp", make)
 
 
-def train_on_two_ranks(folder: Path, method: str, micro: int | None) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [
-        PROCESSES.Process(target=train_rank, args=(rank, port, folder, method, micro), daemon=True)
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(240)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
-
-def assert_equal_runs(ours: dict[str, Any], theirs: dict[str, Any], rtol: float) -> None:
-    assert [step for step, _ in ours["losses"]] == [step for step, _ in theirs["losses"]]
-    for (_, loss), (_, other) in zip(ours["losses"], theirs["losses"], strict=True):
-        assert loss == pytest.approx(other, rel=1e-6)
-    torch.testing.assert_close(ours["norm"], theirs["norm"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(ours["adapter"], theirs["adapter"], rtol=rtol, atol=1e-7)
-
-
-@pytest.mark.parametrize("method", ["furina", "lora", "flylora", "mixlora"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_ranks_equal_one_process_with_the_same_global_batch(
-    method: str, tmp_path: Path
+    case: Case, folder: Path, tmp_path: Path
 ) -> None:
-    ranks = train_on_two_ranks(tmp_path, method, None)
-    assert_equal_runs(ranks[0], ranks[1], rtol=0)
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", method, None)
-    assert_equal_runs(ranks[0], torch.load(tmp_path / "one" / "rank0.pt"), rtol=1e-5)
+    first, second = results(folder, case, "ddp")
+    assert_equal_runs(first, second, rtol=0)
+    # A loss over micro-batches is that over the whole batch, unless it has an auxiliary part.
+    assert_equal_runs(first, train(Case(case.method), tmp_path), rtol=1e-5)
 
 
-def test_accumulation_on_two_ranks_weighs_tokens_as_one_process_does(tmp_path: Path) -> None:
-    ranks = train_on_two_ranks(tmp_path, "lora", 3)
-    assert_equal_runs(ranks[0], ranks[1], rtol=0)
-    (tmp_path / "one").mkdir()
-    train(tmp_path / "one", "lora", None)
-    assert_equal_runs(ranks[0], torch.load(tmp_path / "one" / "rank0.pt"), rtol=1e-5)
+def test_a_run_that_lost_a_process_goes_on_to_what_one_process_trains(tmp_path: Path) -> None:
+    kill_and_resume(resumed, tmp_path, "ddp")
+    (tmp_path / "alone").mkdir()
+    module, history = run_alone(tmp_path / "alone")
+    assert_same_losses(torch.load(tmp_path / "losses.pt"), history.training)
+    model = furina.load(tmp_path / "adapter", furina.load_backbone("tiny-llama", "float32"))
+    states = (furina.adapter_state_dict(each) for each in (model, module.model, RESUMED.model()))
+    assert_same_way(*states, rtol=1e-2)

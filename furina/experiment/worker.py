@@ -1,0 +1,44 @@
+"""One process of a run that several train: `launch` starts it, with a rank in its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from furina.experiment.failures import note
+
+LOOK = 0.5
+"""Seconds between two looks at whether the launching process is still there."""
+
+
+def main(run_dir: Path, launcher: int) -> None:
+    """Train the run that is claimed in `run_dir`, and end when the process `launcher` does."""
+    end_with(launcher)
+    try:
+        from furina.experiment.config import RunConfig
+        from furina.experiment.fit import fit_as_rank
+
+        saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        fit_as_rank(RunConfig().updated(saved), run_dir)
+    except Exception as error:
+        note(error)
+        sys.exit(1)
+
+
+def end_with(launcher: int) -> None:
+    """Let this process end when the one that started it is gone, even if that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(LOOK)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

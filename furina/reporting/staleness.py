@@ -1,0 +1,96 @@
+"""Results that are older than a change that moves numbers, as results/numerics.csv dates it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+from furina.records import RecordError, RunRecord
+from furina.reporting.typed import read_lines
+
+NUMERICS = "numerics.csv"
+HEADER = ["date", "area", "what"]
+AREAS = ("data", "training", "scoring")
+"""What a change may move; a second part, as in training/furina, narrows it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change that moves numbers: from `date` on, in `area`.
+
+    `area` is data, training or scoring, all of it or one part: data/TASK, training/METHOD,
+    scoring/ENGINE (shared, lm_eval or generate).
+    """
+
+    date: datetime
+    area: str
+    what: str
+
+    def touches(self, record: RunRecord) -> bool:
+        """Tell whether the record holds numbers that the change moves, had it been made then."""
+        kind, _, part = self.area.partition("/")
+        found = _parts(record)[kind]
+        return part in found if part else bool(found)
+
+
+def _parts(record: RunRecord) -> dict[str, set[str]]:
+    """Return by area what of it the record's numbers come from."""
+    return {
+        "data": {data.task for data in record.data},
+        "training": {record.method} if record.training else set(),
+        "scoring": {score.engine for score in record.evaluations},
+    }
+
+
+def read_changes(path: Path) -> tuple[Change, ...]:
+    """Return the dated changes in a file, none where there is no file.
+
+    Raises RecordError on a damaged file, an unknown area, a date without its time zone, or lines
+    that are not in order of date.
+    """
+    if not path.exists():
+        return ()
+    lines = read_lines(path, HEADER)
+    changes = [_change(f"{path}, line {number}", **line) for number, line in enumerate(lines, 2)]
+    for earlier, later in pairwise(changes):
+        if later.date < earlier.date:
+            raise RecordError(f"{path}: {later.what!r} must stand before {earlier.what!r}.")
+    if len(set(changes)) < len(changes):
+        raise RecordError(f"{path} holds one change twice; keep one of them.")
+    return tuple(changes)
+
+
+def _change(where: str, date: str, area: str, what: str) -> Change:
+    kind, slash, part = area.partition("/")
+    if kind not in AREAS or bool(slash) != bool(part):
+        raise RecordError(
+            f"{where}: area {area!r} must be one of {', '.join(AREAS)}, or AREA/PART."
+        )
+    if not what.strip():
+        raise RecordError(f"{where} must say what has changed.")
+    return Change(_moment(where, date), area, what)
+
+
+def _moment(where: str, date: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(date)
+    except ValueError as error:
+        raise RecordError(f"{where}: {date!r} is not an ISO 8601 date.") from error
+    if moment.tzinfo is None:
+        raise RecordError(f"{where}: {date!r} must say its time zone, such as +00:00.")
+    return moment
+
+
+def stale_notes(record: RunRecord, changes: tuple[Change, ...]) -> list[str]:
+    """Return a note for each later change that touches the record.
+
+    What counts is when the run started: the code that it ran was read then.
+    """
+    started = _moment(record.name, record.started)
+    return [
+        f"made before: {change.what}"
+        for change in changes
+        if started < change.date and change.touches(record)
+    ]

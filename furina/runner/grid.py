@@ -1,0 +1,94 @@
+"""Run what a suite has no record of, here or on a cluster, and say how it goes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from furina.errors import FurinaError
+from furina.experiment.config import RunConfig
+from furina.runner.cells import Outcome, Places, run_one, run_when_free
+from furina.runner.suites import Suite, title
+
+
+class FailedRunsError(FurinaError):
+    """Some runs of a suite failed or diverged; the others have their records."""
+
+
+@dataclass
+class Progress:
+    """Say what became of each cell, and how long the rest will take at the pace of those run."""
+
+    total: int
+    say: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
+    jobs: int = 1
+    seconds: list[float] = field(default_factory=list)
+    done: int = 0
+
+    def begin(self, config: RunConfig) -> float:
+        """Announce a cell and return when it began."""
+        self.say(f"[{self.done + 1}/{self.total}] {title(config)}")
+        return self.clock()
+
+    def end(self, config: RunConfig, outcome: Outcome, seconds: float) -> None:
+        """Say what became of a cell."""
+        self.done += 1
+        if outcome.state == "skipped":
+            self.say("  finished before: skipped")
+            return
+        self.seconds.append(seconds)
+        error = f": {outcome.error}" if outcome.error else ""
+        self.say(f"  {title(config)} {outcome.state} after {_duration(seconds)}{error}")
+        if self.done < self.total:
+            self.say(f"  {self.total - self.done} left, about {_duration(self.left())}")
+
+    def left(self) -> float:
+        """Return the seconds that the rest takes, if none of it is finished."""
+        mean = sum(self.seconds) / len(self.seconds)
+        return mean * (self.total - self.done) / self.jobs
+
+
+def run_suite(suite: Suite, places: Places) -> list[Path]:
+    """Run every cell that is not finished, one after the other; returns the records' files.
+
+    A cell that another process is running comes last, after that process. Raises FailedRunsError
+    at the end if runs failed or diverged.
+    """
+    progress = Progress(len(suite.runs))
+    outcomes: dict[int, Outcome] = {}
+    for run in (run_one, run_when_free):
+        for place, config in enumerate(suite.runs):
+            if place in outcomes:
+                continue
+            began = progress.begin(config)
+            outcome = run(suite, config, places)
+            if outcome.state == "busy":
+                progress.say("  another process is running it: it comes last")
+                continue
+            progress.end(config, outcome, progress.clock() - began)
+            outcomes[place] = outcome
+    return files_of(suite, [outcomes[place] for place in sorted(outcomes)])
+
+
+def files_of(suite: Suite, outcomes: list[Outcome]) -> list[Path]:
+    """Return the files of the runs that succeeded; raises FailedRunsError if some did not."""
+    errors = [
+        f"{title(config)}: {outcome.error}"
+        for config, outcome in zip(suite.runs, outcomes, strict=True)
+        if outcome.error
+    ]
+    if errors:
+        states = Counter(outcome.state for outcome in outcomes if outcome.error)
+        counts = " and ".join(f"{count} {state}" for state, count in sorted(states.items()))
+        raise FailedRunsError(f"Of {len(outcomes)} runs {counts}: {'; '.join(errors)}")
+    return [outcome.file for outcome in outcomes if outcome.file]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02} min"

@@ -1,0 +1,201 @@
+"""Hand a suite's cells to submitit: as processes of this machine, or as jobs of Slurm."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from submitit import LocalExecutor, SlurmExecutor
+from submitit.core.utils import DelayedSubmission, UncompletedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from furina.errors import ConfigurationError
+from furina.experiment.config import RunConfig
+from furina.records import timestamp
+from furina.runner.cells import Outcome, Places, help_to_train, record_failure, run_when_free
+from furina.runner.grid import Progress, files_of
+from furina.runner.suites import Suite
+
+POLL = 0.5
+"""Seconds between looks at the running jobs; submitit asks Slurm itself more seldom."""
+FOREVER = 60 * 24 * 365
+"""Minutes that a job of this machine may take: nothing would restart one that was stopped."""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What each job asks of Slurm.
+
+    Attributes:
+        partition: where it runs; the cluster's default if none.
+        hours: time limit; a job that reaches it is requeued and goes on from its checkpoint.
+        gpus_per_node: accelerators of each machine.
+        cpus_per_task: processor cores.
+        mem_gb: memory of each machine in GB; the cluster's default if none.
+        account: account that is charged; the user's default if none.
+        setup: shell commands before it starts, such as the loading of modules.
+    """
+
+    partition: str | None = None
+    hours: float = 12.0
+    gpus_per_node: int = 1
+    cpus_per_task: int = 8
+    mem_gb: int | None = None
+    account: str | None = None
+    setup: tuple[str, ...] = ()
+
+    def parameters(self, config: RunConfig, at_once: int) -> dict[str, Any]:
+        """Return sbatch's parameters, in submitit's Slurm words, for cells like `config`."""
+        named = {"partition": self.partition, "account": self.account}
+        memory = {"mem": f"{self.mem_gb}GB"} if self.mem_gb else {}
+        return {
+            "job_name": "furina",
+            "time": round(60 * self.hours),
+            "nodes": config.num_nodes,
+            "ntasks_per_node": 1,  # torch.distributed.run starts the processes of a machine
+            "gpus_per_node": max(self.gpus_per_node, config.devices),
+            "cpus_per_task": self.cpus_per_task,
+            "array_parallelism": at_once,
+            "signal_delay_s": 120,
+            "setup": list(self.setup) or None,
+            **memory,
+            **{name: value for name, value in named.items() if value},
+        }
+
+
+class CellJob:
+    """What a job runs; one that the cluster stops is queued again and goes on."""
+
+    def __init__(self, suite: Suite, config: RunConfig, places: Places, threads: int | None):
+        """Run `config` in absolute `places`, with `threads` of the processor or all of them."""
+        self.suite, self.config, self.places, self.threads = suite, config, places, threads
+
+    def __call__(self) -> Outcome | None:
+        """Run the cell; a further machine only helps to train it, and returns None."""
+        import torch
+
+        from furina.experiment.launch import is_first_machine
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if is_first_machine():
+            return run_when_free(self.suite, self.config, self.places)
+        help_to_train(self.config, self.places)
+        return None
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Return what submitit queues in its place when it is stopped."""
+        return DelayedSubmission(self)
+
+
+class Job(Protocol):
+    """What is asked of submitit's jobs."""
+
+    def done(self) -> bool:
+        """Return whether it has ended."""
+
+    def results(self) -> list[Any]:
+        """Return what it returned on each machine; raises UncompletedJobError if it did not."""
+
+    def cancel(self) -> None:
+        """Stop it."""
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A job that has been started: its place in the suite, and when that was."""
+
+    place: int
+    config: RunConfig
+    job: Job
+    began: float
+    started: str = field(default_factory=timestamp)
+
+
+def run_jobs(suite: Suite, places: Places, jobs: int, slurm: Slurm | None = None) -> list[Path]:
+    """Run every cell that is not finished, `jobs` at once; returns the records' files.
+
+    A cell is a process of this machine, or with `slurm` a job of an array. Stopping this process
+    with Ctrl-C stops them. Raises FailedRunsError at the end if runs failed or diverged, and
+    ConfigurationError where there is no Slurm.
+    """
+    places = Places(places.results.resolve(), places.runs.resolve())
+    threads = None if slurm else max(1, (os.cpu_count() or 1) // jobs)
+    calls = [CellJob(suite, config, places, threads) for config in suite.runs]
+    if slurm is not None:  # the array's own limit says how many run at once
+        submitted = _submit_array(suite, calls, places, slurm, jobs)
+        return files_of(suite, _drain(suite, places, submitted.__getitem__, len(calls)))
+    executor = LocalExecutor(places.runs / "jobs")
+    executor.update_parameters(timeout_min=FOREVER)
+    outcomes = _drain(suite, places, lambda place: executor.submit(calls[place]), jobs)
+    return files_of(suite, outcomes)
+
+
+def _drain(
+    suite: Suite, places: Places, start: Callable[[int], Job], at_once: int
+) -> list[Outcome]:
+    """Start a job for every run, `at_once` at a time, and wait for them all."""
+    progress = Progress(len(suite.runs), jobs=at_once)
+    waiting, running = list(enumerate(suite.runs)), list[_Running]()
+    outcomes: dict[int, Outcome] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                place, config = waiting.pop(0)
+                running.append(_Running(place, config, start(place), progress.clock()))
+            for each in [each for each in running if each.job.done()]:
+                running.remove(each)
+                outcomes[each.place] = _outcome(suite, places, each)
+                seconds = progress.clock() - each.began
+                progress.end(each.config, outcomes[each.place], seconds)
+            time.sleep(POLL)
+    except BaseException:
+        for each in running:
+            each.job.cancel()
+        raise
+    return [outcomes[place] for place in sorted(outcomes)]
+
+
+def _outcome(suite: Suite, places: Places, ended: _Running) -> Outcome:
+    """Return what a job that has ended came to; one that was killed has failed."""
+    try:
+        outcome: Outcome = ended.job.results()[0]
+    except UncompletedJobError as error:
+        last = str(error).strip().splitlines()[-1]
+        reason = f"its process ended without a result, killed or out of memory ({last})"
+        file = record_failure(suite, ended.config, ended.started, reason, places.results)
+        return Outcome("failed", file, reason)
+    return outcome
+
+
+def slurm_script(suite: Suite, places: Places, jobs: int, slurm: Slurm) -> str:
+    """Return the sbatch script of the suite's job array, without a cluster at hand."""
+    parameters = slurm.parameters(_largest(suite), jobs)
+    command = f"python -u -m submitit.core._submit {places.runs / 'jobs'}"
+    script: str = _make_sbatch_string(
+        command, places.runs / "jobs", map_count=len(suite.runs), **parameters
+    )
+    return script
+
+
+def _submit_array(
+    suite: Suite, calls: Sequence[CellJob], places: Places, slurm: Slurm, jobs: int
+) -> list[Any]:
+    try:
+        executor = SlurmExecutor(places.runs / "jobs")
+    except RuntimeError as error:
+        raise ConfigurationError(
+            "There is no Slurm here (no srun): leave out --cluster slurm, or print the script with "
+            "--dry-run."
+        ) from error
+    executor.update_parameters(**slurm.parameters(_largest(suite), jobs))
+    return list(executor.submit_array(calls))
+
+
+def _largest(suite: Suite) -> RunConfig:
+    """Return the run that needs most devices: an array's jobs all ask for the same."""
+    return max(suite.runs, key=lambda run: (run.num_nodes, run.devices))

@@ -1,0 +1,349 @@
+"""A plan says what a run will adapt, compute, hold and take, without its weights or the hub."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from furina.adapters import methods
+from furina.adapters.dora import DoRAConfig
+from furina.architectures import ARCHITECTURES
+from furina.backbones import load_tokenizer
+from furina.data.module import TaskDataModule
+from furina.errors import ConfigurationError
+from furina.experiment import devices
+from furina.experiment.config import RunConfig
+from furina.experiment.devices import CPU_FLOPS, GPUS, Device, device
+from furina.experiment.lengths import epoch_rows, steps_of, training_lengths
+from furina.experiment.planning import Plan, plan, plan_all
+from furina.experiment.questions import asked
+from furina.experiment.summary import advice, summary
+from furina.reporting.render import markdown
+from tests.experiment.helpers import tiny
+
+ROOT = Path(__file__).parents[2]
+PAPER = [name for name in ARCHITECTURES if "/" in name]
+LAYERS = {name: json.loads(ARCHITECTURES[name].read_text())["num_hidden_layers"] for name in PAPER}
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object) -> None:
+        pytest.fail("tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+
+
+def paper(backbone: str = "meta-llama/Llama-3.2-3B", **changes: Any) -> RunConfig:
+    """Return a run at the paper's scale."""
+    start: dict[str, Any] = {"protocol": "label", "batch_size": 16, "steps": 100, "test_size": None}
+    return RunConfig().updated({"backbone": backbone, "method": "lora", **start, **changes})
+
+
+def unread(config: RunConfig, on: str | Device = "h100-80gb") -> Plan:
+    return plan(config, on, measure=False)
+
+
+@pytest.mark.parametrize("backbone", PAPER)
+@pytest.mark.parametrize("method", methods())
+def test_every_method_is_planned_for_every_backbone(method: str, backbone: str) -> None:
+    found = unread(paper(backbone, method=method))
+    assert found.adapted is not None and not found.adapted.by_formula
+    blocks = {"self_attn": SEVEN[:4], "mlp": SEVEN[4:]}
+    assert set(found.linears) == {
+        f"model.layers.{layer}.{block}.{leaf}"
+        for layer in range(LAYERS[backbone])
+        for block, leaves in blocks.items()
+        for leaf in leaves
+    }
+    counts = [found.adapted.config.count(d, k, name) for name, d, k in found.adapted.linears]
+    assert found.trainable == sum(count.trainable for count in counts) > 0
+    assert found.hours > 0 and found.memory.total > 2 * found.decoder.parameters
+    assert found.training_flops > 4 * found.tokens * LAYERS[backbone] * found.decoder.layer_weights
+
+
+@pytest.mark.parametrize("backbone", PAPER)
+def test_furina_has_the_parameters_of_lora_and_one_more_for_each_output(backbone: str) -> None:
+    lora = unread(paper(backbone, adapter={"rank": 128}))
+    mixture = unread(paper(backbone, method="furina", adapter={"rank": 16, "num_experts": 8}))
+    assert lora.adapted is not None
+    outputs = sum(linear.out_features for linear in lora.adapted.linears)
+    assert mixture.trainable == lora.trainable + outputs
+    assert mixture.training_flops > lora.training_flops
+    assert mixture.memory.total > lora.memory.total
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "grow"),
+    [
+        ("steps", (10, 100, 1000), "hours training_flops tokens"),
+        ("batch_size", (4, 16, 64), "hours training_flops tokens memory.total"),
+        ("max_length", (64, 256, 512), "hours training_flops tokens memory.total scoring_flops"),
+        ("test_size", (10, 100, None), "hours scoring_flops"),
+        ("validation_size", (0, 100, 500), "hours training_flops"),
+        ("adapter", ({"rank": 8}, {"rank": 64}), "hours training_flops trainable memory.total"),
+        ("dtype", ("bfloat16", "float32"), "memory.total"),
+    ],
+)
+def test_what_should_grow_grows(field: str, values: tuple[Any, ...], grow: str) -> None:
+    plans = [unread(paper(**{field: value})) for value in values]
+    for name in grow.split():
+        found = [attrgetter(name)(each) for each in plans]
+        assert all(first < second for first, second in pairwise(found)), name
+
+
+def test_recomputation_and_smaller_micro_batches_save_memory_and_the_first_costs_time() -> None:
+    plain = unread(paper())
+    again = unread(paper(gradient_checkpointing=True))
+    fewer = unread(paper(micro_batch_size=4))
+    assert again.memory.activations < plain.memory.activations / 5
+    assert again.training_hours > 1.2 * plain.training_hours
+    assert fewer.memory.activations < plain.memory.activations / 3
+    assert fewer.training_flops == plain.training_flops
+    ranks = unread(paper(devices=4))
+    assert ranks.memory.activations == fewer.memory.activations
+    assert ranks.training_flops == plain.training_flops  # hours are of all devices together
+    shards = unread(paper(devices=4, strategy="fsdp"))
+    assert shards.memory.weights * 4 == plain.memory.weights
+    assert any("gathers" in note for note in shards.notes)
+
+
+def test_without_data_tokens_are_at_most_and_it_says_so() -> None:
+    found = unread(paper(steps=7, batch_size=3, max_length=40))
+    assert found.tokens == 7 * 3 * 40 and found.counted_by == ""
+    (note,) = found.notes
+    assert "at most" in note and "max_length=40" in note
+    assert found.lengths is not None and found.lengths.answer == 2  # a space and a letter
+
+
+def test_the_untouched_backbone_is_only_scored() -> None:
+    base, lora = unread(paper(method="base")), unread(paper())
+    assert (base.steps, base.tokens, base.training_flops, base.trainable) == (0, 0, 0, 0)
+    assert base.lengths is None and base.linears == ()
+    assert 0 < base.hours < lora.hours
+    # LoRA is scored unmerged and merged, and a routed mixture cannot be merged.
+    assert lora.scoring_flops > 2 * base.scoring_flops
+    routed = unread(paper(method="molora"))
+    control = unread(paper(method="molora", score_without_router=True))
+    assert control.scoring_flops == 2 * routed.scoring_flops
+
+
+def test_lengths_are_those_of_the_rows(data_dir: str) -> None:
+    config = tiny(data_dir, "lora", batch_size=30, micro_batch_size=10, validation_size=0, steps=2)
+    data = TaskDataModule(
+        load_tokenizer("tiny-llama"),
+        *("arc_easy", "text", 30, 10),
+        validation_size=0,
+        data_dir=data_dir,
+    )
+    data.setup()
+    batches = data.train_dataloader()
+    lengths = [len(example.input_ids) for example in batches.examples]
+    found = training_lengths(config)
+    assert found.mean == pytest.approx(sum(lengths) / 30)
+    assert found.tokenizer == "tiny-llama"
+    window = batches.window(0)
+    assert found.padded == pytest.approx(sum(batch["input_ids"].numel() for batch in window) / 30)
+    assert found.longest == max(batch["input_ids"].shape[1] for batch in window)
+    answers = sum((batch["labels"] != -100).sum().item() for batch in window)
+    assert found.answer == pytest.approx(answers / 30)
+    made = plan(config, "cpu")
+    assert made.tokens == 2 * sum(lengths) and made.counted_by == "tiny-llama" and not made.notes
+
+
+def test_sorted_steps_pad_less(data_dir: str) -> None:
+    mixture = {"task": "both", "mixture": {"arc_easy": {}, "openbookqa": {"weight": 0.5}}}
+    rows = tiny(data_dir, "lora", batch_size=5, micro_batch_size=None, **mixture)
+    apart = training_lengths(rows)
+    near = training_lengths(rows.updated({"bucket_steps": 6}))
+    assert apart.mean == near.mean <= near.padded <= apart.padded <= apart.longest
+
+
+def test_questions_are_counted_as_they_are_asked(data_dir: str) -> None:
+    config = tiny(data_dir)
+    encode = load_tokenizer("tiny-llama").encode
+    context = "Question: In the test list, what follows 3?\nAnswer:"
+    found = asked(config, "arc_easy", "text")
+    assert found.choices == 3 and found.tokenizer == "tiny-llama"
+    assert found.context == pytest.approx(len(encode(context)), abs=1)
+    assert found.read("shared") == found.context + found.continued
+    assert found.read("lm_eval") == 3 * found.context + found.continued
+    label = asked(config, "arc_easy", "label")
+    assert label.choices == 9  # MoE-PEFT compares all of ARC's labels
+    assert asked(config, "arc_easy", "lm_eval") == found
+
+
+def test_written_answers_take_as_long_as_the_weights_are_read() -> None:
+    gsm8k = {"protocol": "cot", "task": "gsm8k", "adapter": {"rank": 8}}
+    found = unread(paper("Qwen/Qwen2-7B", method="lora", **gsm8k))
+    card = GPUS["h100-80gb"]
+    batches, tokens = -(-1319 // 16), 512
+    seconds = 2 * batches * tokens * 2 * found.decoder.parameters / (card.bandwidth or 0) / 0.4
+    assert found.scoring_hours == pytest.approx(seconds / 3600)
+    assert found.scoring_hours > card.hours(found.scoring_flops)
+
+
+def test_epochs_are_steps_by_the_public_counts() -> None:
+    config = paper(steps=None, epochs=2, task="arc_easy", batch_size=16, validation_size=251)
+    assert epoch_rows(config) == {"arc_easy": 2000}
+    assert steps_of(config) == unread(config).steps == 2 * 125
+    mixture = {"arc_easy": {"cap": 1000, "weight": 2}, "openbookqa": {"weight": 0.5}}
+    both = config.updated({"task": "both", "mixture": mixture, "validation_size": 1})
+    assert epoch_rows(both) == {"arc_easy": 2000, "openbookqa": round(4957 / 2)}
+
+
+def test_the_cpu_is_as_fast_as_its_steps_were(tmp_path: Path) -> None:
+    recorded = ROOT / "results" / "training" / "step.json"
+    report = json.loads(recorded.read_text())
+    found = device("cpu", recorded)
+    config = paper(
+        report["settings"]["backbone"],
+        adapter={"rank": report["settings"]["rank"], "dropout": 0.0},
+        batch_size=report["settings"]["rows"],
+        max_length=report["settings"]["tokens"],
+        steps=1,
+        validation_size=0,
+    )
+    seconds = 3600 * unread(config, found).training_hours
+    assert seconds == pytest.approx(report["seconds"]["lora"]["median"], rel=0.03)
+    assert found.peak == pytest.approx(CPU_FLOPS, rel=0.5)  # else make the constant anew
+    assert device("cpu", tmp_path / "missing.json").peak == CPU_FLOPS
+    (tmp_path / "step.json").write_text('{"settings": {}}')
+    with pytest.raises(ConfigurationError, match=r"again with benchmarks/training\.py"):
+        device("cpu", tmp_path / "step.json")
+
+
+def test_the_settings_of_the_cpus_step_are_the_benchmarks() -> None:
+    variants = (ROOT / "benchmarks" / "training_variants.py").read_text()
+    assert f"\nANSWER_TOKENS = {devices.ANSWER_TOKENS}\n" in variants
+
+
+def test_a_card_is_as_fast_as_its_data_sheet() -> None:
+    card = GPUS["a100-80gb"]
+    assert card.hours(312e12 * 0.4 * 3600) == pytest.approx(1)
+    found = unread(paper(), "a100-80gb")
+    faster = unread(paper(), "h100-80gb")
+    assert found.hours / faster.hours == pytest.approx(989.4 / 312)
+    assert "bfloat16" in " ".join(unread(paper(dtype="float32")).notes)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
+    config = paper("Qwen/Qwen2-7B", adapter={"rank": 128})
+    short = unread(config, "rtx-4090")
+    assert short.excess == short.memory.total - 24 * 10**9 > 0
+    said = advice(short)
+    changes = dict(word.split("=") for word in said.removesuffix(" would fit").split(" and "))
+    changes = {name: json.loads(value) for name, value in changes.items()}
+    assert set(changes) <= {"gradient_checkpointing", "micro_batch_size"}
+    assert not unread(config.updated(changes), "rtx-4090").excess
+    small = replace(GPUS["rtx-4090"], memory=10**9)
+    assert "no micro-batch fits" in advice(unread(config, small))
+    assert "more memory" in advice(unread(paper(method="base"), small))
+    assert unread(paper(), "h200").excess == 0
+
+
+def test_a_method_that_looks_at_weights_is_counted_by_its_formula(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = unread(paper(method="dora", adapter={"rank": 5}))
+
+    def build(*_: object) -> None:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    monkeypatch.setattr(DoRAConfig, "build", build)
+    found = unread(paper(method="dora", adapter={"rank": 5, "alpha": 3.0}))
+    assert (found.trainable, found.linears) == (expected.trainable, expected.linears)
+    assert any("closed form" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backbone": "Qwen/Qwen2-8B"}, "Did you mean 'Qwen/Qwen2-7B'"),
+        ({"method": "lorra"}, "Did you mean 'lora'"),
+        ({"adapter": {"ranc": 4}}, "Did you mean 'rank'"),
+        ({"targets": ["c_attn"]}, "'c_attn' matches no module"),
+        ({"method": "mixlora", "targets": ["gate_proj"]}, "whole FFNs"),
+        ({"task": "arc_esay"}, "Did you mean 'arc_easy'"),
+        ({"score_without_router": True}, "no router"),
+    ],
+)
+def test_what_could_not_run_is_one_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        unread(paper().updated(changes))
+    assert "\n" not in str(caught.value)
+    unread(paper())  # and the backbone is as it was
+
+
+def test_an_unknown_device_is_one_sentence() -> None:
+    with pytest.raises(ConfigurationError, match=r"'h100-80'.*Did you mean 'h100-80gb'"):
+        plan(paper(), "h100-80")
+
+
+def test_a_backbone_that_is_no_llama_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="decoders like Llama's"):
+        unread(paper(str(tmp_path)))
+
+
+def suite() -> list[RunConfig]:
+    rows: list[dict[str, Any]] = [
+        {"method": "base"},
+        {"adapter": {"rank": 128}},
+        {"method": "furina", "row": "furina-no-shared", "adapter": {"num_shared_experts": 0}},
+    ]
+    tasks = ("arc_easy", "openbookqa")
+    return [
+        paper("Qwen/Qwen2-7B", suite="main-paper", **row, task=t) for row in rows for t in tasks
+    ]
+
+
+def test_the_summary_adds_up() -> None:
+    plans = plan_all(suite(), measure=False)
+    table = summary(plans)
+    rows = [line.split(" | ") for line in markdown(table).splitlines() if "Qwen/Qwen2-7B |" in line]
+    assert [row[1] for row in rows] == ["base", "lora", "furina-no-shared"]
+    numbers = table.frame.map(lambda cell: cell.numbers.get(""))
+    assert list(numbers["", "cells"]) == [2, 2, 2]
+    assert numbers["device hours", "together"].sum() == pytest.approx(sum(p.hours for p in plans))
+    assert numbers["training", "tokens, M"].sum() == sum(each.tokens for each in plans)
+    assert numbers["scoring", "PFLOP"].sum() == sum(each.scoring_flops for each in plans)
+    assert numbers["memory", "GB"].max() == max(each.memory.total for each in plans)
+    assert numbers["adapted", "parameters, M"][1] == plans[2].trainable
+    together = " ".join(table.remarks)
+    assert together.startswith("Together 6 cells, ") and "furina-no-shared on" in together
+    assert "the untouched backbone trains nothing" in " ".join(table.footnotes)
+    assert markdown(summary(plan_all(suite(), measure=False))) == markdown(table)
+
+
+def test_what_does_not_fit_stands_in_the_table() -> None:
+    table = summary(plan_all(suite(), "rtx-4090", measure=False))
+    short = table.frame["memory", "short by"]
+    assert [cell.bold for cell in short] == [False, True, True]
+    assert "would fit" in " ".join(table.footnotes)
+    assert any("4 of 6 cells do not fit" in remark for remark in table.remarks)
+
+
+def test_a_cell_of_two_suites_counts_once() -> None:
+    runs = suite()
+    shared = runs[2].updated({"suite": "variants-paper", "row": "lora-r128"})
+    table = summary(plan_all([*runs, shared], measure=False))
+    assert "1 more are cells that another suite has as well." in table.remarks
+    cells = table.frame["", "cells"].map(lambda cell: cell.numbers[""])
+    assert cells.sum() == 6
+
+
+def test_nothing_to_plan_is_one_sentence() -> None:
+    with pytest.raises(ConfigurationError, match="no runs to plan"):
+        summary([])

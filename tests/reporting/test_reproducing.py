@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from furina.records import RecordError, RunRecord
+from furina.reporting.cells import Cell, Table
+from furina.reporting.contents import load_paper
+from furina.reporting.effort import command, effort_table
+from furina.reporting.pairs import Pair, row_pairs
+from furina.reporting.paper import PaperTable
+from furina.reporting.places import Place, in_order, read_index
+from furina.reporting.reproducing import RULES, reproducing, status, status_table
+from tests.records import fakes
+from tests.reporting.frames import load_suite, rows_of
+
+RESULTS = Path(__file__).parents[2] / "results"
+PLACE = Place("Table 1", "Main", "quickstart", "all", "main", "accuracy")
+AGREES = Pair("furina", 2.0, (0.5, 3.5), 4.8)
+NOISE = Pair("furina", 0.5, (-1.0, 2.0), 4.8)
+OPPOSED = Pair("furina", -2.0, (-3.5, -0.5), 4.8)
+ABSENT = Pair("slim", None, None, 5.4)
+
+
+def paper(tmp_path: Path, **values: float) -> PaperTable:
+    """A table of the paper with a row of each name, which is a row of ours too."""
+    lines = ["source,table,row,column,value,unit,place,ours"]
+    lines += [
+        f"s,t,{row.upper()},mean of 3,{value},%,Table 1,{row}" for row, value in values.items()
+    ]
+    path = tmp_path / "main.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return PaperTable.read(path)
+
+
+def cells(table: Table, row: int = 0) -> dict[tuple[str, str], Cell]:
+    return rows_of(table)[row]
+
+
+@pytest.mark.parametrize(
+    ("pair", "verdict"),
+    [
+        (AGREES, "agrees"),
+        (replace(OPPOSED, paper=-4.8), "agrees"),
+        (NOISE, "within noise"),
+        (replace(NOISE, interval=(0.0, 2.0)), "within noise"),
+        (OPPOSED, "differs"),
+        (replace(AGREES, paper=-4.8), "differs"),
+        (replace(AGREES, paper=0.0), "differs"),
+        (ABSENT, "not measured"),
+        (replace(AGREES, interval=None), "not measured"),
+    ],
+)
+def test_a_pair_is_judged_by_its_interval_and_the_papers_sign(pair: Pair, verdict: str) -> None:
+    assert pair.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ([AGREES], "reproduced"),
+        ([AGREES, AGREES], "reproduced"),
+        ([AGREES, NOISE], "within noise"),
+        ([NOISE, NOISE], "within noise"),
+        ([AGREES, OPPOSED], "differs"),
+        ([NOISE, OPPOSED, ABSENT], "differs"),
+        ([AGREES, ABSENT], "undecided"),
+        ([NOISE, ABSENT], "undecided"),
+        ([], "undecided"),
+    ],
+)
+def test_a_status_follows_from_the_pairs(pairs: list[Pair], expected: str, folder: Path) -> None:
+    assert status([pair.verdict for pair in pairs]) == expected
+    row = cells(status_table([PLACE], [load_suite(folder)], {"quickstart": pairs}))
+    assert row["", "status"].text == expected
+    assert expected in RULES
+    for name in ("agrees", "within noise", "differs", "not measured"):
+        count = sum(pair.verdict == name for pair in pairs)
+        assert row["row pairs", name].numbers[""] == count
+
+
+def test_a_place_without_records_is_not_run_and_says_how_to_run_it() -> None:
+    row = cells(status_table([replace(PLACE, suite="main")], [], {}))
+    assert row["", "status"].text == "not run"
+    assert row["", "command"].text == "furina run main --scale cpu"
+    assert row["row pairs", "agrees"].numbers[""] is None
+
+
+def test_a_place_whose_runs_all_failed_is_not_run_and_says_so(folder: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        replace(RunRecord.read(path), status="failed", error="killed").write(path)
+    row = cells(status_table([PLACE], [load_suite(folder)], {"quickstart": [AGREES]}))
+    assert row["", "status"].text == "not run"
+    assert "6 of 6 runs failed or diverged" in row["", "status"].notes
+
+
+def test_the_reasons_to_doubt_a_status_are_its_notes(folder: Path) -> None:
+    record = fakes.run_record("lora", "openbookqa")
+    scores = tuple(replace(score, suspect=True) for score in record.evaluations)
+    dirty = replace(record.provenance, dirty=True)
+    fakes.write_run(folder, replace(record, evaluations=scores, provenance=dirty))
+    fakes.write_run(folder, replace(fakes.run_record("furina", "arc_easy"), status="diverged"))
+    place = replace(PLACE, numbers="partly")
+    table = status_table([place], [load_suite(folder)], {"quickstart": [AGREES, ABSENT]})
+    assert cells(table)["", "status"].notes == (
+        "the paper's numbers are known to us partly",
+        "no difference with an interval: slim",
+        "fewer than 3 seeds: the spread over seeds is hardly known",
+        "3 of 8 scores are not above chance",  # the base model's own one, and LoRA's two
+        "1 of 6 runs failed or diverged",
+        "1 of 5 runs are from a working tree with uncommitted changes",
+    )
+
+
+def test_a_missing_reference_row_is_a_reason(folder: Path) -> None:
+    notes = cells(status_table([PLACE], [load_suite(folder)], {}))["", "status"].notes
+    assert "the row that the paper's others are compared with has not been run" in notes
+
+
+def test_three_clean_seeds_leave_nothing_to_doubt(tmp_path: Path) -> None:
+    for path in fakes.write_suite(tmp_path / "main", seeds=(0, 1, 2)):
+        record = RunRecord.read(path)
+        scores = tuple(replace(score, suspect=False) for score in record.evaluations)
+        replace(record, evaluations=scores).write(path)
+    suite = load_suite(tmp_path / "main")
+    row = cells(status_table([replace(PLACE, suite="main")], [suite], {"main": [AGREES]}))
+    assert row["", "status"].notes == ()
+    assert row["", "seeds"].text == "3"
+
+
+def test_each_scale_and_backbone_of_a_place_has_a_line(tmp_path: Path) -> None:
+    names = ["main-cpu", "main-paper-qwen2-7b", "mainly-cpu", "quickstart"]
+    for name in names:
+        fakes.write_suite(tmp_path / name)
+    suites = [load_suite(tmp_path / name) for name in names]
+    table = status_table([replace(PLACE, suite="main")], suites, {})
+    shown = [(row["", "suite"].text, row["", "scale"].text) for row in rows_of(table)]
+    assert shown == [("main-cpu", "cpu"), ("main-paper-qwen2-7b", "paper-qwen2-7b")]
+    assert any("scale cpu" in note for note in cells(table)["", "status"].notes)
+    assert not any("scale cpu" in note for note in cells(table, 1)["", "status"].notes)
+
+
+def test_folders_stand_in_the_papers_order() -> None:
+    places = [replace(PLACE, suite="zeta"), replace(PLACE, suite="alpha")]
+    folders = ["alpha-cpu", "beta", "zeta-paper", "zeta-cpu"]
+    assert in_order(folders, places) == ["zeta-cpu", "zeta-paper", "alpha-cpu", "beta"]
+
+
+def test_pairs_are_our_differences_with_intervals_beside_the_papers(
+    folder: Path, tmp_path: Path
+) -> None:
+    suite = load_suite(folder)
+    theirs = paper(tmp_path, lora=78.8, furina=83.6, slim=84.2)
+    furina, slim = row_pairs(suite, theirs, "accuracy")
+    means = {
+        row: sum(
+            100 * score.value
+            for run in suite.select(row)
+            for score in run.record.evaluations
+            if score.variant == "merged"
+        )
+        / 2
+        for row in ("lora", "furina")
+    }
+    assert (furina.row, furina.paper) == ("furina", pytest.approx(4.8))
+    assert furina.difference == pytest.approx(means["furina"] - means["lora"])
+    assert furina.interval is not None
+    assert furina.interval[0] < furina.difference < furina.interval[1]
+    assert (slim.row, slim.difference, slim.interval) == ("slim", None, None)
+
+
+def test_without_the_reference_row_there_are_no_pairs(folder: Path, tmp_path: Path) -> None:
+    assert row_pairs(load_suite(folder), paper(tmp_path, dora=1.0, slim=2.0), "accuracy") == []
+
+
+def test_a_forgotten_task_is_compared_as_a_drop_of_the_bases_accuracy(tmp_path: Path) -> None:
+    """Tuned on ARC-Easy, scored on OpenBookQA: a row that is better forgets less."""
+    folder = tmp_path / "forgetting-cpu"
+    for row in ("base", "lora", "furina"):
+        tuned, other = (fakes.run_record(row, task) for task in fakes.TASKS)
+        data = (tuned.data[0], replace(other.data[0], train_sha256=None))
+        evaluations = (*tuned.evaluations, *other.evaluations)
+        fakes.write_run(folder, replace(tuned, data=data, evaluations=evaluations))
+        for score in other.evaluations:
+            assert score.samples
+            answers = fakes.correct(row, "openbookqa", 0, int(score.variant == "merged"))
+            fakes.write_samples(folder / score.samples, "acc", answers)
+    suite = load_suite(folder)
+    (pair,) = row_pairs(suite, paper(tmp_path, lora=10.1, furina=2.0), "drop")
+    found = {
+        row: next(
+            score.value
+            for score in suite.select(row)[0].record.evaluations
+            if score.task == "openbookqa" and score.variant in ("base", "merged")
+        )
+        for row in ("base", "lora", "furina")
+    }
+    drops = {row: 100 * (found["base"] - value) / found["base"] for row, value in found.items()}
+    assert pair.difference == pytest.approx(drops["furina"] - drops["lora"])
+    assert pair.paper == pytest.approx(-8.1)
+    assert pair.interval is not None
+    assert pair.interval[0] < pair.difference < pair.interval[1]
+
+
+def test_a_mixture_without_its_router_is_a_row_of_the_papers(tmp_path: Path) -> None:
+    """Its record is SLIM's, of another variant; the base is right on every third question."""
+    folder = tmp_path / "router_removed-cpu"
+    answers = {"base": [i % 3 == 0 for i in range(300)], "slim": [i % 2 == 0 for i in range(300)]}
+    for row, right in answers.items():
+        fakes.write_row(folder, row, "arc_easy", right)
+    file, none = "samples/removed.jsonl.gz", [False] * 300
+    fakes.write_samples(folder / file, "acc", none)
+    path = folder / "slim--arc_easy--seed0.json"
+    record = RunRecord.read(path)
+    trained = next(score for score in record.evaluations if score.variant == "unmerged")
+    removed = fakes.score("router_removed", "arc_easy", none, file)
+    replace(record, evaluations=(trained, removed)).write(path)
+    theirs = PaperTable.read(RESULTS / "paper" / "router_removed.csv")
+    pairs = {pair.row: pair for pair in row_pairs(load_suite(folder), theirs, "removal")}
+    assert set(pairs) == {"slim", "furina", "slim, router removed"}
+    assert pairs["slim"].difference == pytest.approx(100 * (1 / 2 - 1 / 3))
+    assert pairs["slim"].verdict == "agrees"
+    without = pairs["slim, router removed"]
+    assert without.difference == pytest.approx(-100 / 3)
+    assert without.interval is not None
+    assert without.interval[0] < -100 / 3 < without.interval[1] < 0
+    assert (without.paper, without.verdict) == (pytest.approx(37.4 - 67.5), "agrees")
+    assert pairs["furina"].verdict == "not measured"
+
+
+def test_times_have_no_interval_and_so_decide_nothing(folder: Path, tmp_path: Path) -> None:
+    (pair,) = row_pairs(load_suite(folder), paper(tmp_path, lora=800, furina=900), "time")
+    assert (pair.verdict, pair.paper) == ("not measured", 100)
+
+
+def test_the_effort_is_the_sum_over_runs(folder: Path) -> None:
+    suite = load_suite(folder)
+    row = cells(effort_table([suite]))
+    seconds = [run.record.training.seconds for run in suite.runs if run.record.training]
+    assert row["training", "minutes"].numbers[""] == pytest.approx(sum(seconds) / 60)
+    assert row["wall clock", "hours"].numbers[""] == pytest.approx(6 * 6 / 60)
+    assert row["runs", "all"].numbers[""] == 6
+    assert "Example CPU" in row["", "machine"].text
+    assert "torch 2.13.0" in row["", "versions"].text
+
+
+def test_a_run_that_two_suites_share_counts_once_in_all(folder: Path, tmp_path: Path) -> None:
+    fakes.write_suite(tmp_path / "second")
+    fakes.write_suite(tmp_path / "third", seeds=(0, 1))
+    suites = [load_suite(each) for each in (folder, tmp_path / "second", tmp_path / "third")]
+    table = effort_table(suites)
+    assert [row["runs", "all"].numbers[""] for row in rows_of(table)] == [6, 6, 10, 10]
+
+
+def test_the_command_runs_the_whole_suite(folder: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        record = RunRecord.read(path)
+        words = f"furina run main --scale cpu --rows {record.method}"
+        replace(record, command=words).write(path)
+    assert command(load_suite(folder)) == "furina run main --scale cpu"
+
+
+def test_the_page_holds_rules_statuses_and_efforts(folder: Path) -> None:
+    suite = load_suite(folder)
+    tables = status_table([PLACE], [suite], {"quickstart": [NOISE]}), effort_table([suite])
+    text = reproducing(*tables)
+    assert all(rule in text for rule in RULES.values())
+    assert re.search(r"\| Table 1 \| Main \| quickstart \|.*\| within noise", text)
+    assert text == reproducing(*tables)
+
+
+def test_the_committed_list_has_every_table_and_figure_of_the_paper() -> None:
+    found = load_paper(RESULTS)
+    places = [place.place for place in found]
+    expected = [f"Table {n}" for n in (1, 2, 3, 4, 5, 5, 6, 7)] + [f"Figure {n}" for n in (1, 2, 3)]
+    assert places == expected
+    for place, theirs in found.items():
+        assert theirs is None or theirs.place == place.place
+    files = {path.stem for path in (RESULTS / "paper").glob("*.csv")} - {"index"}
+    assert {place.file for place in found if place.file} == files
+
+
+@pytest.mark.parametrize("place", load_paper(RESULTS), ids=lambda place: place.suite)
+def test_every_place_has_a_suite_that_repeats_it(place: Place) -> None:
+    assert (RESULTS.parent / "experiments" / place.suite / "defaults.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Table 1,T,main,some,main,accuracy", "numbers is 'some'"),
+        ("Table 1,T,main,all,main,acuracy", "Did you mean 'accuracy'"),
+        ("Table 1,T,main,none,main,accuracy", "needs numbers, file and measure"),
+        ("Table 1,T,main,all,,", "needs numbers, file and measure"),
+        ("Table 1,T", "must have 6 columns"),
+    ],
+)
+def test_a_damaged_list_of_places_is_one_sentence(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "index.csv"
+    path.write_text(f"place,title,suite,numbers,file,measure\n{line}\n")
+    with pytest.raises(RecordError, match=message):
+        read_index(path)
+
+
+def test_the_log_names_files_that_are_there() -> None:
+    text = (RESULTS / "LOG.md").read_text()
+    named = re.findall(r"`(results/[^`]+)`", text)
+    assert len(named) > 5
+    assert [name for name in named if not (RESULTS.parent / name).exists()] == []

@@ -1,0 +1,94 @@
+"""Cells as processes of this machine through submitit, and as Slurm's script."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from furina.errors import ConfigurationError
+from furina.records import RunRecord
+from furina.runner import FailedRunsError, Places, Suite, read_suite
+from furina.runner import jobs as jobs_module
+from furina.runner.cells import run_one
+from furina.runner.jobs import CellJob, Slurm, run_jobs, slurm_script
+from tests.experiment.helpers import OPTIONS, SMALL, write_data
+from tests.runner.helpers import lora, write_suite
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    shared = {**SMALL, "steps": 2, "latency_rounds": 0, "data_dir": write_data(tmp_path / "data")}
+    furina = {"method": "furina", "adapter": OPTIONS["furina"]}
+    files = {"base": {"method": "base"}, "furina": furina, "lora": lora(adapter=OPTIONS["lora"])}
+    return read_suite(write_suite(tmp_path / "cells", shared, **files))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def without_course(record: RunRecord) -> dict[str, Any]:
+    """Return what must not depend on when, where or how fast a cell was run."""
+    plain = {**vars(record), "started": None, "finished": None, "command": None}
+    training = record.training
+    plain["training"] = training and {**vars(training), "seconds": 0, "peak_memory_bytes": 0}
+    return plain
+
+
+class Doomed(CellJob):
+    """A job whose process is killed if it is FURINA's, as the kernel kills one for its memory."""
+
+    def __call__(self) -> Any:
+        if self.config.method == "furina":
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return super().__call__()
+
+
+def test_a_grid_runs_as_processes_gives_what_one_process_gives_and_outlives_a_killed_one(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "CellJob", Doomed)
+    places = Places(tmp_path / "results", tmp_path / "runs")
+    with pytest.raises(FailedRunsError, match=r"Of 3 runs 1 failed: furina.*ended without a"):
+        run_jobs(suite, places, jobs=2)
+    folder = tmp_path / "results" / "cells"
+    records = {path.name: RunRecord.read(path) for path in folder.glob("*.json")}
+    assert set(records) == {f"{run.name}.json" for run in suite.runs}
+    killed = records.pop("furina--arc_easy--seed0.json")
+    assert killed.status == "failed" and "\n" not in str(killed.error)
+    alone = Places(tmp_path / "alone", tmp_path / "alone runs")
+    for config in suite.chosen(["base", "lora"]).runs:
+        file = run_one(suite, config, alone).file
+        assert file is not None
+        assert without_course(records[file.name]) == without_course(RunRecord.read(file))
+
+
+def test_the_script_for_slurm_asks_for_what_is_said(suite: Suite, tmp_path: Path) -> None:
+    asked = Slurm(partition="gpu", hours=1.5, gpus_per_node=2, mem_gb=40, setup=("module load x",))
+    script = slurm_script(suite, Places(tmp_path, tmp_path / "runs"), 1, asked)
+    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
+    assert script.startswith("#!/bin/bash")
+    assert flags["partition"] == "gpu" and flags["time"] == "90" and flags["mem"] == "40GB"
+    assert flags["gpus-per-node"] == "2" and flags["array"] == "0-2%1" and flags["nodes"] == "1"
+    assert "\nmodule load x\n" in script and "account" not in flags
+
+
+def test_without_slurm_it_says_so(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="There is no Slurm here"):
+        run_jobs(suite, Places(tmp_path, tmp_path / "runs"), 1, Slurm())
+
+
+def test_a_job_that_slurm_stops_is_queued_again_as_it_is(suite: Suite, tmp_path: Path) -> None:
+    job = CellJob(suite, suite.runs[0], Places(tmp_path, tmp_path), None)
+    assert job.checkpoint().function is job
