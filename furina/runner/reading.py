@@ -1,19 +1,21 @@
 """Read a suite: a folder of experiments/ with what all its runs share and a file per row.
 
 Adding a row to a table is adding its file. A suite that has scales says in sections `cpu` and
-`paper` what differs between them; `scales.yaml` beside the suites says what all suites share there.
+`paper` what differs between them; `scales.yaml` beside the suites says what all suites share there,
+and under `by_task` what a task of long prompts has instead.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from furina.data import get_task
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
 from furina.runner.suites import EXPERIMENTS, Scale, Study, Suite, named, title
@@ -49,14 +51,16 @@ def read_suite(path: Path | str, scale: Scale | None = None) -> Suite:
         if "adapter" in shared and "method" not in shared:
             raise ConfigurationError("options of an adapter belong where the method is named.")
         everywhere = _of_all_suites(path, scale)
+        by_task = everywhere.pop("by_task")
         points = _combined([*everywhere.pop("sweeps"), *sweeps])
         start = RunConfig().updated(everywhere)
         defaults = start.updated({"suite": named(path, scale), **shared})
+        by_task = {task: _without(values, shared) for task, values in by_task.items()}
     runs: list[RunConfig] = []
     for file in sorted(path.glob("*.yaml")):
         if file.name != DEFAULTS:
             with _located(file):
-                runs += _expand(defaults, points, file, scale)
+                runs += _expand(defaults, points, by_task, file, scale)
     if not runs:
         raise ConfigurationError(f"{path} holds no runs: add one YAML file per row.")
     runs = _apart_by_backbone(runs)
@@ -91,10 +95,17 @@ def _scale(path: Path, content: dict[str, Any], wanted: Scale | None) -> Scale |
 def _of_all_suites(path: Path, scale: Scale | None) -> dict[str, Any]:
     """Return what all suites of a scale share: a section of the file beside their folders."""
     if scale is None:
-        return {"sweeps": []}
+        return {"sweeps": [], "by_task": {}}
     file = path.resolve().parent / SHARED
     with _located(file):
-        return _at_scale(_read(file), scale)
+        content = _at_scale(_read(file), scale)
+        by_task = content.setdefault("by_task", {})
+        if not isinstance(by_task, dict) or not all(isinstance(v, dict) for v in by_task.values()):
+            raise ConfigurationError("by_task must map tasks to options.")
+        for task, values in by_task.items():
+            get_task(task)
+            RunConfig().updated(values)
+        return content
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -161,21 +172,32 @@ def _row(file: Path, scale: Scale | None, seen: tuple[Path, ...] = ()) -> dict[s
 
 
 def _expand(
-    defaults: RunConfig, shared: list[Point], file: Path, scale: Scale | None
+    defaults: RunConfig,
+    shared: list[Point],
+    by_task: dict[str, Point],
+    file: Path,
+    scale: Scale | None,
 ) -> list[RunConfig]:
+    """Return a row's runs; what a task has instead gives way to what the suite or the row says."""
     content = _row(file, scale)
     own_points = _combined(content.pop("sweeps"))
     fixed = defaults.updated(content)
     said = {*content, *(f"adapter.{option}" for option in content.get("adapter", {}))}
-    runs = [
-        _with(fixed, {key: value for key, value in point.items() if key not in said} | own)
-        for point, own in itertools.product(shared, own_points)
-    ]
+    runs = list[RunConfig]()
+    for point, own in itertools.product(shared, own_points):
+        values = _without(point, said) | own
+        run = _with(fixed, values)
+        instead = _without(by_task.get(run.task, {}), said | values.keys())
+        runs.append(run.updated(instead))
     runs = [_called(run, file.stem) for run in runs]
     for run in runs:
         run.check_tasks()
         run.adapter_config()
     return [run for index, run in enumerate(runs) if run not in runs[:index]]
+
+
+def _without(point: Point, names: Container[str]) -> Point:
+    return {name: value for name, value in point.items() if name not in names}
 
 
 def _called(run: RunConfig, row: str) -> RunConfig:

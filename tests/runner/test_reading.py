@@ -258,6 +258,43 @@ def test_a_suites_sweep_wins_over_that_of_its_scale(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_task_has_instead_gives_way_to_the_suite_and_the_row(tmp_path: Path) -> None:
+    write_scales(
+        tmp_path,
+        cpu={**SCALES["cpu"], "by_task": {"boolq": {"steps": 2, "test_size": 8, "seed": 5}}},
+    )
+    defaults = {"cpu": {"seed": 1}, "sweep": {"task": ["arc_easy", "boolq"]}}
+    plain, own = lora(), lora(test_size=9)
+    swept = lora(sweep={"steps": [7]})
+    folder = write_suite(tmp_path / "s", defaults, a=plain, b=own, c=swept)
+    assert values(read_suite(folder), "row", "task", "steps", "test_size", "seed") == [
+        ("a", "arc_easy", 3, 500, 1),
+        ("a", "boolq", 2, 8, 1),
+        ("b", "arc_easy", 3, 9, 1),
+        ("b", "boolq", 2, 9, 1),
+        ("c", "arc_easy", 7, 500, 1),
+        ("c", "boolq", 7, 8, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("by_task", "said"),
+    [
+        ({"boolk": {"steps": 2}}, "Did you mean 'boolq'"),
+        ({"boolq": {"stebs": 2}}, "stebs"),
+        ({"boolq": 2}, "by_task must map tasks to options"),
+        ([1], "by_task must map tasks to options"),
+    ],
+)
+def test_what_an_unknown_task_has_instead_is_one_sentence(
+    tmp_path: Path, by_task: Any, said: str
+) -> None:
+    write_scales(tmp_path, cpu={"by_task": by_task})
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        read_suite(write_suite(tmp_path / "s", {"cpu": {}}, a=lora()))
+    assert str(tmp_path / "scales.yaml") in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("defaults", "scale", "said"),
     [
