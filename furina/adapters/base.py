@@ -9,10 +9,9 @@ Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import NoneType
@@ -171,7 +170,7 @@ class AdapterLinear(nn.Module, ABC):
         self.tracker = tracker
         self._pristine: Tensor | None = None
         self._merged = False
-        self._kept: dict[torch.dtype, tuple[object, Operands]] = {}
+        self._kept: dict[torch.dtype, tuple[list[object], Operands]] = {}
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -195,33 +194,43 @@ class AdapterLinear(nn.Module, ABC):
     def operands(self, x: Tensor, dtype: torch.dtype | None = None) -> Operands:
         """Return `derive()`, which must not be None, made once where possible.
 
-        Inside `furina.accumulating` it is made once for all forwards. Without gradients it is kept,
-        with A and B in `dtype` or else x's, until a parameter changes. Autograd does not count
+        Inside `furina.accumulating` it is made once for all forwards. Without gradients A and B
+        are in `dtype`, or else x's, and kept until a parameter changes. Autograd does not count
         writes through `.data`: call `model.eval()` after such a write.
         """
         if torch.is_grad_enabled():
             self._kept.clear()  # a step may come, and fused optimisers leave no trace in `_version`
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
-        if torch.compiler.is_compiling():
-            return self._derived()
-        tensors = list(self._own_tensors())
-        if any(tensor.grad is not None or tensor.is_inference() for tensor in tensors):
-            return self._derived()
-        state = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        dtype, key = dtype or x.dtype, (self.training, *state)
-        if dtype not in self._kept or self._kept[dtype][0] != key:
-            made = self._derived()
-            self._kept[dtype] = key, Operands(made.a.to(dtype), made.b.to(dtype), made.extra)
-        return self._kept[dtype][1]
+        dtype = dtype or x.dtype
+        state = None if torch.compiler.is_compiling() else self._state()
+        kept = self._kept.get(dtype)
+        if kept is not None and kept[0] == state:
+            return kept[1]
+        made = self._derived()
+        made = Operands(made.a.to(dtype), made.b.to(dtype), made.extra)
+        if state is not None:
+            self._kept[dtype] = state, made
+        return made
 
-    def _own_tensors(self) -> Iterator[Tensor]:
-        """Yield what `adapter_tensors` names, and any other buffer; every token waits for this."""
-        yield from (each for each in self._parameters.values() if each is not None)
-        yield from (each for each in self._buffers.values() if each is not None)
-        for name, module in self._modules.items():
-            if module is not None and name != "base":
-                yield from itertools.chain(module.parameters(), module.buffers())
+    def _state(self) -> list[object] | None:
+        """Return what differs once a tensor has changed, None if one may change unseen.
+
+        The tensors are what `adapter_tensors` names, and any other buffer. Every token waits for
+        this, 210 times in a small model: hence one plain loop.
+        """
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        if len(self._modules) > 1:
+            for name, module in self._modules.items():
+                if module is not None and name != "base":
+                    tensors += [*module.parameters(), *module.buffers()]
+        state: list[object] = [self.training]
+        for tensor in tensors:
+            if tensor is not None:
+                if tensor.grad is not None or tensor.is_inference():
+                    return None
+                state += (tensor.data_ptr(), tensor._version)
+        return state
 
     def _derived(self) -> Operands:
         made = self.derive()

@@ -298,11 +298,11 @@ class FurinaLinear(MixtureLinear):
         With "l1" and "per_unit" the activity itself, (T, 1, R) and (T, O, R). It has no gradient
         until v has moved: with v = 0 the task gives A and B no gradient, and Adam would turn the
         selection loss alone into a full step, whatever its coefficient.
-        Shape: x (..., I), h (..., N·r), d̃ (N, O), M (N, r, r).
+        Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r).
         """
         assert self.tracker.active is not None
         self.tracker.active.real_tokens(x, self.name)
-        return self._made_of(h.reshape(-1, h.shape[-1]), norm, gram)
+        return self._made_of(h, norm, gram)
 
     def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
         """Return what `selection` records of h (T, N·r)."""

@@ -39,7 +39,7 @@ FEW_TOKENS = 1
 
 
 class Product(NamedTuple):
-    """y (..., O) and h = s·A dropout(x), (..., rows of A); gradients flow through both."""
+    """y (..., O) and h = s·A dropout(x), (T, rows of A); gradients flow through both."""
 
     y: Tensor
     h: Tensor
@@ -68,6 +68,8 @@ def low_rank_product(
 
     With `gates` (..., N), B holds N blocks of r columns, and A as many blocks of rows or one for
     all. Shape: x (..., I), A (N·r, I) or (r, I), B (O, N·r).
+
+    Without gradients h and the update are made in the dtype of A and B, but under autocast in its.
     """
     leading, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if gates is not None:
@@ -75,10 +77,11 @@ def low_rank_product(
     if base._forward_hooks or base._forward_pre_hooks:  # somebody listens to the linear itself
         y: Tensor = base(x)
         h, update = _update(drop(flat, dropout), a, b, scale, gates)
-        return Product(y + update.view_as(y).to(y.dtype), h.view(*leading, h.shape[-1]))
+        return Product(y + update.view_as(y).to(y.dtype), h)
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
-    if _has_autocast(x.device) and x.dtype != torch.float64:
+    autocast = _has_autocast(x.device)
+    if autocast and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         flat, weight = flat.to(dtype), weight.to(dtype)
         bias, gates = (None if each is None else each.to(dtype) for each in (bias, gates))
@@ -88,11 +91,13 @@ def low_rank_product(
         y, h = _LowRankProduct.apply(  # type: ignore[no-untyped-call]
             flat, weight, bias, a, b, gates, scale, dropped
         )
-    else:  # autograd's bookkeeping would cost a single token as much as a matmul
+    elif autocast:
         dtype = update_dtype(flat)
-        a, b = a.to(dtype), b.to(dtype)
+        with no_autocast(x.device):
+            y, h = _product(flat, weight, bias, a.to(dtype), b.to(dtype), gates, scale, dropped)
+    else:  # autograd's bookkeeping would cost a single token as much as a matmul
         y, h = _product(flat, weight, bias, a, b, gates, scale, dropped)
-    return Product(y.view(*leading, y.shape[-1]), h.view(*leading, h.shape[-1]))
+    return Product(y.view(*leading, y.shape[-1]), h)
 
 
 def moved_product(
@@ -111,7 +116,7 @@ def moved_product(
     y: Tensor = base(x)
     x = drop(x, dropout)
     (h, update), (_, subtracted) = (_update(x, a, b, scale) for a, b in (now, start))
-    return Product(y + (update - subtracted).to(y.dtype), h)
+    return Product(y + (update - subtracted).to(y.dtype), h.reshape(-1, h.shape[-1]))
 
 
 def _update(
@@ -136,15 +141,14 @@ def _product(
 
     Shape: x (T, I), gates (T, N) → (T, O), (T, rows of A).
     """
-    with no_autocast(x.device):
-        h = functional.linear(_dropped(x, dropped).to(a.dtype), a)
-        if scale != 1:
-            h.mul_(scale)
-        y = functional.linear(x, weight, bias)
-        gated = _gated(h, gates, b)
-        if y.dtype == b.dtype:
-            return y.addmm_(gated, b.t()), h
-        return y.add_(functional.linear(gated, b)), h
+    h = functional.linear(_dropped(x, dropped).to(a.dtype), a)
+    if scale != 1:
+        h.mul_(scale)
+    y = functional.linear(x, weight, bias)
+    gated = _gated(h, gates, b)
+    if y.dtype == b.dtype:
+        return y.addmm_(gated, b.t()), h
+    return y.add_(functional.linear(gated, b)), h
 
 
 class _LowRankProduct(torch.autograd.Function):
@@ -165,7 +169,8 @@ class _LowRankProduct(torch.autograd.Function):
         """Keep what the backward needs, the factors in x's dtype."""
         ctx.scale, ctx.dtypes = scale, (a.dtype, b.dtype)
         a, b = a.to(x.dtype), b.to(x.dtype)
-        y, h = _product(x, weight, bias, a, b, gates, scale, dropped)
+        with no_autocast(x.device):
+            y, h = _product(x, weight, bias, a, b, gates, scale, dropped)
         ctx.save_for_backward(x, weight, a, b, gates, dropped, h)
         ctx.set_materialize_grads(False)
         return y, h

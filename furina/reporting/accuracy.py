@@ -11,6 +11,7 @@ from furina.reporting import differences
 from furina.reporting.cells import Cell, missing
 from furina.reporting.differences import Difference
 from furina.reporting.notes import NO_RECORD, NO_RESULT, NOT_ALL_TASKS, ONE_MODEL
+from furina.reporting.staleness import stale_notes
 from furina.reporting.suites import Run, Suite, read_correct
 
 NO_SCORE = "not scored in this variant"
@@ -40,7 +41,8 @@ def absence(suite: Suite, row: str, task: str, otherwise: str) -> str:
 
 def accuracy(suite: Suite, row: str, task: str, variant: str) -> Cell:
     """Return the accuracy in percent with its standard error, as a mean over seeds."""
-    found = [score for _, score in scores(suite, row, task, variant)]
+    pairs = scores(suite, row, task, variant)
+    found = [score for _, score in pairs]
     if not found:
         base_missing = row == "base" and variant == "unmerged"
         reason = NO_RECORD if base_missing else absence(suite, row, task, NO_SCORE)
@@ -58,7 +60,8 @@ def accuracy(suite: Suite, row: str, task: str, variant: str) -> Cell:
         "seeds": len(found),
         "n": found[0].n,
     }
-    return Cell(text, numbers, score_notes(found))
+    old = (note for run, _ in pairs for note in stale_notes(run.record, suite.changes))
+    return Cell(text, numbers, (*score_notes(found), *dict.fromkeys(old)))
 
 
 def macro(suite: Suite, row: str, variant: str) -> Cell:

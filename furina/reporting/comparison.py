@@ -124,4 +124,9 @@ def _remarks(suite: Suite, reference: str | None, beside: Beside | None) -> tupl
             f"as far as known; the column is {beside.column}. Backbone, data, prompts and hardware "
             "may be others than ours: differences to the same row compare better than levels."
         )
+    if suite.left_out:
+        remarks.append(
+            f"Not here but among what is forgotten, as no run was trained on them: "
+            f"{', '.join(sorted(suite.left_out))}."
+        )
     return (*remarks, conditions(suite), *failure_remarks(suite))

@@ -66,18 +66,19 @@ def suite_section(
 ) -> Section:
     """Return a suite's tables and figures; of a further protocol, its main table alone."""
     first, *others = suites
+    compared = first.without_general_tasks()
     accuracies = paper if place and place.measure in ("accuracy", "removal") else None
     drops = paper if place and place.measure == "drop" else None
     activity = read_folder(folder / "activity", ActivityRecord.read)
     tables = [
-        comparison_table(first, accuracies),
+        comparison_table(compared, accuracies),
         forgetting_table(first, drops),
         *(make(first) for make in TABLES),
         *(replace(main_table(each), name=f"main-{each.protocol}") for each in others),
         *(_titled(first, table) for table in activity_tables(activity)),
     ]
     figures = {
-        "differences": difference_dots(first, accuracies),
+        "differences": difference_dots(compared, accuracies),
         "settings": setting_curves(first),
         "accuracy_latency": plots.accuracy_latency(first),
         "loss_curves": plots.loss_curves(first),

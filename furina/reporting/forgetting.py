@@ -89,11 +89,11 @@ def forgetting_table(suite: Suite, paper: PaperTable | None = None) -> Table | N
 
 def general_tasks(suite: Suite) -> list[General]:
     """Return the tasks that were scored and that no run trained, of every protocol."""
-    trained = {data.task for run in suite.runs for data in run.record.data if data.train_sha256}
+    taught = suite.taught
     metrics: dict[tuple[str, str], str] = {}
     for run in suite.runs:
         for score in run.record.evaluations:
-            if score.task not in trained:
+            if score.task not in taught:
                 metrics.setdefault((score.task, score.protocol), score.metric)
     return [
         General(replace(suite, protocol=protocol, metric=metric), task)

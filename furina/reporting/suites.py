@@ -7,7 +7,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,7 +74,8 @@ class Suite:
     """The comparable runs of one folder; its tables show one metric of one protocol.
 
     Two readings of a folder are two suites, since its files may have changed in between. `changes`
-    are the dated changes that move numbers, by which a run may be out of date.
+    are the dated changes that move numbers, by which a run may be out of date; `left_out` are
+    scored tasks that its tables do not show.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Suite:
     metric: str
     runs: tuple[Run, ...]
     changes: tuple[Change, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     @property
     def rows(self) -> list[str]:
@@ -91,12 +93,23 @@ class Suite:
     @property
     def tasks(self) -> list[str]:
         """Return the scored tasks by name."""
-        return sorted({task for run in self.runs for task in run.tasks(self.protocol)})
+        scored = {task for run in self.runs for task in run.tasks(self.protocol)}
+        return sorted(scored - self.left_out)
 
     @property
     def trained(self) -> list[str]:
         """Return what was trained by name: tasks, or mixtures."""
         return sorted({run.record.task for run in self.runs})
+
+    @property
+    def taught(self) -> set[str]:
+        """Return the tasks that some run has rows of in its training data."""
+        return {data.task for run in self.runs for data in run.record.data if data.train_sha256}
+
+    def without_general_tasks(self) -> Suite:
+        """Return the suite without tasks that no run trained, unless it has no others."""
+        taught = self.taught.intersection(self.tasks)
+        return replace(self, left_out=frozenset(self.tasks) - taught) if taught else self
 
     def select(self, row: str, task: str | None = None) -> list[Run]:
         """Return the successful runs of one row, all or those that scored a task."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,11 +166,25 @@ def _outcome(suite: Suite, places: Places, ended: _Running) -> Outcome:
     try:
         outcome: Outcome = ended.job.results()[0]
     except UncompletedJobError as error:
-        last = str(error).strip().splitlines()[-1]
-        reason = f"its process ended without a result, killed or out of memory ({last})"
+        reason = "its process ended without a result, killed or out of memory"
+        reason += f" ({words})" if (words := last_words(str(error))) else ""
         file = record_failure(suite, ended.config, ended.started, reason, places.results)
         return Outcome("failed", file, reason)
     return outcome
+
+
+def last_words(message: str) -> str:
+    """Return the last line of a job's error stream that is its own, "" where there is none.
+
+    `message` is what submitit says of a job without a result: the stream stands below dashes, with
+    lines of submitit's own log.
+    """
+    _, _, stream = message.partition(f"\n{'-' * 40}\n")
+    own = [line for line in stream.splitlines() if line.strip() and not _LOGGED.match(line)]
+    return own[-1].strip() if own else ""
+
+
+_LOGGED = re.compile(r"submitit [A-Z]+ \(")
 
 
 def slurm_script(suite: Suite, places: Places, jobs: int, slurm: Slurm) -> str:

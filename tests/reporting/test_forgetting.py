@@ -10,6 +10,7 @@ from furina.records import RunRecord
 from furina.reporting import notes
 from furina.reporting.accuracy import NO_BASE_SCORE
 from furina.reporting.cells import Cell
+from furina.reporting.comparison import comparison_table
 from furina.reporting.forgetting import (
     AT_CHANCE,
     DROP,
@@ -90,6 +91,22 @@ def test_only_tasks_that_no_run_trained_are_general(folder: Path) -> None:
     suite = load_suite(folder)
     assert [general.task for general in general_tasks(suite)] == ["gsm8k", "mmlu"]
     assert ("openbookqa, text", DROP) not in lines(folder)["lora"]
+
+
+def test_the_comparison_leaves_them_out_and_says_so(folder: Path) -> None:
+    suite = load_suite(folder).without_general_tasks()
+    assert (suite.tasks, suite.left_out) == (["openbookqa"], {"gsm8k", "mmlu"})
+    table = comparison_table(suite)
+    assert table
+    assert any("not" in remark.lower() and "gsm8k, mmlu" in remark for remark in table.remarks)
+    assert rows_of(table)[1]["acc, %", "openbookqa"].numbers["seeds"] == 3
+    assert not [key for key in rows_of(table)[1] if "mean of" in key[1]]
+
+
+def test_a_suite_without_training_keeps_all_its_tasks(tmp_path: Path) -> None:
+    write(tmp_path, "base", BASE)
+    suite = load_suite(tmp_path)
+    assert suite.without_general_tasks().tasks == suite.tasks == ["gsm8k", "mmlu", "openbookqa"]
 
 
 def test_a_suite_that_scores_what_it_trained_has_no_such_table(seeded: Path) -> None:

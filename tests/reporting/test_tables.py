@@ -128,6 +128,16 @@ def test_a_score_at_chance_is_marked(folder: Path) -> None:
     assert any("chance (25.0 %)" in note for note in table.footnotes)
 
 
+def test_a_score_that_is_older_than_a_change_is_marked(folder: Path) -> None:
+    (folder.parent / "numerics.csv").write_text(
+        "date,area,what\n2099-01-01T00:00:00+00:00,training/furina,the norms are fused\n"
+    )
+    table = main_table(load_suite(folder))
+    stale = ("made before: the norms are fused",)
+    assert cell(table, "furina", ARC, "merged").notes == stale
+    assert cell(table, "lora", ARC, "merged").notes == ()
+
+
 def test_some_seeds_at_chance_are_counted(seeded: Path) -> None:
     record = fakes.run_record("lora", "arc_easy", 1)
     scores = tuple(replace(score, suspect=True) for score in record.evaluations)

@@ -16,7 +16,7 @@ from furina.records import RunRecord
 from furina.runner import FailedRunsError, Places, Suite, read_suite
 from furina.runner import jobs as jobs_module
 from furina.runner.cells import run_one
-from furina.runner.jobs import CellJob, Slurm, run_jobs, slurm_script
+from furina.runner.jobs import CellJob, Slurm, last_words, run_jobs, slurm_script
 from tests.experiment.helpers import OPTIONS, SMALL, write_data
 from tests.runner.helpers import lora, write_suite
 
@@ -63,12 +63,30 @@ def test_a_grid_runs_as_processes_gives_what_one_process_gives_and_outlives_a_ki
     records = {path.name: RunRecord.read(path) for path in folder.glob("*.json")}
     assert set(records) == {f"{run.name}.json" for run in suite.runs}
     killed = records.pop("furina--arc_easy--seed0.json")
-    assert killed.status == "failed" and "\n" not in str(killed.error)
+    assert killed.status == "failed"
+    assert killed.error == "its process ended without a result, killed or out of memory"
     alone = Places(tmp_path / "alone", tmp_path / "alone runs")
     for config in suite.chosen(["base", "lora"]).runs:
         file = run_one(suite, config, alone).file
         assert file is not None
         assert without_course(records[file.name]) == without_course(RunRecord.read(file))
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (
+            "Traceback\nMemoryError: 3 GiB\nsubmitit INFO (2026-01-01 00:00:00,1) - Exit\n\n",
+            "Memory",
+        ),
+        ("submitit WARNING (2026-01-01 00:00:00,1) - Bypassing signal SIGTERM\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_failure_tells_the_last_words_of_the_process_itself(stream: str, words: str) -> None:
+    said = f"Job 1 with path x\nhas not produced any output\nError stream produced:\n{'-' * 40}\n"
+    found = last_words(said + stream)
+    assert found.startswith(words) and bool(found) == bool(words)
 
 
 def test_the_script_for_slurm_asks_for_what_is_said(suite: Suite, tmp_path: Path) -> None:
