@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,8 @@ PUBLISHED = {
     "smollm2-135m-instruct": 134_515_008,
 }
 PAPER = [name for name in PUBLISHED if "/" in name]
+pytestmark = pytest.mark.usefixtures("no_network")
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(*_: object) -> None:
-        pytest.fail("tried to reach the network")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(socket, "getaddrinfo", connect)
 
 
 @pytest.fixture(scope="module")

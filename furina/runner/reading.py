@@ -50,10 +50,9 @@ def read_suite(path: Path | str, scale: Scale | None = None) -> Suite:
             )
         if "adapter" in shared and "method" not in shared:
             raise ConfigurationError("options of an adapter belong where the method is named.")
-        everywhere = _of_all_suites(path, scale)
-        by_task = everywhere.pop("by_task")
-        points = _combined([*everywhere.pop("sweeps"), *sweeps])
-        start = RunConfig().updated(everywhere)
+    start, sweeps_of_all, by_task = _of_all_suites(path, scale)
+    with _located(path / DEFAULTS):
+        points = _combined([*sweeps_of_all, *sweeps])
         defaults = start.updated({"suite": named(path, scale), **shared})
         by_task = {task: _without(values, shared) for task, values in by_task.items()}
     runs: list[RunConfig] = []
@@ -92,20 +91,26 @@ def _scale(path: Path, content: dict[str, Any], wanted: Scale | None) -> Scale |
     return (wanted or "cpu") if known else None
 
 
-def _of_all_suites(path: Path, scale: Scale | None) -> dict[str, Any]:
-    """Return what all suites of a scale share: a section of the file beside their folders."""
+def _of_all_suites(
+    path: Path, scale: Scale | None
+) -> tuple[RunConfig, list[object], dict[str, Point]]:
+    """Return what all suites of a scale share, from the file beside their folders.
+
+    It is the run that all start from, the sweeps, and by task what that task has instead.
+    """
     if scale is None:
-        return {"sweeps": [], "by_task": {}}
+        return RunConfig(), [], {}
     file = path.resolve().parent / SHARED
     with _located(file):
         content = _at_scale(_read(file), scale)
-        by_task = content.setdefault("by_task", {})
+        sweeps, by_task = content.pop("sweeps"), content.pop("by_task", {})
+        start = RunConfig().updated(content)
         if not isinstance(by_task, dict) or not all(isinstance(v, dict) for v in by_task.values()):
             raise ConfigurationError("by_task must map tasks to options.")
         for task, values in by_task.items():
             get_task(task)
-            RunConfig().updated(values)
-        return content
+            start.updated(values)
+    return start, sweeps, by_task
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -387,6 +387,21 @@ def test_a_layer_handles_any_number_of_leading_dimensions(method: str) -> None:
     assert layer(x[:0]).shape == (0, 3, 4, 7)
 
 
+@every_method
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_held_gradients_do_not_change_an_answer(method: str, tokens: int) -> None:
+    """While a parameter has a gradient nothing is kept; the factors have the same dtype anyhow."""
+    for config in variants(method):
+        layer = layer_of(config, dtype=torch.bfloat16).eval()
+        perturb_layer(layer)
+        x = torch.randn(1, tokens, 11).to(torch.bfloat16)
+        with torch.no_grad():
+            kept = layer(x)
+            for parameter in layer.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            assert torch.equal(layer(x), kept), config
+
+
 def test_two_methods_of_one_name_are_an_error() -> None:
     from furina.adapters import register
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
@@ -31,16 +30,8 @@ from tests.experiment.helpers import tiny
 ROOT = Path(__file__).parents[2]
 PAPER = [name for name in ARCHITECTURES if "/" in name]
 LAYERS = {name: json.loads(ARCHITECTURES[name].read_text())["num_hidden_layers"] for name in PAPER}
+pytestmark = pytest.mark.usefixtures("no_network")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def connect(*_: object) -> None:
-        pytest.fail("tried to reach the network")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(socket, "getaddrinfo", connect)
 
 
 def paper(backbone: str = "meta-llama/Llama-3.2-3B", **changes: Any) -> RunConfig:

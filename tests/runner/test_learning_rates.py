@@ -35,7 +35,7 @@ def test_every_method_was_tried_with_one_grid_and_budget() -> None:
     assert len(set(map(tuple, grids.values()))) == 1
 
 
-@pytest.mark.parametrize("suite", ["main", "flylora"])
+@pytest.mark.parametrize("suite", ["main", "flylora", "quickstart", "commonsense"])
 def test_a_row_has_the_best_rate_of_its_method(suite: str) -> None:
     rates = {method: best_point(found)[0] for method, found in trials().items()}
     runs = [run for run in read_suite(suite).runs if run.method != "base"]
