@@ -1,4 +1,7 @@
-"""A worker that trains nothing: it does what RUN_DIR/behaviour.json says for its rank, at once."""
+"""A worker that trains nothing: it does what RUN_DIR/behaviour.json says for its rank.
+
+One that fails waits until the other of two has begun: that one would be ended before it.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,26 @@ RANK = os.environ["RANK"]
 folder = Path(sys.argv[1])
 
 
-def other_is_dead() -> bool:
-    """Return whether the other of two processes has begun and ended."""
+def other_when_begun() -> int:
+    """Return the pid of the other of two processes, once it has begun."""
     file = folder / f"rank{1 - int(RANK)}.json"
-    text = file.read_text() if file.exists() else ""
-    if not text.endswith("}"):
-        return False
+    while not file.exists() or not file.read_text().endswith("}"):
+        time.sleep(0.001)
+    pid: int = json.loads(file.read_text())["pid"]
+    return pid
+
+
+def is_dead(pid: int) -> bool:
     try:
-        status = Path(f"/proc/{json.loads(text)['pid']}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return True
     return "Z (zombie)" in status
 
 
 def behave(what: str, value: str) -> None:
+    if what in ("crash", "exit", "die"):
+        other_when_begun()
     if what == "raise":
         kind = Diverged if value == "DivergedError" else getattr(errors, value)
         note(kind(f"{value} said."))
@@ -50,7 +59,8 @@ def behave(what: str, value: str) -> None:
             note(error)
             sys.exit(3)
     if what == "miss":  # the other process, and say so when it is gone
-        while not other_is_dead():
+        other = other_when_begun()
+        while not is_dead(other):
             time.sleep(0.001)
         behave("crash", value)
     if what == "exit":
