@@ -35,6 +35,12 @@ def test_every_method_was_tried_with_one_grid_and_budget() -> None:
     assert len(set(map(tuple, grids.values()))) == 1
 
 
+def test_every_method_does_worse_at_both_ends_of_the_grid() -> None:
+    for method, found in trials().items():
+        rates = sorted({trial.learning_rate for trial in found})
+        assert best_point(found)[0] in rates[1:-1], method
+
+
 @pytest.mark.parametrize("suite", ["main", "flylora", "quickstart", "commonsense"])
 def test_a_row_has_the_best_rate_of_its_method(suite: str) -> None:
     rates = {method: best_point(found)[0] for method, found in trials().items()}
