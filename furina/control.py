@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import TypeVar
 
 from torch import nn
 
 from furina.adapters import AdapterConfig
+from furina.adapters.routing import RoutedConfig
 from furina.errors import ConfigurationError
 from furina.inject import adapt, adapter_state_dict, load_adapter_state_dict, remove, state_of
 from furina.merging import is_merged
@@ -17,7 +17,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def has_router(config: AdapterConfig) -> bool:
     """Return whether a method has a router that could be removed."""
-    return "router_removed" in {field.name for field in fields(config)}
+    return isinstance(config, RoutedConfig)
 
 
 def without_router(model: ModelT) -> ModelT:
@@ -30,12 +30,11 @@ def without_router(model: ModelT) -> ModelT:
     """
     state = state_of(model)
     config = state.config
-    if not has_router(config):
+    if not isinstance(config, RoutedConfig):
         raise ConfigurationError(f"Method {config.name} has no router that could be removed.")
     if is_merged(model):
         raise ConfigurationError("The adapter is merged: call furina.unmerge first.")
-    average = replace(config, router_removed=True)  # type: ignore[call-arg]
     tensors = adapter_state_dict(model)
-    adapt(remove(model), average, targets=state.targets, seed=0)
+    adapt(remove(model), config.without_router(), targets=state.targets, seed=0)
     load_adapter_state_dict(model, {name: tensors[name] for name in adapter_state_dict(model)})
     return model

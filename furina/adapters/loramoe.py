@@ -15,8 +15,8 @@ halves apart, and which of them answers to it is a convention.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class LoRAMoEConfig(DenseConfig):
             "balance_coefficient",
             "0 without a router, which it would balance",
         )
+
+    def without_router(self) -> Self:
+        """Return the options of the control, which has nothing to balance."""
+        return replace(self, router_removed=True, balance_coefficient=0.0)
 
     @property
     def has_auxiliary_loss(self) -> bool:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class RoutedConfig(LowRankConfig):
     """Rank r of each expert."""
     router_removed: bool = False
     """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
+
+    def without_router(self) -> Self:
+        """Return the options of the control, where nothing that needs a router is left on."""
+        return replace(self, router_removed=True)
 
     @property
     @abstractmethod

@@ -277,9 +277,13 @@ def test_a_routed_method_refuses_to_merge_and_to_export_with_the_reason(method, 
     assert not furina.is_merged(model) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ROUTERS)
-def test_without_its_router_a_mixture_is_the_average_of_its_experts(method, tmp_path) -> None:
-    model = furina.adapt(BACKBONES["llama"](torch.float64), small(method), seed=0).eval()
+@pytest.mark.parametrize(
+    "config",
+    [*map(small, ROUTERS), small("loramoe", balance_coefficient=0.01, task_type=1)],
+    ids=[*ROUTERS, "loramoe with its balance"],
+)
+def test_without_its_router_a_mixture_is_the_average_of_its_experts(config) -> None:
+    model = furina.adapt(BACKBONES["llama"](torch.float64), config, seed=0).eval()
     perturb(model)
     before = {n: copy.deepcopy(layer) for n, layer in state_of(model).layers.items()}
     batch = tokens()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from furina import adapt, describe
+from furina import adapt, describe, without_router
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import parse
 from furina.data.tasks import get_task
@@ -56,16 +56,18 @@ def test_every_suite_is_read_at_each_of_its_scales(folder: Path, scale: str | No
 def test_every_run_on_this_scale_builds_its_adapter() -> None:
     suites = [read_suite(folder, scale) for folder, scale in AT_SCALE if scale != "paper"]
     made = {
-        json.dumps([run.method, run.adapter, run.targets])
+        json.dumps([run.method, run.adapter, run.targets, run.score_without_router])
         for suite in suites
         for run in suite.runs
         if not run.is_base
     }
     for options in made:
-        method, adapter, targets = json.loads(options)
+        method, adapter, targets, loses_router = json.loads(options)
         layers = 30 if "allocation" in adapter else 1
         model = adapt(smollm2_without_weights(layers), method, targets=targets, **adapter)
         assert describe(model).trainable > 0
+        if loses_router:
+            assert describe(without_router(model)).trainable_without_router > 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
