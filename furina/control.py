@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from furina.merging import is_merged
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def has_router(config: AdapterConfig) -> bool:
+def has_router(config: AdapterConfig) -> TypeGuard[RoutedConfig]:
     """Return whether a method has a router that could be removed."""
     return isinstance(config, RoutedConfig)
 
@@ -30,7 +30,7 @@ def without_router(model: ModelT) -> ModelT:
     """
     state = state_of(model)
     config = state.config
-    if not isinstance(config, RoutedConfig):
+    if not has_router(config):
         raise ConfigurationError(f"Method {config.name} has no router that could be removed.")
     if is_merged(model):
         raise ConfigurationError("The adapter is merged: call furina.unmerge first.")

@@ -49,7 +49,7 @@ class RoutedConfig(LowRankConfig):
     """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
 
     def without_router(self) -> Self:
-        """Return the options of the control, where nothing that needs a router is left on."""
+        """Return the options of the control (table 7): no router, and nothing on that needs one."""
         return replace(self, router_removed=True)
 
     @property
