@@ -29,6 +29,7 @@ PAIRS = {
     "dora_unmerged/peft_dora_unmerged": ("dora_unmerged", "peft_dora_unmerged"),
     "moe_peft_mixlora/moe_peft_lora": ("moe_peft_mixlora", "moe_peft_lora"),
     "moe_peft_mola/moe_peft_lora": ("moe_peft_mola", "moe_peft_lora"),
+    "compiled_lora_unmerged/compiled_base": ("compiled_lora_unmerged", "compiled_base"),
     "compiled_furina_merged/compiled_base": ("compiled_furina_merged", "compiled_base"),
     "compiled_furina_unmerged/compiled_base": ("compiled_furina_unmerged", "compiled_base"),
 }

@@ -28,7 +28,10 @@ PEFT = (
 MOE_PEFT = ("moe_peft_lora", "moe_peft_mixlora", "moe_peft_mola")
 DISK = ("disk_base", "disk_merged")
 """The backbone's folder and the one that FURINA is merged into, loaded alike."""
-COMPILED = ("compiled_base", "compiled_furina_unmerged", "compiled_furina_merged")
+COMPILED = (
+    *("compiled_base", "compiled_lora_unmerged"),
+    *("compiled_furina_unmerged", "compiled_furina_merged"),
+)
 NOISE = 0.02
 """Standard deviation of what every parameter is moved by: a start has many zeros."""
 

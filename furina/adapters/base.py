@@ -196,19 +196,24 @@ class AdapterLinear(nn.Module, ABC):
 
         Inside `furina.accumulating` it is made once for all forwards. Without gradients A and B
         are in `dtype`, or else x's, and kept until a parameter changes. Autograd does not count
-        writes through `.data`: call `model.eval()` after such a write.
+        writes through `.data`: call `model.eval()` after such a write. With a `dtype`, which is for
+        `low_rank_product`, B is stored by columns on a CPU: a single token reads it faster so.
         """
         if torch.is_grad_enabled():
             self._kept.clear()  # a step may come, and fused optimisers leave no trace in `_version`
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
+        compiling = torch.compiler.is_compiling()
+        by_columns = dtype is not None and x.device.type == "cpu" and not compiling
         dtype = dtype or x.dtype
-        state = None if torch.compiler.is_compiling() else self._state()
+        state = None if compiling else self._state()
         kept = self._kept.get(dtype)
         if kept is not None and kept[0] == state:
             return kept[1]
         made = self._derived()
         made = Operands(made.a.to(dtype), made.b.to(dtype), made.extra)
+        if by_columns:
+            made = made._replace(b=made.b.t().contiguous().t())
         if state is not None:
             self._kept[dtype] = state, made
         return made

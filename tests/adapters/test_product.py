@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from furina.adapters import product
+from furina.adapters import methods, product
 from furina.adapters.directions import direction_gram, directions, l2_activity
 from furina.adapters.dropout import drop_
 from furina.adapters.product import low_rank_product
+from tests.helpers import layer_of, perturb_layer, small
 
 IN, OUT, RANK, EXPERTS, TOKENS = 5, 4, 2, 3, 6
 CASES = [
@@ -19,6 +20,8 @@ CASES = [
     for masked in (None, "places", "boolean")
     for bias, by_columns in ((False, False), (True, True))
 ]
+SERVED_AS_A_PAIR = sorted(set(methods()) - {"flylora", "mixlora", "pissa"})
+"""Methods whose forward is `low_rank_product` by default."""
 
 
 def tensors(shared: bool, bias: bool, by_columns: bool) -> tuple[nn.Linear, dict[str, Tensor]]:
@@ -166,3 +169,16 @@ def test_a_single_16_bit_token_rounds_its_update_once(gated: bool) -> None:
     size = (b.double().abs() @ (a.double().abs() @ x[0, 0].double().abs())).max()
     assert ((y[0, 0].double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6 * size).all()
     assert not torch.equal(y[0, 0].double(), torch.zeros_like(exact))
+
+
+@pytest.mark.parametrize("method", SERVED_AS_A_PAIR)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_token_reads_b_in_the_same_order_for_every_method(method: str, dtype) -> None:
+    """Their times are compared: none may have the better layout."""
+    layer = layer_of(small(method), dtype=dtype).eval()
+    perturb_layer(layer)
+    with torch.no_grad():
+        layer(torch.randn(1, 1, layer.base.in_features, dtype=dtype))
+    ((_, made),) = layer._kept.values()
+    assert made.b.t().is_contiguous() and not made.b.is_contiguous()
+    torch.testing.assert_close(made.b, layer.derive().b, rtol=0, atol=0)
