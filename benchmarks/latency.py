@@ -11,7 +11,7 @@ method is what a trained adapter runs as: FURINA and LoRA as one low-rank pair b
 is the same update with each expert by itself. `disk_base` and `disk_merged` are whole folders
 loaded alike, and their ratio is `merged/base`. moe_peft runs in an environment of its own, with its
 own engine: compare its mixtures with its LoRA. `compiled_` variants decode through torch.compile
-with a static cache, compiled in the warm-up.
+with a static cache, compiled in the warm-up; unmerged ones as the LoRA that has the same factors.
 
 Prompt lengths and batch sizes are crossed; the first combination gives the top level's `ratios`.
 Adapters are new ones with every parameter moved a little: time does not depend on how.

@@ -55,6 +55,8 @@ def build(name: str, backbone: PreTrainedModel, options: Any) -> Timer:
     compiled = name.startswith("compiled_")
     model = variant_model(name.removeprefix("compiled_"), backbone, options).eval()
     if compiled:
+        if name.endswith("_unmerged"):
+            as_pair(model)
         model.forward = torch.compile(model.forward, dynamic=False)
     return partial(timed, model, compiled)
 
@@ -156,6 +158,13 @@ class WrittenOut(nn.Module):
         for a, b, m in self.experts:
             y = y + m * nn.functional.linear(nn.functional.linear(x, a), b)
         return y
+
+
+def as_pair(model: PreTrainedModel) -> None:
+    """Put the update's factors in the adapter's place: a graph would make B̃ for each token."""
+    adapters = furina.AdapterSet(model, "trained")
+    adapters.combine("pair", {"trained": 1.0})
+    adapters.use("pair")
 
 
 @torch.no_grad()

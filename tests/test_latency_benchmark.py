@@ -13,6 +13,7 @@ import torch
 
 import furina
 from furina.errors import FurinaError
+from furina.inject import state_of
 from furina.latency import Timing
 
 ROOT = Path(__file__).parents[1]
@@ -85,6 +86,25 @@ def test_the_written_out_form_is_the_adapter(load, method):
     assert (fast - logits(model_of(load, "base"))).abs().max() > 1e-3
     torch.testing.assert_close(literal, fast, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(merged, fast, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["lora", "furina"])
+def test_what_is_compiled_unmerged_is_the_adapters_factors_alone(load, method, monkeypatch):
+    compiled = []
+
+    def compile_(forward, **_):
+        compiled.append(forward)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    variants, options = load("latency_variants"), load("latency").parse([*SMALL])
+    backbone = furina.load_backbone("tiny-llama", "float64").requires_grad_(False)
+    timer = variants.build(f"compiled_{method}_unmerged", backbone, options)
+    assert timer(torch.arange(5, 11).reshape(1, -1), 3).total_ms > 0
+    model = compiled[0].__self__
+    assert state_of(model).config.name == "lora" and state_of(model).config.scale == 1
+    adapter = logits(model_of(load, f"{method}_unmerged"))
+    torch.testing.assert_close(logits(model), adapter, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("peer", ["peft_lora", "peft_dora"])
