@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import string
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -147,5 +148,13 @@ def overlap(items: Iterable[ItemT], others: Iterable[Item]) -> list[ItemT]:
 
 
 def chance_level(items: Sequence[Item]) -> float:
-    """Return the expected accuracy of guessing: the mean of 1 / number of choices, 0 without."""
-    return sum(1 / len(i.choices) for i in items if isinstance(i, Question)) / len(items)
+    """Return the accuracy that takes no reading: the mean of 1 / number of choices, 0 without.
+
+    Where all questions have the same choices, as BoolQ's, it is the share of the commonest answer:
+    what a model scores that has learnt to say nothing else.
+    """
+    questions = [item for item in items if isinstance(item, Question)]
+    if len(questions) == len(items) > 1 and len({question.choices for question in questions}) == 1:
+        ((_, commonest),) = Counter(question.answer for question in questions).most_common(1)
+        return commonest / len(items)
+    return sum(1 / len(question.choices) for question in questions) / len(items)

@@ -61,6 +61,13 @@ def test_chance_is_the_mean_over_questions():
     assert chance_level([QUESTION, replace(QUESTION, choices=("a", "b", "c", "d"))]) == 0.375
 
 
+def test_chance_is_the_commonest_answer_where_all_have_the_same_choices():
+    same = [replace(QUESTION, id=str(i), answer=int(i < 7)) for i in range(10)]
+    assert chance_level(same) == 0.7
+    assert chance_level([*same[:9], replace(same[9], choices=("a bird", "a stone"))]) == 0.5
+    assert chance_level(same[:1]) == 0.5
+
+
 def test_chance_counts_questions_alone():
     assert chance_level([QUESTION, Problem("2", "?", "", "1")]) == 0.25
 
