@@ -204,18 +204,18 @@ class AdapterLinear(nn.Module, ABC):
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
         compiling = torch.compiler.is_compiling()
-        by_columns = dtype is not None and x.device.type == "cpu" and not compiling
-        dtype = dtype or x.dtype
         state = None if compiling else self._state()
-        kept = self._kept.get(dtype)
+        chosen = dtype or x.dtype
+        kept = self._kept.get(chosen)
         if kept is not None and kept[0] == state:
             return kept[1]
-        made = self._derived()
-        made = Operands(made.a.to(dtype), made.b.to(dtype), made.extra)
-        if by_columns:
-            made = made._replace(b=made.b.t().contiguous().t())
+        a, b, extra = self._derived()
+        a, b = a.to(chosen), b.to(chosen)
+        if dtype is not None and x.device.type == "cpu" and not compiling:
+            b = b.t().contiguous().t()
+        made = Operands(a, b, extra)
         if state is not None:
-            self._kept[dtype] = state, made
+            self._kept[chosen] = state, made
         return made
 
     def _state(self) -> list[object] | None:
