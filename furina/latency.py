@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from furina.errors import ConfigurationError
 from furina.inject import is_adapted, state_of
+from furina.logits import contiguous_lm_head_input
 from furina.merging import is_merged
 from furina.mode import evaluation_mode
 from furina.records import Latency, Spread, Variant
@@ -189,12 +190,15 @@ def generate(
     tokens, inputs = [], prompt
     _finish(model.device)
     times = [clock()]
-    for _ in range(new_tokens):
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        inputs = output.logits[:, -1:].argmax(dim=-1)
-        _finish(model.device)
-        times.append(clock())
-        tokens.append(inputs)
+    with contiguous_lm_head_input(model):
+        for _ in range(new_tokens):
+            output = model(
+                input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            inputs = output.logits[:, -1:].argmax(dim=-1)
+            _finish(model.device)
+            times.append(clock())
+            tokens.append(inputs)
     steps = [after - before for before, after in itertools.pairwise(times)]
     return torch.cat(tokens, dim=1), Timing.of_steps(steps)
 

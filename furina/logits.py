@@ -1,4 +1,8 @@
-"""Logits at chosen positions only: all of a large vocabulary would cost more than the rest."""
+"""Logits at chosen positions only: all of a large vocabulary would cost more than the rest.
+
+What `lm_head` is given is changed by a hook, so that whatever the model does to its logits
+afterwards (scaling, soft-capping) stays in place.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,6 @@ from furina.errors import ConfigurationError
 def logits_at(model: nn.Module, positions: Tensor, input_ids: Tensor, **inputs: Any) -> Tensor:
     """Run the whole model, with `lm_head` at n of the B·T flattened positions only.
 
-    Whatever the model does to its logits afterwards (scaling, soft-capping) stays in place.
     Shape: `positions` (n,), `input_ids` (B, T) → (n, V). Raises ConfigurationError if the model's
     output embedding is not applied to its (B, T, H) hidden states.
     """
@@ -38,6 +41,25 @@ def _rows_of_lm_head(model: nn.Module, shape: torch.Size, positions: Tensor) -> 
         return (hidden.flatten(0, 1).index_select(0, positions)[None],)
 
     handle = _lm_head(model).register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def contiguous_lm_head_input(model: nn.Module) -> Iterator[None]:
+    """Let `lm_head` see contiguous hidden states in here, whatever positions are sliced out.
+
+    PyTorch multiplies a strided slice of several rows by a frozen weight row by row (`should_fold`
+    of its matmul), on a CPU with a copy of the weight for each: with the large weight of `lm_head`
+    and every row's last position this can take as long as the rest of the prompt.
+    """
+
+    def contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return tuple(each.contiguous() for each in args)
+
+    handle = _lm_head(model).register_forward_pre_hook(contiguous)
     try:
         yield
     finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from furina.adapters import AdapterConfig, AdapterLinear, methods
 from furina.context import ForwardTracker
@@ -209,6 +210,28 @@ def layer_of(
         torch.manual_seed(seed)
         base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
         return config.build(base.requires_grad_(False), "linear", ForwardTracker())
+
+
+class RowByRow(TorchDispatchMode):
+    """Collects the shapes of batched products; an outer product, as of positions, is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[torch.Size, torch.Size]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default and args[0].shape[-1] > 1:
+            self.shapes.append((args[0].shape, args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def contiguity_at_the_head(model: PreTrainedModel) -> Iterator[list[bool]]:
+    """Collect whether each input of the output head is contiguous."""
+    seen: list[bool] = []
+    hook = model.lm_head.register_forward_hook(lambda _, x, y: seen.append(x[0].is_contiguous()))
+    yield seen
+    hook.remove()
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

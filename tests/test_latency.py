@@ -11,6 +11,7 @@ from furina.backbones import load_backbone
 from furina.errors import ConfigurationError
 from furina.latency import adapter_variants, generate, measure_latency
 from furina.records import Latency
+from tests.helpers import contiguity_at_the_head
 
 
 class Clock:
@@ -191,6 +192,17 @@ def test_decoding_is_greedy_generation_without_an_early_stop():
     assert torch.equal(static, tokens)
     assert torch.equal(again, tokens)
     assert stopped.shape[1] == prompt.shape[1] + 1
+
+
+def test_a_frozen_head_is_not_multiplied_row_by_row():
+    model = load_backbone("tiny-llama", dtype="float32").requires_grad_(False)
+    prompt = torch.arange(5, 17).reshape(3, -1)
+    with torch.inference_mode(), contiguity_at_the_head(model) as whole:
+        model(prompt, logits_to_keep=1)
+        assert whole == [False]  # what `generate` is to change
+        generate(model, prompt, 2, Clock())
+        assert whole[1:] == [True, True]
+        assert len(model.lm_head._forward_pre_hooks) == 0
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from furina.adapters.base import (
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear
+from furina.adapters.product import update_dtype
 from furina.context import ForwardTracker, Operands
 from furina.errors import NotMergeableError
 
@@ -123,12 +124,13 @@ class FlyLoRALinear(MixtureLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·B [(A dropout(x)) ⊙ 1_S]. Shape: (..., I) → (..., O)."""
-        a, b, _ = self.operands(x)
+        dtype = update_dtype(x)
+        a, b, _ = self.operands(x, dtype)
         y: Tensor = self.base(x)
-        h = functional.linear(dropout(x, self.drop_rate), a.to(x.dtype))
+        h = functional.linear(dropout(x, self.drop_rate).to(dtype), a.to(dtype))
         if self.config.selects:
             h = h * self._selected(x, h, self.must_record(has_auxiliary_loss=True))
-        return y + functional.linear(h * self.config.scale, b.to(x.dtype)).to(y.dtype)
+        return y + functional.linear(h * self.config.scale, b.to(dtype)).to(y.dtype)
 
     def derive(self) -> Operands:
         """Return A and B."""

@@ -32,6 +32,7 @@ from torch.nn import functional
 from furina.adapters.base import AdapterLinear, ParameterCount, register
 from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig, LoRALinear
+from furina.adapters.product import update_dtype
 from furina.adapters.routing import (
     RoutedLinear,
     TopKConfig,
@@ -175,20 +176,22 @@ class MixLoRALinear(RoutedLinear):
         super().__init__(base, name, tracker, config)
         self.block = Block()
 
-    def low_rank(self, x: Tensor) -> Tensor:
-        """Return A dropout(x) per expert. Shape: (..., I) → (..., N, r)."""
-        x = dropout(x, self.drop_rate)
-        h = functional.linear(x, self.operands(x).a.to(x.dtype))
+    def low_rank(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return A dropout(x) per expert, in `dtype`. Shape: (..., I) → (..., N, r)."""
+        a = self.operands(x, dtype).a
+        h = functional.linear(dropout(x, self.drop_rate).to(dtype), a.to(dtype))
         return h.reshape(*h.shape[:-1], self.num_experts, self.config.rank)
 
     def update(self, z: Tensor) -> Tensor:
         """Return s·B z. Shape: (..., N, r) → (..., O)."""
-        return functional.linear(self.config.scale * z.flatten(-2), self.operands(z).b.to(z.dtype))
+        b = self.operands(z, z.dtype).b
+        return functional.linear(self.config.scale * z.flatten(-2), b.to(z.dtype))
 
     def per_expert(self, x: Tensor, routing: Routing) -> Tensor:
         """Return (W + s·B_e A_e) x for each selected e. Shape: (..., I) → (K, ..., O)."""
         y: Tensor = self.base(x)
-        z = self.low_rank(x) * routing.selected.to(x.dtype)[..., None]
+        z = self.low_rank(x, update_dtype(x))
+        z = z * routing.selected.to(z.dtype)[..., None]
         return y + self.update(z).to(y.dtype)
 
     @property
@@ -211,13 +214,15 @@ class MixLoRAGate(MixLoRALinear):
         p = self.probabilities(x)
         kept = p.topk(self.config.top_k, dim=-1)
         weights = kept.values / kept.values.sum(-1, keepdim=True)
-        selected = functional.one_hot(kept.indices, self.num_experts).movedim(-2, 0)
+        # K comes first in memory as well: of other strides matmul copies a weight for each row.
+        indices, weights = (each.movedim(-1, 0).contiguous() for each in (kept.indices, weights))
+        selected = functional.one_hot(indices, self.num_experts)
         if self.must_record(self.config.has_auxiliary_loss):
             assert self.tracker.active is not None
             self.tracker.active.real_tokens(x, self.name)
             chosen = selected.sum(0).flatten(0, -2)
             self.tracker.record(self.name, p.flatten(0, -2), chosen)
-        return Routing(selected, weights.movedim(-1, 0))
+        return Routing(selected, weights)
 
 
 class MixLoRAUp(MixLoRALinear):
@@ -242,8 +247,9 @@ class MixLoRADown(MixLoRALinear):
             )
         # The weights sum to 1: in this form equal experts give exactly what one gives.
         mixed = a[0] + (weights[1:] * (a[1:] - a[0])).sum(0)
-        gates = (routing.selected * routing.weights[..., None]).to(a.dtype)
-        z = (self.low_rank(a) * gates[..., None]).sum(0)
+        dtype = update_dtype(mixed)
+        gates = (routing.selected * routing.weights[..., None]).to(dtype)
+        z = (self.low_rank(a, dtype) * gates[..., None]).sum(0)
         y: Tensor = self.base(mixed)
         return y + self.update(z).to(y.dtype)
 

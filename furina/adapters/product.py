@@ -46,11 +46,13 @@ class Product(NamedTuple):
 
 
 def update_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that A and B are best given in for x (..., I), without gradients.
+    """Return the dtype that A and B are best given in for x (..., I).
 
-    It is x's, but fp32 for a few 16-bit tokens on a CPU: such products cost less there.
+    It is x's, but without gradients fp32 for a few 16-bit tokens on a CPU: that costs less there.
     """
-    few = x.device.type == "cpu" and x.numel() <= FEW_TOKENS * x.shape[-1]
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return x.dtype
+    few = x.numel() <= FEW_TOKENS * x.shape[-1]
     return torch.float32 if few and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 

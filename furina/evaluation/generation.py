@@ -13,6 +13,7 @@ from torch import Tensor
 
 from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
+from furina.logits import contiguous_lm_head_input
 from furina.mode import evaluation_mode
 
 if TYPE_CHECKING:
@@ -74,7 +75,12 @@ def generate(
         order.sort(key=lambda index: -len(encoded[index]))
     texts = [""] * len(prompts)
     writer = _Writer(model, tokenizer, decoding, pad_id)
-    with evaluation_mode(model), _own_defaults(model), torch.inference_mode():
+    with (
+        evaluation_mode(model),
+        _own_defaults(model),
+        contiguous_lm_head_input(model),
+        torch.inference_mode(),
+    ):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             written = writer.write([encoded[index] for index in indices])

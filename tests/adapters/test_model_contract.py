@@ -13,7 +13,7 @@ from furina.adapters import methods
 from furina.inject import state_of
 from furina.training.gradients import gradient_ratio
 from tests.adapters.blocks import mixed_ffn
-from tests.helpers import BACKBONES, perturb, small, task_loss, tokens
+from tests.helpers import BACKBONES, RowByRow, perturb, small, task_loss, tokens
 
 every_method = pytest.mark.parametrize("method", methods())
 LOSS_ON = {"loramoe": {"balance_coefficient": 0.1, "task_type": 1}}
@@ -78,6 +78,18 @@ def test_two_evaluations_are_identical_and_keep_nothing(method: str) -> None:
     furina.after_step(model)
     for name, tensor in furina.adapter_state_dict(model).items():
         assert torch.equal(tensor, state[name]), name
+
+
+@every_method
+@pytest.mark.parametrize("width", [1, 5])
+def test_no_weight_is_multiplied_row_by_row(method: str, width: int) -> None:
+    """As matmul does it with a frozen weight and a strided input, on a CPU copying the weight."""
+    model, ids = model_of(method, torch.bfloat16).eval(), torch.arange(3 * width).view(3, width)
+    with torch.no_grad():
+        model(ids)  # what is made once, in batched products or not
+        with RowByRow() as counted:
+            model(ids)
+    assert counted.shapes == []
 
 
 @every_method

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from furina.adapters import product
+from furina.adapters.base import AdapterLinear
 from furina.adapters.directions import direction_gram, directions, l2_activity
 from furina.adapters.dropout import drop_
 from furina.adapters.product import low_rank_product
+from furina.inject import state_of
+from tests.adapters.blocks import mixed_ffn
 from tests.helpers import layer_of, perturb_layer, small
 
 IN, OUT, RANK, EXPERTS, TOKENS = 5, 4, 2, 3, 6
@@ -20,8 +23,18 @@ CASES = [
     for masked in (None, "places", "boolean")
     for bias, by_columns in ((False, False), (True, True))
 ]
-SERVED_AS_A_PAIR = ("dora", "furina", "hydralora", "lora", "loramoe", "mola", "molora", "slim")
-"""Methods whose forward is `low_rank_product`."""
+SERVED_AS_A_PAIR = [
+    "dora",
+    "flylora",
+    "furina",
+    "hydralora",
+    "lora",
+    "loramoe",
+    "mola",
+    "molora",
+    "slim",
+]
+"""Methods that serve a token with A and B as they stand; MixLoRA's blocks have a test of theirs."""
 
 
 def tensors(shared: bool, bias: bool, by_columns: bool) -> tuple[nn.Linear, dict[str, Tensor]]:
@@ -179,6 +192,20 @@ def test_one_token_reads_b_in_the_same_order_for_every_method(method: str, dtype
     perturb_layer(layer)
     with torch.no_grad():
         layer(torch.randn(1, 1, layer.base.in_features, dtype=dtype))
+    assert_reads_b_by_columns(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_token_reads_b_in_that_order_in_mixlora_too(dtype: torch.dtype) -> None:
+    block = mixed_ffn(small("mixlora")).to(dtype).eval()
+    with torch.no_grad():
+        block(torch.randn(1, 1, 11, dtype=dtype))
+    for layer in state_of(block).layers.values():
+        assert_reads_b_by_columns(layer)
+
+
+def assert_reads_b_by_columns(layer: AdapterLinear) -> None:
+    """Check what was kept of a single token, which is fp32 beside 16 bits too."""
     ((_, made),) = layer._kept.values()
     assert made.b.t().is_contiguous()
     torch.testing.assert_close(made.b, layer.derive().b, rtol=0, atol=0)

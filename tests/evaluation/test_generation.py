@@ -16,7 +16,7 @@ from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.evaluation.generation import Generated, generate
 from furina.inject import adapt, remove
-from tests.helpers import fingerprint, perturb, small
+from tests.helpers import contiguity_at_the_head, fingerprint, perturb, small
 
 PROMPTS = [
     "Question: what is 2 + 2?\nAnswer:",
@@ -71,6 +71,13 @@ def test_any_batch_size_gives_what_a_loop_over_single_prompts_gives(model, token
     assert len(set(generated.texts)) > 4
     assert generated.prompt_ids == tuple(tokenizer.encode(PROMPTS[0]))
     assert generated.truncated == 0
+
+
+def test_a_frozen_head_is_not_multiplied_row_by_row(model, tokenizer):
+    model.requires_grad_(False)
+    with contiguity_at_the_head(model) as whole:
+        generate(model, tokenizer, PROMPTS, TEN, batch_size=3)
+    assert len(whole) >= 10 and all(whole)
 
 
 def test_the_order_of_prompts_is_the_callers(model, tokenizer):
