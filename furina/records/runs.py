@@ -42,7 +42,8 @@ class Data:
 class Training:
     """Cost and course of one fine-tuning; `trainable_without_router` equals `trainable` if none.
 
-    `seconds` excludes evaluation. `final_loss` is null when the loss was not finite.
+    `seconds` excludes evaluation and the writing of checkpoints. `final_loss` is null when the
+    loss was not finite.
     `loss_curve` and `validation_curve` hold (optimiser step, loss). `gradient_ratio` is
     |grad of the auxiliary loss| / |grad of the task loss| on the routed parameters.
     `selection` holds named means over the adapted linears, such as top_k_share.

@@ -15,6 +15,7 @@ TIMES: dict[str, Callable[[Latency], Spread]] = {
     "time per token, ms": lambda latency: latency.per_token_ms,
     "total time, ms": lambda latency: latency.total_ms,
 }
+TRAINING = ("steps", "s per step", "minutes", "peak memory, GB")
 NOT_TIMED = "not timed"
 NO_BASE_TIME = "the base model was not timed in the same run, so there is no ratio"
 
@@ -83,17 +84,19 @@ def _time_cell(spreads: Sequence[Spread], ratios: Sequence[float]) -> Cell:
 
 
 def training(row: str, runs: Sequence[Run]) -> Row:
-    """Return the cells of a run's steps, mean minutes and highest peak memory."""
+    """Return the cells of a run's steps, mean times and highest peak memory."""
     trained = [run.record.training for run in runs if run.record.training]
-    columns = [("training", name) for name in ("steps", "minutes", "peak memory, GB")]
+    columns = [("training", name) for name in TRAINING]
     if not trained:
         reason = ONE_MODEL if row == "base" else NO_RESULT
         return {column: missing(reason) for column in columns}
     steps = sorted({run.steps for run in trained})
+    step = statistics.fmean(run.seconds / run.steps for run in trained)
     minutes = statistics.fmean(run.seconds for run in trained) / 60
     memory = max(run.peak_memory_bytes for run in trained) / 10**9
     cells = (
         Cell(" to ".join(dict.fromkeys(map(str, (steps[0], steps[-1])))), {"": steps[-1]}),
+        Cell(f"{step:.{decimals(step)}f}", {"": step}),
         Cell(f"{minutes:.1f}", {"": minutes}),
         Cell(f"{memory:.2f}", {"": memory}),
     )

@@ -71,7 +71,7 @@ def _remarks(suite: Suite) -> tuple[str, ...]:
     remarks += [_task_remark(suite, task) for task in suite.tasks]
     remarks += [*_latency_remark(suite), conditions(suite)]
     remarks.append(
-        "Training: minutes are the mean of a run without evaluation, memory is the highest peak."
+        "Training: times are means over runs, without evaluation; memory is the highest peak."
     )
     return tuple(remark for remark in remarks if remark) + failure_remarks(suite)
 

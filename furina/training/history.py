@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 
@@ -40,13 +41,20 @@ class LossHistory(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds in training, validation excluded, over all resumed parts."""
+        """Seconds in training over all resumed parts, without validations and checkpoints."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._seconds + running
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Go on counting after a validation or a checkpoint."""
+        if self._started is None:
+            self._started = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -62,18 +70,23 @@ class LossHistory(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._pause()
+        self._pause(pl_module.device)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the validation loss and go on counting."""
+        """Keep the validation loss."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             loss = trainer.callback_metrics["validation/loss"]
             self._validation.append((trainer.global_step, loss))
-            self._started = time.perf_counter()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Stop the clock: a disk's time is not the method's."""
+        self._pause(pl_module.device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
-        self._pause()
+        self._pause(pl_module.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything recorded so far, as plain numbers."""
@@ -89,7 +102,9 @@ class LossHistory(pl.Callback):
         self._validation = list(state_dict["validation"])
         self._seconds = state_dict["seconds"]
 
-    def _pause(self) -> None:
+    def _pause(self, device: torch.device) -> None:
+        if device.type == "cuda":  # its steps may still be running
+            torch.cuda.synchronize(device)
         self._seconds, self._started = self.seconds, None
 
 

@@ -240,6 +240,8 @@ def test_cost_columns_are_those_of_training(folder: Path) -> None:
     assert cell(table, "lora", "", "trainable").numbers[""] == fakes.TRAINABLE["lora"]
     minutes = statistics.fmean(training.seconds for training in trained) / 60
     assert cell(table, "lora", "training", "minutes").numbers[""] == pytest.approx(minutes)
+    step = statistics.fmean(training.seconds / training.steps for training in trained)
+    assert cell(table, "lora", "training", "s per step").numbers[""] == pytest.approx(step)
     peak = max(training.peak_memory_bytes for training in trained) / 1e9
     assert cell(table, "lora", "training", "peak memory, GB").numbers[""] == pytest.approx(peak)
     assert cell(table, "lora", "training", "steps").text == "60"

@@ -16,6 +16,7 @@ from furina.training import (
     CheckpointError,
     DivergedError,
     FinetuneModule,
+    LossHistory,
     ResumeCheckpoint,
 )
 from tests.training.helpers import fit, tiny
@@ -41,6 +42,33 @@ def test_checkpoint_holds_the_adapter_its_optimiser_and_progress_but_no_backbone
     assert (tmp_path / "last.ckpt").stat().st_size < size + moments + names_and_progress
     backbone = sum(p.numel() * p.element_size() for p in trained.model.parameters()) - size
     assert backbone > names_and_progress
+
+
+def test_the_time_in_training_has_no_checkpoint_and_no_validation_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("furina.training.history.time.perf_counter", lambda: now[0])
+
+    def takes(seconds: float, call: Any) -> Any:
+        def slow(*args: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return call(*args, **options)
+
+        return slow
+
+    for name, seconds in (("training_step", 1.0), ("validation_step", 100.0)):
+        monkeypatch.setattr(FinetuneModule, name, takes(seconds, getattr(FinetuneModule, name)))
+    monkeypatch.setattr(
+        AtomicCheckpointIO, "save_checkpoint", takes(10_000.0, AtomicCheckpointIO.save_checkpoint)
+    )
+    history = LossHistory()
+    module = FinetuneModule(tiny(), 1e-3)
+    saver = ResumeCheckpoint(tmp_path / "last.ckpt", 2)
+    fit(module, tmp_path, max_steps=5, callbacks=[history, saver], val_check_interval=2)
+    assert now[0] > 30_000 and history.seconds == len(history.training) == 5
+    state = torch.load(saver.path, weights_only=True)["callbacks"]["LossHistory"]
+    assert state["seconds"] == 5
 
 
 def test_a_plain_model_checkpoint_of_lightning_holds_the_adapter_only_too(
