@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from furina.adapters import AdapterLinear
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.inject import AdaptedState, state_of
 
@@ -69,8 +68,8 @@ def _check(state: AdaptedState) -> MergeReport:
     """Compute every merged weight once, before any is written, and refuse NaN and infinity."""
     largest, delta_square, weight_square = 0.0, 0.0, 0.0
     for name, layer in state.layers.items():
-        _check_finite(name, layer)
         delta = layer.delta()
+        _check_finite(name, layer.merged_weight(delta))
         largest = max(largest, delta.abs().max().item())
         delta_square += delta.square().sum().item()
         weight_square += layer.base.weight.to(torch.float64).square().sum().item()
@@ -78,8 +77,8 @@ def _check(state: AdaptedState) -> MergeReport:
     return MergeReport(len(state.layers), largest, relative)
 
 
-def _check_finite(name: str, layer: AdapterLinear) -> None:
-    if not layer.merged_weight().isfinite().all():
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
         raise ConfigurationError(
             f"The merged weight of {name} has NaN or infinite entries: the adapter diverged or "
             "overflows the backbone's dtype; nothing was merged."

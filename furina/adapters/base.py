@@ -338,10 +338,14 @@ class AdapterLinear(nn.Module, ABC):
         return self.base.weight.detach() if self._pristine is None else self._pristine
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """Return W + ΔW, summed in float64 and rounded once to the base's dtype. Shape: (O, I)."""
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Return W + ΔW, summed in float64 and rounded once to the base's dtype. Shape: (O, I).
+
+        `delta` is `delta()`, where it is at hand: it is what costs.
+        """
         weight = self.pristine_weight.to(self.base.weight.device)
-        return (weight.to(torch.float64) + self.delta()).to(self.base.weight.dtype)
+        delta = self.delta() if delta is None else delta
+        return (weight.to(torch.float64) + delta).to(self.base.weight.dtype)
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:
