@@ -65,7 +65,8 @@ def suite_section(
     folder: Path, suites: Sequence[Suite], place: Place | None, paper: PaperTable | None
 ) -> Section:
     """Return a suite's tables and figures; of a further protocol, its main table alone."""
-    first, *others = suites
+    order = tuple(paper.ours) if paper else ()
+    first, *others = (replace(suite, papers_rows=order) for suite in suites)
     compared = first.without_general_tasks()
     accuracies = paper if place and place.measure in ("accuracy", "removal") else None
     drops = paper if place and place.measure == "drop" else None

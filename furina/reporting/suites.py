@@ -75,7 +75,7 @@ class Suite:
 
     Two readings of a folder are two suites, since its files may have changed in between. `changes`
     are the dated changes that move numbers, by which a run may be out of date; `left_out` are
-    scored tasks that its tables do not show.
+    scored tasks that its tables do not show; `papers_rows` are those of the paper, in its order.
     """
 
     name: str
@@ -84,11 +84,13 @@ class Suite:
     runs: tuple[Run, ...]
     changes: tuple[Change, ...] = ()
     left_out: frozenset[str] = frozenset()
+    papers_rows: tuple[str, ...] = ()
 
     @property
     def rows(self) -> list[str]:
-        """Return the rows of its tables: base first, then by trainable parameters."""
-        return list(dict.fromkeys(r.record.row for r in sorted(self.runs, key=_row_order)))
+        """Return the rows of its tables: base, the paper's, others by trainable parameters."""
+        ours = dict.fromkeys(run.record.row for run in sorted(self.runs, key=_row_order))
+        return [row for row in dict.fromkeys(("base", *self.papers_rows, *ours)) if row in ours]
 
     @property
     def tasks(self) -> list[str]:

@@ -77,6 +77,11 @@ def test_methods_and_tasks_may_have_settings_of_their_own(folder: Path) -> None:
     assert load_suite(folder).rows == ["base", "lora", "furina"]
 
 
+def test_the_papers_rows_come_in_its_order_and_before_others(folder: Path) -> None:
+    suite = replace(load_suite(folder), papers_rows=("furina", "not run", "base"))
+    assert suite.rows == ["base", "furina", "lora"]
+
+
 def test_rows_of_one_method_are_rows_of_their_own(folder: Path) -> None:
     for row in ("furina-no-shared", "furina-one"):
         record = fakes.run_record("furina", "arc_easy")
