@@ -68,11 +68,12 @@ def _check(state: AdaptedState) -> MergeReport:
     """Compute every merged weight once, before any is written, and refuse NaN and infinity."""
     largest, delta_square, weight_square = 0.0, 0.0, 0.0
     for name, layer in state.layers.items():
+        weight = layer.pristine_weight  # refuses a shard
         delta = layer.delta()
         _check_finite(name, layer.merged_weight(delta))
         largest = max(largest, delta.abs().max().item())
         delta_square += delta.square().sum().item()
-        weight_square += layer.base.weight.to(torch.float64).square().sum().item()
+        weight_square += weight.to(torch.float64).square().sum().item()
     relative = (delta_square / weight_square) ** 0.5 if weight_square else float("inf")
     return MergeReport(len(state.layers), largest, relative)
 

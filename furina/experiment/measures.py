@@ -34,6 +34,7 @@ def measured(
 ) -> Training:
     """Return the record of a training whose device of most memory needed `peak_memory_bytes`."""
     counts, steps = describe(model), optimiser_steps(config, data)
+    has_auxiliary = state_of(model).config.has_auxiliary_loss
     return Training(
         steps=steps,
         seconds=history.seconds,
@@ -44,6 +45,7 @@ def measured(
         final_loss=history.training[-1][1],
         loss_curve=tuple(history.training),
         validation_curve=tuple(history.validation),
+        auxiliary_curve=tuple(history.auxiliary) if has_auxiliary else (),
         gradient_ratio=_gradient_ratio(model, one_device(config, data), steps, config.seed),
         selection=_selection(model, data),
     )

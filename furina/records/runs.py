@@ -43,10 +43,10 @@ class Training:
     """Cost and course of one fine-tuning; `trainable_without_router` equals `trainable` if none.
 
     `seconds` excludes evaluation and the writing of checkpoints. `final_loss` is null when the
-    loss was not finite.
-    `loss_curve` and `validation_curve` hold (optimiser step, loss). `gradient_ratio` is
-    |grad of the auxiliary loss| / |grad of the task loss| on the routed parameters.
-    `selection` holds named means over the adapted linears, such as top_k_share.
+    loss was not finite. `loss_curve` and `validation_curve` hold (optimiser step, loss), and
+    `auxiliary_curve` the auxiliary part of the former, where there is one. `gradient_ratio` is
+    |grad of the auxiliary loss| / |grad of the task loss| on the routed parameters. `selection`
+    holds named means over the adapted linears, such as top_k_share.
     """
 
     steps: int
@@ -58,6 +58,7 @@ class Training:
     final_loss: float | None
     loss_curve: tuple[tuple[int, float], ...]
     validation_curve: tuple[tuple[int, float], ...] = ()
+    auxiliary_curve: tuple[tuple[int, float], ...] = ()
     gradient_ratio: float | None = None
     selection: dict[str, float] | None = None
 

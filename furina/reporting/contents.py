@@ -37,7 +37,7 @@ CAPTIONS = {
     "settings": "accuracy over each setting that rows differ in; dotted lines are the base model",
     "accuracy_latency": "accuracy against latency; hollow markers are unmerged models, filled ones "
     "merged, dotted lines the base model",
-    "loss_curves": "training loss; thin lines are single steps, thick ones their running mean",
+    "loss_curves": "task loss in training; thin lines are steps, thick ones their running mean",
 }
 """What a suite's figures show, by the stem of their file."""
 TABLES: tuple[Callable[[Suite], Table | None], ...] = (

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from furina.records import Spread
+from furina.records import Spread, Training
 from furina.reporting.accuracy import scores
 from furina.reporting.suites import Suite
 
@@ -178,9 +178,10 @@ def _legend(figure: Figure, suite: Suite) -> None:
 
 
 def loss_curves(suite: Suite) -> Figure | None:
-    """Return the training loss by step, a panel per task, None where nothing was trained.
+    """Return the task loss by step, a panel per task, None where nothing was trained.
 
-    Thin lines are single steps, thick ones their running mean over WINDOW steps.
+    Thin lines are single steps, thick ones their running mean over WINDOW steps. A row whose
+    auxiliary loss was not recorded by itself says that it is part of the curve.
     """
     if not any(run.record.training for run in suite.runs):
         return None
@@ -190,18 +191,28 @@ def loss_curves(suite: Suite) -> Figure | None:
             axes.set_title(task, fontsize=10)
             axes.set_xlabel("optimiser step")
             for row, (colour, _) in _looks(suite).items():
-                for i, curve in enumerate(_curves(suite, row, task)):
-                    _draw_curve(axes, curve, colour, "_" if i else row)
+                for i, training in enumerate(_trainings(suite, row, task)):
+                    label = f"{row}, auxiliary loss included" if _is_mixed(training) else row
+                    _draw_curve(axes, _task_curve(training), colour, "_" if i else label)
             if axes.lines:
                 axes.legend()
-        axes_of[0].set_ylabel("training loss, nats per answer token")
+        axes_of[0].set_ylabel("task loss, nats per answer token")
     return figure
 
 
-def _curves(suite: Suite, row: str, task: str) -> list[Curve]:
+def _trainings(suite: Suite, row: str, task: str) -> list[Training]:
     records = [run.record for run in suite.runs]
     trained = [r.training for r in records if (r.row, r.task) == (row, task) and r.training]
-    return [training.loss_curve for training in trained if training.loss_curve]
+    return [training for training in trained if training.loss_curve]
+
+
+def _is_mixed(training: Training) -> bool:
+    return training.gradient_ratio is not None and not training.auxiliary_curve
+
+
+def _task_curve(training: Training) -> Curve:
+    auxiliary = dict(training.auxiliary_curve)
+    return [(step, loss - auxiliary.get(step, 0.0)) for step, loss in training.loss_curve]
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:

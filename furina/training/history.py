@@ -21,6 +21,7 @@ class LossHistory(pl.Callback):
     def __init__(self) -> None:
         """Start empty."""
         self._training: list[tuple[int, Tensor | float]] = []
+        self._auxiliary: list[tuple[int, Tensor | float]] = []
         self._validation: list[tuple[int, Tensor | float]] = []
         self._seconds = 0.0
         self._started: float | None = None
@@ -30,6 +31,13 @@ class LossHistory(pl.Callback):
         """(optimiser step, loss) of every step, counted from 1."""
         plain = _plain(self._training)
         self._training = [*plain]
+        return plain
+
+    @property
+    def auxiliary(self) -> list[tuple[int, float]]:
+        """(optimiser step, the auxiliary part of its loss) of every step, counted from 1."""
+        plain = _plain(self._auxiliary)
+        self._auxiliary = [*plain]
         return plain
 
     @property
@@ -67,6 +75,7 @@ class LossHistory(pl.Callback):
         """Keep the step's loss."""
         assert isinstance(outputs, Mapping)
         self._training.append((trainer.global_step, outputs["loss"]))
+        self._auxiliary.append((trainer.global_step, outputs["auxiliary"]))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -92,6 +101,7 @@ class LossHistory(pl.Callback):
         """Return everything recorded so far, as plain numbers."""
         return {
             "training": self.training,
+            "auxiliary": self.auxiliary,
             "validation": self.validation,
             "seconds": self.seconds,
         }
@@ -99,6 +109,7 @@ class LossHistory(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._training = list(state_dict["training"])
+        self._auxiliary = list(state_dict["auxiliary"])
         self._validation = list(state_dict["validation"])
         self._seconds = state_dict["seconds"]
 

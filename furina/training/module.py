@@ -156,8 +156,11 @@ class FinetuneModule(pl.LightningModule):
         """Locate the answer tokens while the batch is still on the CPU."""
         return _located(batch) if self.trainer.training else select_answers(batch)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Do one optimiser step over the micro-batches of `batch`; returns the step's loss."""
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Do one optimiser step over the micro-batches of `batch`; returns its loss.
+
+        "auxiliary" is the part of "loss" that is not the task's.
+        """
         done = self.trainer.global_step
         torch.manual_seed(step_seed(self.hparams["seed"], done, self.global_rank))
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -169,14 +172,15 @@ class FinetuneModule(pl.LightningModule):
                 with self._gradient_sync(micro is window[-1]):
                     parts.append(self._backward(micro, share))
         norm = self._clip()
-        loss = self._log_step(functools.reduce(torch.add, parts), norm, scheduler)
+        sums = functools.reduce(torch.add, parts)
+        loss = self._log_step(sums, norm, scheduler)
         self._watch.note(done + 1, loss, norm)
         if loss.device.type == "cpu" or self._logs_now():
             self._watch.check()
         optimizer.step()
         after_step(self.model)
         scheduler.step()
-        return loss
+        return {"loss": loss, "auxiliary": sums[2]}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a micro-batch to the token-weighted validation loss and accuracy."""

@@ -73,6 +73,8 @@ def test_what_was_measured_is_that_of_the_run(finished: Finished) -> None:
     assert [step for step, _ in training.loss_curve] == list(range(1, config.steps + 1))
     assert [step for step, _ in training.validation_curve] == [3, 6]
     assert training.final_loss == training.loss_curve[-1][1]
+    assert [step for step, _ in training.auxiliary_curve] == list(range(1, config.steps + 1))
+    assert all(value > 0 for _, value in training.auxiliary_curve)
     counts = describe(finished.fitted.model)
     assert (training.trainable, training.total) == (counts.trainable, counts.total)
     assert training.seconds > 0 and training.peak_memory_bytes > 0

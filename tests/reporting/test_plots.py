@@ -98,7 +98,24 @@ def test_loss_curves_show_every_trained_run_and_name_each_method_once(seeded: Pa
         assert len(lines) == 2 * 2 * 3
         legend = axes.get_legend()
         assert legend
-        assert [text.get_text() for text in legend.get_texts()] == ["lora", "furina"]
+        names = ["lora", "furina, auxiliary loss included"]
+        assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_an_auxiliary_loss_is_no_part_of_the_task_loss(folder: Path) -> None:
+    for path in folder.glob("furina--*.json"):
+        record = RunRecord.read(path)
+        steps = [step for step, _ in record.training.loss_curve]
+        added = tuple((step, 3.0 + step) for step in steps)
+        total = tuple((step, 1.5 + auxiliary) for step, auxiliary in added)
+        training = replace(record.training, loss_curve=total, auxiliary_curve=added)
+        replace(record, training=training).write(path)
+    figure = plots.loss_curves(load_suite(folder))
+    assert figure
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lora", "furina"]
+        (line,) = [line for line in axes.lines if line.get_label() == "furina"]
+        assert set(line.get_ydata()) == {1.5}
 
 
 def test_a_diverged_run_keeps_its_curve(folder: Path) -> None:

@@ -122,6 +122,7 @@ def run(folder: Path, moment: str | None = None, step: int = 0) -> None:
             "adapter": furina.adapter_state_dict(module.model),
             "validation": history.validation,
             "training": history.training,
+            "auxiliary": history.auxiliary,
         },
         folder / "final.pt",
     )

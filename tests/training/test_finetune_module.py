@@ -30,11 +30,11 @@ class KeepGradients(pl.Callback):
         self.steps.append(gradients(pl_module.model))
 
 
-def explicit_step_loss(model: Any, window: list[dict[str, Tensor]]) -> Tensor:
-    """L = Σ_m (n_m / Σ n) L_task,m + Σ_m (t_m / Σ t) L_aux,m, as the formula reads."""
+def explicit_step_loss(model: Any, window: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return both sums of L = Σ_m (n_m / Σ n) L_task,m + Σ_m (t_m / Σ t) L_aux,m, as it reads."""
     n = [(batch["labels"] != -100).sum() for batch in window]
     t = [batch["attention_mask"].sum() for batch in window]
-    total = torch.zeros((), dtype=torch.float64)
+    task, auxiliary = torch.zeros(2, dtype=torch.float64).unbind()
     for batch, n_m, t_m in zip(window, n, t, strict=True):
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
@@ -42,9 +42,9 @@ def explicit_step_loss(model: Any, window: list[dict[str, Tensor]]) -> Tensor:
         log_p = logits[:, :-1].log_softmax(-1)
         targets, answer = batch["labels"][:, 1:], batch["labels"][:, 1:] != -100
         nll = -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        total = total + n_m / sum(n) * (nll * answer).sum() / n_m
-        total = total + t_m / sum(t) * furina.auxiliary_loss(model)
-    return total
+        task = task + n_m / sum(n) * (nll * answer).sum() / n_m
+        auxiliary = auxiliary + t_m / sum(t) * furina.auxiliary_loss(model)
+    return task, auxiliary
 
 
 @pytest.mark.parametrize("method", ["furina", "lora"])
@@ -55,9 +55,11 @@ def test_step_is_the_token_weighted_formula_over_micro_batches(method: str, tmp_
     fit(module, tmp_path, data, max_steps=1, callbacks=[kept, history])
 
     model = tiny(method, "float64")
-    loss = explicit_step_loss(model, windows(1, micro_batch_size=3)[0])
+    task, auxiliary = explicit_step_loss(model, windows(1, micro_batch_size=3)[0])
+    loss = task + auxiliary
     torch.autograd.backward(loss)
     assert history.training[0][1] == pytest.approx(loss.item(), rel=1e-6)
+    assert history.auxiliary[0][1] == pytest.approx(auxiliary.item(), rel=1e-6)
     for name, gradient in gradients(model).items():
         # Llama's norms compute in fp32 in a float64 model too.
         torch.testing.assert_close(kept.steps[0][name], gradient, rtol=1e-4, atol=1e-7)

@@ -57,6 +57,7 @@ def test_run_killed_seven_times_is_bitwise_the_uninterrupted_run(tmp_path: Path)
         assert loss == expected[step], step
     final = [torch.load(folder / "final.pt") for folder in (whole, killed)]
     assert final[0]["training"] == final[1]["training"]
+    assert final[0]["auxiliary"] == final[1]["auxiliary"]
     assert final[0]["validation"] == final[1]["validation"]
     assert [step for step, _ in final[0]["validation"]] == [4, 8, 12, 16]
     for name, tensor in final[0]["adapter"].items():
