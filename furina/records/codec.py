@@ -16,10 +16,17 @@ from furina.errors import FurinaError, nearest
 from furina.storage import write_text
 
 T = TypeVar("T")
+LATER = "later"
 
 
 class RecordError(FurinaError):
     """A result file is damaged, of another schema, or does not fit beside the others."""
+
+
+def later(default: T) -> T:
+    """Return a field that older files of the same schema lack, where it has this default."""
+    made: T = dataclasses.field(default=default, metadata={LATER: True})
+    return made
 
 
 def read(kind: type[T], path: Path, schema: int) -> T:
@@ -104,10 +111,11 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     for key in value:
         if key not in hints:
             raise RecordError(f"{where}: unknown key {key!r}.{nearest(key, hints)}")
-    missing = [name for name in hints if name not in value]
+    added = {field.name for field in dataclasses.fields(kind) if LATER in field.metadata}
+    missing = [name for name in hints if name not in value and name not in added]
     if missing:
         raise RecordError(f"{where}: missing key {', '.join(map(repr, missing))}.")
-    return kind(**{name: decode(hints[name], value[name], f"{where}: {name}") for name in hints})
+    return kind(**{name: decode(hints[name], value[name], f"{where}: {name}") for name in value})
 
 
 @functools.cache

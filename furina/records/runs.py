@@ -58,9 +58,9 @@ class Training:
     final_loss: float | None
     loss_curve: tuple[tuple[int, float], ...]
     validation_curve: tuple[tuple[int, float], ...] = ()
-    auxiliary_curve: tuple[tuple[int, float], ...] = ()
     gradient_ratio: float | None = None
     selection: dict[str, float] | None = None
+    auxiliary_curve: tuple[tuple[int, float], ...] = codec.later(())
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,8 @@ def _trainings(suite: Suite, row: str, task: str) -> list[Training]:
 
 
 def _is_mixed(training: Training) -> bool:
-    return training.gradient_ratio is not None and not training.auxiliary_curve
+    known = len(training.auxiliary_curve) == len(training.loss_curve)
+    return training.gradient_ratio is not None and not known
 
 
 def _task_curve(training: Training) -> Curve:

@@ -109,7 +109,7 @@ class LossHistory(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._training = list(state_dict["training"])
-        self._auxiliary = list(state_dict["auxiliary"])
+        self._auxiliary = list(state_dict.get("auxiliary", ()))
         self._validation = list(state_dict["validation"])
         self._seconds = state_dict["seconds"]
 

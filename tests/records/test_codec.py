@@ -76,6 +76,11 @@ def test_a_missing_key_is_an_error_that_names_it(key: str, tmp_path: Path) -> No
         RunRecord.read(edited(tmp_path, lambda value: value.pop(key)))
 
 
+def test_what_older_files_lack_has_its_default_there(tmp_path: Path) -> None:
+    file = edited(tmp_path, lambda value: value["training"].pop("auxiliary_curve"))
+    assert RunRecord.read(file).training.auxiliary_curve == ()
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
