@@ -190,13 +190,16 @@ def loss_curves(suite: Suite) -> Figure | None:
         for task, axes in zip(suite.trained, axes_of, strict=True):
             axes.set_title(task, fontsize=10)
             axes.set_xlabel("optimiser step")
-            for row, (colour, _) in _looks(suite).items():
+            for place, (row, (colour, _)) in enumerate(_looks(suite).items()):
+                dashes = "--" if place > len(COLOURS) else "-"  # base is the first, and has none
                 for i, training in enumerate(_trainings(suite, row, task)):
                     label = f"{row}, auxiliary loss included" if _is_mixed(training) else row
-                    _draw_curve(axes, _task_curve(training), colour, "_" if i else label)
-            if axes.lines:
-                axes.legend()
+                    name = "_" if i else label
+                    _draw_curve(axes, _task_curve(training), colour, dashes, name)
         axes_of[0].set_ylabel("task loss, nats per answer token")
+        rows = {str(line.get_label()): line for axes in axes_of for line in axes.lines}
+        rows = {label: line for label, line in rows.items() if not label.startswith("_")}
+        figure.legend(rows.values(), rows, loc="outside lower center", ncols=min(len(rows), 4))
     return figure
 
 
@@ -216,9 +219,9 @@ def _task_curve(training: Training) -> Curve:
     return [(step, loss - auxiliary.get(step, 0.0)) for step, loss in training.loss_curve]
 
 
-def _draw_curve(axes: Axes, curve: Curve, colour: str, name: str) -> None:
+def _draw_curve(axes: Axes, curve: Curve, colour: str, dashes: str, name: str) -> None:
     steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
     half = WINDOW // 2
     smooth = [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
-    axes.plot(steps, losses, color=colour, linewidth=0.6, alpha=0.35)
-    axes.plot(steps, smooth, color=colour, linewidth=1.8, label=name)
+    axes.plot(steps, losses, dashes, color=colour, linewidth=0.6, alpha=0.35)
+    axes.plot(steps, smooth, dashes, color=colour, linewidth=1.8, label=name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from furina.records import RunRecord
@@ -90,16 +91,28 @@ def test_a_missing_cell_leaves_the_other_points(folder: Path) -> None:
     assert markers == [5, 3]
 
 
+def names_in_legend(figure: Figure) -> list[str]:
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_loss_curves_show_every_trained_run_and_name_each_method_once(seeded: Path) -> None:
     figure = plots.loss_curves(load_suite(seeded))
     assert figure
+    assert names_in_legend(figure) == ["lora", "furina, auxiliary loss included"]
     for axes in figure.axes:
         lines = [line for line in axes.lines if isinstance(line, Line2D)]
         assert len(lines) == 2 * 2 * 3
-        legend = axes.get_legend()
-        assert legend
-        names = ["lora", "furina, auxiliary loss included"]
-        assert [text.get_text() for text in legend.get_texts()] == names
+
+
+def test_no_two_loss_curves_look_alike(tmp_path: Path) -> None:
+    record = fakes.run_record("lora", "arc_easy")
+    for row in "abcdefghi":
+        fakes.write_run(tmp_path, replace(record, config={**record.config, "row": row}))
+    figure = plots.loss_curves(load_suite(tmp_path))
+    assert figure
+    thick = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 9
 
 
 def test_an_auxiliary_loss_is_no_part_of_the_task_loss(folder: Path) -> None:
@@ -112,8 +125,8 @@ def test_an_auxiliary_loss_is_no_part_of_the_task_loss(folder: Path) -> None:
         replace(record, training=training).write(path)
     figure = plots.loss_curves(load_suite(folder))
     assert figure
+    assert names_in_legend(figure) == ["lora", "furina"]
     for axes in figure.axes:
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["lora", "furina"]
         (line,) = [line for line in axes.lines if line.get_label() == "furina"]
         assert set(line.get_ydata()) == {1.5}
 
