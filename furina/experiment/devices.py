@@ -1,4 +1,4 @@
-"""How fast a device is: a GPU by its data sheet, the CPU by what a training step took on one.
+"""How fast a device is: a GPU by its data sheet, the CPU by what was timed on one.
 
 Peaks are dense, in bf16 with sums in fp32; memory is in units of 10⁹ bytes, as data sheets have it,
 which is some percent less than the card has. Of a peak a training step reaches a part: 0.4 is usual
@@ -8,25 +8,32 @@ for models of some billion parameters without fused kernels.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from furina.backbones import DTYPES
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
 from furina.experiment.flops import step_flops
 from furina.experiment.shapes import adapted_of, decoder_of
 
+T = TypeVar("T")
 UTILISATION = 0.4
 STEP = Path("results/training/step.json")
 """Where benchmarks/training.py leaves what a step took."""
 ANSWER_TOKENS = 8
 """Tokens of a row that it trains on."""
+LATENCY = Path("results/latency/latency.json")
+"""Where benchmarks/latency.py leaves what a written token took."""
 CPU_FLOPS, CPU_MEMORY, CPU_CORES = 2.6e11, 25_325_268_992, 2
-"""FLOP/s, bytes and cores where that file is missing: what it said when it was made last, by
+CPU_BANDWIDTH = 1.1e10
+"""FLOP/s, bytes, cores and bytes/s where those files are missing: what they said when made last, by
 
     python benchmarks/training.py --rounds 5 --results results/training
+    python benchmarks/latency.py --results results/latency
 """
 
 
@@ -72,37 +79,42 @@ GPUS = {
 }
 
 
-def device(name: str, step: Path = STEP) -> Device:
-    """Return the device called `name`, for "cpu" the one that `step` was measured on.
+def device(name: str, step: Path = STEP, latency: Path = LATENCY) -> Device:
+    """Return the device called `name`, for "cpu" the one that `step` and `latency` were timed on.
 
     Raises ConfigurationError for an unknown name, with the nearest right one.
     """
     if name == "cpu":
-        return _cpu(step)
+        return _cpu(step, latency)
     if name not in GPUS:
         known = nearest(name, [*GPUS, "cpu"])
         raise ConfigurationError(f"There is no device {name!r} to plan for.{known}")
     return GPUS[name]
 
 
-def _cpu(step: Path) -> Device:
-    peak, memory, cores = CPU_FLOPS, CPU_MEMORY, CPU_CORES
+def _cpu(step: Path, latency: Path) -> Device:
+    flops, memory, cores = CPU_FLOPS, CPU_MEMORY, CPU_CORES
     if step.is_file():
-        try:
-            report = json.loads(step.read_text(encoding="utf-8"))
-            hardware = report["environment"]["hardware"]
-            peak, memory, cores = _measured(report), hardware["memory_bytes"], hardware["cores"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ConfigurationError(
-                f"{step} does not say what a LoRA step took on a CPU: make it again with "
-                "benchmarks/training.py, or remove it."
-            ) from error
-    return Device("cpu", f"{cores} CPU cores", peak, memory, utilisation=1.0)
+        flops, memory, cores = _timed(step, _training, "a LoRA step")
+    bandwidth = CPU_BANDWIDTH
+    if latency.is_file():
+        bandwidth = _timed(latency, _writing, "a token of the untouched backbone")
+    return Device("cpu", f"{cores} CPU cores", flops, memory, bandwidth, utilisation=1.0)
 
 
-def _measured(report: Mapping[str, Any]) -> float:
-    """Return the FLOP/s of the LoRA step that a report of benchmarks/training.py timed."""
-    settings = report["settings"]
+def _timed(path: Path, read: Callable[[Mapping[str, Any]], T], what: str) -> T:
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, IndexError, TypeError, ValueError, statistics.StatisticsError) as error:
+        raise ConfigurationError(
+            f"{path} does not say what {what} took on a CPU: make it again with "
+            f"benchmarks/{path.parent.name}.py, or remove it."
+        ) from error
+
+
+def _training(report: Mapping[str, Any]) -> tuple[float, int, int]:
+    """Return FLOP/s, bytes and cores of the LoRA step that benchmarks/training.py timed."""
+    settings, hardware = report["settings"], report["environment"]["hardware"]
     rows, length = settings["rows"], settings["tokens"]
     config = RunConfig(
         backbone=settings["backbone"], method="lora", adapter={"rank": settings["rank"]}
@@ -111,4 +123,13 @@ def _measured(report: Mapping[str, Any]) -> float:
     assert found is not None
     decoder, answers = decoder_of(config.backbone), rows * ANSWER_TOKENS
     flops = step_flops(decoder, found, rows * length, length, answers)
-    return flops / float(report["seconds"]["lora"]["median"])
+    seconds = float(report["seconds"]["lora"]["median"])
+    return flops / seconds, hardware["memory_bytes"], hardware["cores"]
+
+
+def _writing(report: Mapping[str, Any]) -> float:
+    """Return the bytes/s at which benchmarks/latency.py's backbone read its weights for a token."""
+    settings, cell = report["settings"], report["cells"][0]
+    weights = decoder_of(settings["backbone"]).parameters * DTYPES[settings["dtype"]].itemsize
+    times = [float(each["per_token_ms"]) for each in cell["rounds"]["base"]]
+    return weights / statistics.median(times) * 1000

@@ -87,6 +87,6 @@ def scoring_memory(
     return Memory(
         weights=decoder.parameters * item_size,
         adapter=FULL * (adapted.trainable + adapted.kept) if adapted else 0,
-        activations=2 * decoder.layers * decoder.keys * item_size * written,
+        activations=decoder.cached * item_size * written,
         working=ffn + logits,
     )

@@ -22,6 +22,9 @@ from furina.experiment.shapes import Adapted, Decoder, adapted_of, decoder_of
 from furina.training.attention import EAGER_UP_TO
 
 DEVICE = "h100-80gb"
+CACHE_PASSES = 3
+"""How often a written token goes through the keys and values kept: to append to them transformers
+reads and writes them all, and attention reads them again."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +163,16 @@ def _scoring(
     """Return FLOPs, the hours that writing takes at least, and whose tokenizers counted."""
     times = 1 if found is None else 1 + found.config.mergeability().ok + config.score_without_router
     flops, hours, by = 0, 0.0, set[str | None]()
-    weights = decoder.parameters * _item_size(config)
+    size = _item_size(config)
     for task, protocol in config.scored:
         items, how = number_asked(config, task), asked(config, task, protocol, measure)
         read = items * (how.read(config.engine) + how.written * how.beams)
         answers = items * (how.continued + how.written * how.beams)
         flops += times * forward_flops(decoder, found, read, how.row, answers)
-        batches = -(-items // config.eval_batch_size)
-        hours += times * target.reading_hours(batches * how.written * weights)
+        kept = items * how.beams * (how.context + how.written / 2) * decoder.cached
+        weights = -(-items // config.eval_batch_size) * decoder.parameters
+        moved = how.written * (weights + CACHE_PASSES * kept) * size
+        hours += times * target.reading_hours(moved)
         by.add(how.tokenizer)
     return flops, hours, by
 

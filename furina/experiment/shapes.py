@@ -49,6 +49,11 @@ class Decoder:
         attention = self.hidden * 2 * (self.queries + self.keys)
         return attention + 3 * self.hidden * self.ffn
 
+    @property
+    def cached(self) -> int:
+        """Entries of the keys and values of one token."""
+        return 2 * self.layers * self.keys
+
 
 class Linear(NamedTuple):
     """An adapted linear."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
@@ -19,10 +20,11 @@ from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError
 from furina.experiment import devices
 from furina.experiment.config import RunConfig
-from furina.experiment.devices import CPU_FLOPS, GPUS, Device, device
+from furina.experiment.devices import CPU_BANDWIDTH, CPU_FLOPS, GPUS, Device, device
 from furina.experiment.lengths import epoch_rows, steps_of, training_lengths
 from furina.experiment.planning import Plan, plan, plan_all
 from furina.experiment.questions import asked
+from furina.experiment.shapes import decoder_of
 from furina.experiment.summary import advice, summary
 from furina.reporting.render import markdown
 from tests.experiment.helpers import tiny
@@ -173,12 +175,15 @@ def test_questions_are_counted_as_they_are_asked(data_dir: str) -> None:
     assert asked(config, "arc_easy", "lm_eval") == found
 
 
-def test_written_answers_take_as_long_as_the_weights_are_read() -> None:
-    gsm8k = {"protocol": "cot", "task": "gsm8k", "adapter": {"rank": 8}}
+def test_written_answers_take_as_long_as_weights_keys_and_values_are_moved() -> None:
+    gsm8k = {"protocol": "cot", "task": "gsm8k", "adapter": {"rank": 8}, "max_length": 512}
     found = unread(paper("Qwen/Qwen2-7B", method="lora", **gsm8k))
     card = GPUS["h100-80gb"]
-    batches, tokens = -(-1319 // 16), 512
-    seconds = 2 * batches * tokens * 2 * found.decoder.parameters / (card.bandwidth or 0) / 0.4
+    items, tokens, two_bytes = 1319, 512, 2
+    weights = -(-items // 16) * found.decoder.parameters
+    # Qwen2-7B: 28 layers with 4 heads of keys, and of values, 128 wide; on average half is written.
+    kept = items * (512 + tokens / 2) * 28 * 2 * 4 * 128
+    seconds = 2 * tokens * two_bytes * (weights + 3 * kept) / (card.bandwidth or 0) / 0.4
     assert found.scoring_hours == pytest.approx(seconds / 3600)
     assert found.scoring_hours > card.hours(found.scoring_flops)
 
@@ -208,9 +213,29 @@ def test_the_cpu_is_as_fast_as_its_steps_were(tmp_path: Path) -> None:
     assert seconds == pytest.approx(report["seconds"]["lora"]["median"], rel=0.03)
     assert found.peak == pytest.approx(CPU_FLOPS, rel=0.5)  # else make the constant anew
     assert device("cpu", tmp_path / "missing.json").peak == CPU_FLOPS
-    (tmp_path / "step.json").write_text('{"settings": {}}')
+
+
+def test_the_cpu_reads_as_fast_as_it_wrote(tmp_path: Path) -> None:
+    recorded = ROOT / "results" / "latency" / "latency.json"
+    report = json.loads(recorded.read_text())
+    found = device("cpu", latency=recorded)
+    times = [each["per_token_ms"] for each in report["cells"][0]["rounds"]["base"]]
+    weights = 2 * decoder_of(report["settings"]["backbone"]).parameters
+    assert 1000 * 3600 * found.reading_hours(weights) == pytest.approx(statistics.median(times))
+    assert found.bandwidth == pytest.approx(CPU_BANDWIDTH, rel=0.5)  # else make the constant anew
+    assert device("cpu", latency=tmp_path / "missing.json").bandwidth == CPU_BANDWIDTH
+
+
+@pytest.mark.parametrize("name", ["step", "latency"])
+@pytest.mark.parametrize("text", ['{"settings": {}}', "{", "[]"])
+def test_a_benchmark_that_says_nothing_is_one_sentence(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "training" / f"{name}.json"
+    path.parent.mkdir()
+    path.write_text(text)
     with pytest.raises(ConfigurationError, match=r"again with benchmarks/training\.py"):
-        device("cpu", tmp_path / "step.json")
+        device("cpu", **{name: path})
 
 
 def test_the_settings_of_the_cpus_step_are_the_benchmarks() -> None:
