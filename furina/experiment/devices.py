@@ -95,20 +95,20 @@ def device(name: str, step: Path = STEP, latency: Path = LATENCY) -> Device:
 def _cpu(step: Path, latency: Path) -> Device:
     flops, memory, cores = CPU_FLOPS, CPU_MEMORY, CPU_CORES
     if step.is_file():
-        flops, memory, cores = _timed(step, _training, "a LoRA step")
+        flops, memory, cores = _timed(step, _training, "a LoRA step", "training")
     bandwidth = CPU_BANDWIDTH
     if latency.is_file():
-        bandwidth = _timed(latency, _writing, "a token of the untouched backbone")
+        bandwidth = _timed(latency, _writing, "a token of the backbone", "latency")
     return Device("cpu", f"{cores} CPU cores", flops, memory, bandwidth, utilisation=1.0)
 
 
-def _timed(path: Path, read: Callable[[Mapping[str, Any]], T], what: str) -> T:
+def _timed(path: Path, read: Callable[[Mapping[str, Any]], T], what: str, by: str) -> T:
     try:
         return read(json.loads(path.read_text(encoding="utf-8")))
-    except (KeyError, IndexError, TypeError, ValueError, statistics.StatisticsError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigurationError(
             f"{path} does not say what {what} took on a CPU: make it again with "
-            f"benchmarks/{path.parent.name}.py, or remove it."
+            f"benchmarks/{by}.py, or remove it."
         ) from error
 
 

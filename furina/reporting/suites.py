@@ -75,7 +75,8 @@ class Suite:
 
     Two readings of a folder are two suites, since its files may have changed in between. `changes`
     are the dated changes that move numbers, by which a run may be out of date; `left_out` are
-    scored tasks that its tables do not show; `papers_rows` are those of the paper, in its order.
+    scored tasks that its tables do not show; `papers_rows` are the rows that the paper has too, in
+    its order.
     """
 
     name: str

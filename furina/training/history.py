@@ -29,23 +29,17 @@ class LossHistory(pl.Callback):
     @property
     def training(self) -> list[tuple[int, float]]:
         """(optimiser step, loss) of every step, counted from 1."""
-        plain = _plain(self._training)
-        self._training = [*plain]
-        return plain
+        return _plain(self._training)
 
     @property
     def auxiliary(self) -> list[tuple[int, float]]:
         """(optimiser step, the auxiliary part of its loss) of every step, counted from 1."""
-        plain = _plain(self._auxiliary)
-        self._auxiliary = [*plain]
-        return plain
+        return _plain(self._auxiliary)
 
     @property
     def validation(self) -> list[tuple[int, float]]:
         """(optimiser steps done, validation loss) of every validation."""
-        plain = _plain(self._validation)
-        self._validation = [*plain]
-        return plain
+        return _plain(self._validation)
 
     @property
     def seconds(self) -> float:
@@ -120,4 +114,7 @@ class LossHistory(pl.Callback):
 
 
 def _plain(losses: list[tuple[int, Tensor | float]]) -> list[tuple[int, float]]:
-    return [(step, float(loss)) for step, loss in losses]
+    """Return the losses as numbers, and keep them so."""
+    plain = [(step, float(loss)) for step, loss in losses]
+    losses[:] = plain
+    return plain
