@@ -157,39 +157,70 @@ class _Writer:
         decoding: Decoding,
         pad_id: int,
     ) -> None:
-        from transformers import GenerationConfig
-
         self.model, self.tokenizer, self.decoding, self.pad_id = model, tokenizer, decoding, pad_id
         self.ends = _ends(model, tokenizer)
-        self.config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.num_beams,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=pad_id,
-            eos_token_id=sorted(self.ends) or None,
-        )
+        # A beam search does not go on from a sequence, and unmasked padding is part of a prompt.
+        self.leaves_out = decoding.num_beams == 1 and decoding.pass_mask
 
     def write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Return the new text of each prompt of one batch."""
-        width = max(map(len, prompts))
+        """Return the new text of each prompt of one batch.
+
+        As soon as half of the rows have ended they are left out, and the others go on from what
+        they have: one long answer does not keep a whole batch computing until it ends.
+        """
+        new: list[list[int]] = [[] for _ in prompts]
+        rows = list(range(len(prompts)))
+        while rows:
+            written = len(new[rows[0]])
+            more = self._continue([[*prompts[row], *new[row]] for row in rows], written)
+            for row, ids in zip(rows, more, strict=True):
+                new[row] += ids
+            rows = [row for row in rows if self.leaves_out and not self._ended(new[row])]
+        return [self.text(ids) for ids in new]
+
+    def _continue(self, sequences: Sequence[Sequence[int]], written: int) -> list[list[int]]:
+        """Return what follows sequences that hold `written` new tokens each.
+
+        That is all that is missing, or less where half of several rows ended.
+        """
+        from transformers import GenerationConfig
+
+        width = max(map(len, sequences))
         device = self.model.device
-        ids = torch.full((len(prompts), width), self.pad_id, device=device)
+        ids = torch.full((len(sequences), width), self.pad_id, device=device)
         # Without a mask transformers would infer one from the padding tokens it finds
         # (`_prepare_attention_mask_for_generation`): an unmasked batch takes a mask of ones.
         mask = torch.full_like(ids, 0 if self.decoding.pass_mask else 1)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            mask[row, width - len(prompt) :] = 1
+        for row, sequence in enumerate(sequences):
+            ids[row, width - len(sequence) :] = torch.tensor(sequence, device=device)
+            mask[row, width - len(sequence) :] = 1
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=self.decoding.max_new_tokens - written,
+            num_beams=self.decoding.num_beams,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.pad_id,
+            eos_token_id=sorted(self.ends) or None,
+        )
         model: Any = self.model  # its `generate` is typed as a tensor
         output: Tensor = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=self.config,
+            generation_config=config,
             logits_processor=[_refuse_nan],
-            stopping_criteria=[self._stops(width)] if self.decoding.stop else [],
+            stopping_criteria=[self._stops(width - written)],
         )
-        return [self.text(row) for row in output[:, width:].tolist()]
+        rest: list[list[int]] = output[:, width:].tolist()
+        return rest
+
+    def _ended(self, ids: Sequence[int]) -> bool:
+        """Return whether a row's new tokens are an answer that is whole."""
+        whole = len(ids) >= self.decoding.max_new_tokens or not self.ends.isdisjoint(ids)
+        return whole or self._stopped(ids)
+
+    def _stopped(self, ids: Sequence[int]) -> bool:
+        text = self._decode(ids) if self.decoding.stop else ""
+        return any(stop in text for stop in self.decoding.stop)
 
     def text(self, ids: Sequence[int]) -> str:
         """Decode up to the end of text, then cut at the earliest stop."""
@@ -205,17 +236,19 @@ class _Writer:
             )
         )
 
-    def _stops(self, width: int) -> Any:
-        """Return the criterion that ends a row once its text holds a stop.
+    def _stops(self, start: int) -> Any:
+        """Return the criterion that ends a row, or all where half have ended.
 
         The text that will be cut is what is looked at, so none ends early without being cut;
-        transformers' own `stop_strings` match tokens instead.
+        transformers' own `stop_strings` match tokens instead. New tokens begin at `start`.
         """
 
         def stops(ids: Tensor, scores: Any, **options: Any) -> Tensor:
-            texts = map(self._decode, ids[:, width:].tolist())
-            found = [any(stop in text for stop in self.decoding.stop) for text in texts]
-            return torch.tensor(found, device=ids.device)
+            new = ids[:, start:].tolist()
+            ended = [self._ended(row) if self.leaves_out else self._stopped(row) for row in new]
+            if self.leaves_out and 2 * sum(ended) >= len(ended):
+                ended = [True] * len(ended)
+            return torch.tensor(ended, device=ids.device)
 
         return stops
 

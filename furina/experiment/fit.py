@@ -19,7 +19,7 @@ from furina.experiment.measures import measured
 from furina.experiment.process import adapted, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
 from furina.inject import load_adapter_state_dict
-from furina.records import Training, codec, peak_memory_bytes
+from furina.records import Training, codec
 from furina.storage import write_json
 from furina.training import LossHistory
 
@@ -75,7 +75,7 @@ def fit_as_rank(config: RunConfig, run_dir: Path) -> None:
     if rank == 0:
         claim(config, run_dir)
     history = train(config, run_dir, model, data)
-    tensors, peak = leave(model)
+    tensors, peak = leave(model, history.peak_memory_bytes)
     if rank:
         return
     if sharded:
@@ -118,7 +118,7 @@ def _fit_alone(config: RunConfig, run_dir: Path) -> Fitted:
     model, data = _prepared(config, best_device())
     claim(config, run_dir)  # only now: a config that cannot run must not own the folder
     history = train(config, run_dir, model, data)
-    training = _keep(config, run_dir, model, data, history, peak_memory_bytes())
+    training = _keep(config, run_dir, model, data, history, history.peak_memory_bytes)
     return Fitted(model, data.tokenizer, data, training)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 
 from furina.errors import ConfigurationError
 from furina.inject import adapter_state_dict
-from furina.records import peak_memory_bytes
 
 
 class Left(NamedTuple):
@@ -47,13 +46,13 @@ def take_place() -> int:
     return int(os.environ["RANK"])
 
 
-def leave(model: nn.Module) -> Left:
+def leave(model: nn.Module, peak_memory_bytes: int) -> Left:
     """Gather what is left of the training and end the group; all processes call it.
 
     From here on each is alone: nothing that one of them runs can wait for another.
     """
     tensors = {name: tensor.cpu() for name, tensor in adapter_state_dict(model).items()}
     peaks = [0] * distributed.get_world_size()
-    distributed.all_gather_object(peaks, peak_memory_bytes())
+    distributed.all_gather_object(peaks, peak_memory_bytes)
     distributed.destroy_process_group()
     return Left(tensors, max(peaks))

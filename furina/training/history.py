@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from furina.records.environment import peak_memory_bytes
+
 
 class LossHistory(pl.Callback):
-    """Record every step's loss, every validation loss and the time spent in training.
+    """Record every step's loss, every validation loss, the time spent in training and its memory.
 
     It is part of the checkpoint, so a resumed run has the whole history and no step twice, where a
     logger's file starts again. Losses stay on the device until they are asked for.
@@ -25,6 +27,7 @@ class LossHistory(pl.Callback):
         self._validation: list[tuple[int, Tensor | float]] = []
         self._seconds = 0.0
         self._started: float | None = None
+        self._peak = 0
 
     @property
     def training(self) -> list[tuple[int, float]]:
@@ -46,6 +49,11 @@ class LossHistory(pl.Callback):
         """Seconds in training over all resumed parts, without validations and checkpoints."""
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self._seconds + running
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this process, and of those whose checkpoint it went on from."""
+        return max(self._peak, peak_memory_bytes())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
@@ -98,6 +106,7 @@ class LossHistory(pl.Callback):
             "auxiliary": self.auxiliary,
             "validation": self.validation,
             "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,6 +115,7 @@ class LossHistory(pl.Callback):
         self._auxiliary = list(state_dict.get("auxiliary", ()))
         self._validation = list(state_dict["validation"])
         self._seconds = state_dict["seconds"]
+        self._peak = state_dict.get("peak_memory_bytes", 0)
 
     def _pause(self, device: torch.device) -> None:
         if device.type == "cuda":  # its steps may still be running

@@ -187,6 +187,21 @@ def test_a_stop_ends_the_batch_early(model, tokenizer):
     assert len(forwards) < 15
 
 
+def test_rows_that_have_ended_are_left_out(model, tokenizer):
+    full = generate(model, tokenizer, PROMPTS, Decoding(30), 7).texts
+    stop = full[0][3:5]
+    decoding = Decoding(30, stop=(stop, *(text[4:6] for text in full[1:4])))
+    lengths = [len(generate(model, tokenizer, [p], decoding, 1).texts[0]) for p in PROMPTS]
+    assert min(lengths) < 6 and max(lengths) > 20  # one goes on long after half have ended
+    rows = []
+    handle = model.register_forward_hook(lambda *given: rows.append(len(given[2].logits)))
+    whole = generate(model, tokenizer, PROMPTS, decoding, 7).texts
+    handle.remove()
+    assert rows[0] == 7 and rows == sorted(rows, reverse=True)
+    assert rows[12] <= 3
+    assert whole == tuple(min((t.split(s)[0] for s in decoding.stop), key=len) for t in full)
+
+
 def test_a_stop_in_the_prompt_stops_nothing(model, tokenizer):
     decoding = Decoding(10, stop=("Question:", "2 + 2"))
     assert generate(model, tokenizer, PROMPTS, decoding, 3).texts == expected(model, tokenizer)

@@ -71,6 +71,23 @@ def test_the_time_in_training_has_no_checkpoint_and_no_validation_in_it(
     assert state["seconds"] == 5
 
 
+def test_the_peak_of_memory_is_that_of_all_parts_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def part(peak: int) -> int:
+        monkeypatch.setattr("furina.training.history.peak_memory_bytes", lambda: peak)
+        history, saver = LossHistory(), ResumeCheckpoint(tmp_path / "last.ckpt", 2)
+        fit(
+            FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=4,
+            callbacks=[history, saver], ckpt_path=saver.latest(),
+        )  # fmt: skip
+        return history.peak_memory_bytes
+
+    assert part(700) == 700
+    assert part(30) == 700  # killed after its last step
+    assert part(900) == 900
+
+
 def test_a_plain_model_checkpoint_of_lightning_holds_the_adapter_only_too(
     tmp_path: Path,
 ) -> None:
