@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+LEVEL = 1.96
+"""Standard errors of a 95 % interval."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -22,6 +25,13 @@ class Difference:
         if self.value == 0:
             return 0.0
         return self.value / self.stderr if self.stderr else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval, None where there is no standard error."""
+        if self.stderr is None:
+            return None
+        return self.value - LEVEL * self.stderr, self.value + LEVEL * self.stderr
 
 
 def stdev(values: Sequence[float]) -> float | None:

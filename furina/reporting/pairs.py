@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from furina.reporting import removal
+from furina.reporting import removal, timing
 from furina.reporting.accuracy import correctness, difference, scores
 from furina.reporting.beside import Beside
 from furina.reporting.differences import Difference
@@ -81,7 +81,7 @@ def _removal(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]:
         gap = beside.difference(theirs) if theirs in paper.rows else None
         if gap is not None:
             found = _without_router(suite, row, reference)
-            ends = removal.interval(found) if found else None
+            ends = found.interval if found else None
             yield Pair(
                 f"{row}, router removed",
                 100 * found.value if found else None,
@@ -148,13 +148,15 @@ def _mean_drops(generals: Sequence[General], row: str) -> list[float]:
 
 
 def _time(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]:
-    """Yield the paper's differences alone: a record's medians and quartiles give no interval."""
+    """Yield the differences of total times, in milliseconds."""
     columns = tuple(paper.columns)[-1:]
     usual = paper.value(paper.ours[reference], columns)
     for row, theirs in paper.ours.items():
         value = paper.value(theirs, columns)
         if row != reference and value is not None and usual is not None:
-            yield Pair(row, None, None, value - usual)
+            found = timing.longer(suite, row, reference)
+            ends = found.interval if found else None
+            yield Pair(row, found.value if found else None, ends, value - usual)
 
 
 _MEASURES: dict[Measure, Callable[[Suite, PaperTable, str], Iterator[Pair]]] = {

@@ -8,8 +8,6 @@ from furina.reporting.differences import Difference
 from furina.reporting.suites import Suite
 
 REMOVED = "router_removed"
-LEVEL = 1.96
-"""Standard errors of a 95 % interval."""
 NOT_PAIRED = "per-question outputs are missing, so there is no interval"
 
 
@@ -62,32 +60,23 @@ def _cells(suite: Suite, row: str, task: str) -> Row:
     return cells
 
 
-def interval(found: Difference) -> tuple[float, float] | None:
-    """Return the 95 % interval, None where the difference has no standard error."""
-    if found.stderr is None:
-        return None
-    return found.value - LEVEL * found.stderr, found.value + LEVEL * found.stderr
-
-
 def _interval_cell(found: Difference) -> Cell:
-    ends = interval(found)
-    if ends is None:
+    if found.interval is None:
         return missing(NOT_PAIRED)
-    low, high = (100 * end for end in ends)
+    low, high = (100 * end for end in found.interval)
     return Cell(f"{low:+.1f} to {high:+.1f}", {"low": low, "high": high})
 
 
 def verdict(lost: Difference, left: Difference | None) -> str:
     """Return what became of a method, from its loss and from what is left above the base."""
-    ends = interval(lost)
-    if ends is None:
+    if lost.interval is None:
         return "unknown"
-    low, high = ends
+    low, high = lost.interval
     if low <= 0 <= high:
         return "no difference"
     if low > 0:
         return "gains"
-    above = None if left is None else interval(left)
+    above = None if left is None else left.interval
     if above is None:
         return "drops"
     return "drops" if above[0] > 0 else "collapses"

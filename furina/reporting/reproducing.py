@@ -21,7 +21,8 @@ PAIRS = (
     "A row pair is a row of ours and its reference row, of which the paper gives the difference "
     "too. It agrees where our difference has the paper's sign and its 95 % interval leaves out 0, "
     "is within noise where the interval holds 0, and differs where it leaves out 0 with another "
-    "sign."
+    "sign. Times are compared over those of the base model in the same run, and their interval is "
+    "found from quartiles as if they were normal."
 )
 RULES: dict[Status, str] = {
     "not run": "no run of the place's suite has succeeded",

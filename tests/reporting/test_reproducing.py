@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from furina.records import RecordError, RunRecord
+from furina.records import RecordError, RunRecord, Spread
 from furina.reporting.cells import Cell, Table
 from furina.reporting.contents import load_paper
 from furina.reporting.effort import command, effort_table
@@ -231,9 +233,72 @@ def test_a_mixture_without_its_router_is_a_row_of_the_papers(tmp_path: Path) -> 
     assert pairs["furina"].verdict == "not measured"
 
 
-def test_times_have_no_interval_and_so_decide_nothing(folder: Path, tmp_path: Path) -> None:
+def time_pair(folder: Path, tmp_path: Path) -> Pair:
     (pair,) = row_pairs(load_suite(folder), paper(tmp_path, lora=800, furina=900), "time")
-    assert (pair.verdict, pair.paper) == ("not measured", 100)
+    return pair
+
+
+def timed(folder: Path, method: str, base: float, times: float, width: float, n: int = 9) -> None:
+    """Let every run of a method have taken `times` the base model's time."""
+    for path in sorted(folder.glob(f"{method}--*.json")):
+        record = RunRecord.read(path)
+        spreads = {
+            name: Spread(middle, middle * (1 - width / 2), middle * (1 + width / 2), n)
+            for name, middle in (("base", base), ("unmerged", 9 * base), ("merged", times * base))
+        }
+        latency = tuple(replace(t, total_ms=spreads[t.variant]) for t in record.latency)
+        replace(record, latency=latency).write(path)
+
+
+@pytest.mark.parametrize(
+    ("lora", "furina", "verdict"),
+    [(1.0, 1.5, "agrees"), (1.0, 1.01, "within noise"), (2.0, 1.0, "differs")],
+)
+def test_times_are_compared_over_those_of_the_base_beside(
+    folder: Path, tmp_path: Path, lora: float, furina: float, verdict: str
+) -> None:
+    timed(folder, "lora", base=4000, times=lora, width=0.05)  # while the machine was slow
+    timed(folder, "furina", base=1000, times=furina, width=0.05)
+    pair = time_pair(folder, tmp_path)
+    assert (pair.verdict, pair.paper) == (verdict, 100)
+    bases = [
+        t.total_ms.median for run in load_suite(folder).runs for t in run.record.latency
+        if t.variant == "base"
+    ]  # fmt: skip
+    base = statistics.median(bases)
+    assert pair.difference == pytest.approx(base * (furina - lora))
+
+
+def test_the_interval_of_times_is_that_of_simulated_medians(folder: Path, tmp_path: Path) -> None:
+    # the deviation of simulated medians of normal repeats, n of each, against the interval
+    n, deviation, rng = 25, 0.04, np.random.default_rng(0)
+    width = deviation * 2 * statistics.NormalDist().inv_cdf(0.75)
+    for method in ("lora", "furina"):
+        timed(folder, method, base=1000, times=1.0, width=width, n=n)
+    suite = load_suite(folder)
+    runs = len(suite.select("furina"))
+    medians = np.median(rng.normal(1.0, deviation, (4, runs, 4000, n)), axis=-1)
+    simulated = (medians[0] / medians[1] - medians[2] / medians[3]).mean(axis=0).std()
+    pair = time_pair(folder, tmp_path)
+    assert pair.interval is not None
+    base = statistics.median(
+        t.total_ms.median for run in suite.runs for t in run.record.latency if t.variant == "base"
+    )
+    half = (pair.interval[1] - pair.interval[0]) / 2 / base
+    assert half == pytest.approx(1.96 * simulated, rel=0.1)
+
+
+@pytest.mark.parametrize("absent", ["times", "repeats"])
+def test_times_that_are_absent_or_too_few_decide_nothing(
+    folder: Path, tmp_path: Path, absent: str
+) -> None:
+    if absent == "repeats":
+        timed(folder, "furina", base=1000, times=1.5, width=0.05, n=4)
+    else:
+        for path in sorted(folder.glob("furina--*.json")):
+            replace(RunRecord.read(path), latency=()).write(path)
+    pair = time_pair(folder, tmp_path)
+    assert (pair.difference, pair.verdict, pair.paper) == (None, "not measured", 100)
 
 
 def test_the_effort_is_the_sum_over_runs(folder: Path) -> None:
