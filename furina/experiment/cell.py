@@ -82,13 +82,15 @@ class TestSet(NamedTuple):
 def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
     """Run one cell in `run_dir` and return its record, whose samples are files there.
 
-    The record of a run that diverges says so.
+    The record of a run that diverges says so. One that was killed counts from its first start: what
+    it has kept was made by the code of then.
     """
     config.check_tasks()
     started = timestamp()
     reset_peak_memory()
     tests = _test_sets(config)
     claim(config, run_dir)
+    started = _begun(run_dir, started)
     backbone = _backbone(config.backbone, config.dtype)
     record = partial(_record, config, command, started, backbone, tests)
     try:
@@ -107,6 +109,14 @@ def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
         without_router(subject.model)
         scores += _score_all(config, subject, tests, run_dir, "router_removed")
     return record(subject.fitted, scores=scores, merged=merged, latency=latency)
+
+
+def _begun(run_dir: Path, now: str) -> str:
+    """Return when a cell was started first: now, unless it was before."""
+    file = run_dir / "begun.json"
+    if not file.exists():
+        write_json(file, {"started": now})
+    return str(json.loads(file.read_text(encoding="utf-8"))["started"])
 
 
 def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:

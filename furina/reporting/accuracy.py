@@ -60,8 +60,7 @@ def accuracy(suite: Suite, row: str, task: str, variant: str) -> Cell:
         "seeds": len(found),
         "n": found[0].n,
     }
-    old = (note for run, _ in pairs for note in stale_notes(run.record, suite.changes))
-    return Cell(text, numbers, (*score_notes(found), *dict.fromkeys(old)))
+    return Cell(text, numbers, (*score_notes(found), *_old(suite, pairs)))
 
 
 def macro(suite: Suite, row: str, variant: str) -> Cell:
@@ -75,7 +74,25 @@ def macro(suite: Suite, row: str, variant: str) -> Cell:
         errors.append(100 * statistics.fmean(score.stderr for score in found))
     stderr = math.hypot(*errors) / len(errors)
     numbers = {"": statistics.fmean(means), "stderr": stderr, "tasks": len(means)}
-    return Cell(f"{numbers['']:.1f} ± {stderr:.1f}", numbers)
+    old = [note for task in suite.tasks for note in _old(suite, scores(suite, row, task, variant))]
+    notes = (*at_chance(suite, row, variant), *dict.fromkeys(old))
+    return Cell(f"{numbers['']:.1f} ± {stderr:.1f}", numbers, notes)
+
+
+def at_chance(suite: Suite, row: str, variant: str) -> list[str]:
+    """Return a note where some of the suite's tasks say nothing about a row's model."""
+    tasks = [
+        task
+        for task in suite.tasks
+        if any(score.suspect for _, score in scores(suite, row, task, variant))
+    ]
+    return [f"not above chance on {', '.join(tasks)}"] if tasks else []
+
+
+def _old(suite: Suite, pairs: Sequence[tuple[Run, Score]]) -> tuple[str, ...]:
+    """Return what has changed since the scores were taken, once each."""
+    notes = (note for run, _ in pairs for note in stale_notes(run.record, suite.changes))
+    return tuple(dict.fromkeys(notes))
 
 
 def score_notes(found: Sequence[Score]) -> tuple[str, ...]:
@@ -156,7 +173,8 @@ def gain_cell(suite: Suite, row: str, task: str) -> Cell:
     """Return the gain over base in points and in standard errors."""
     if row == "base":
         return missing(ONE_MODEL)
-    if not scores(suite, row, task, "unmerged"):
+    pairs = scores(suite, row, task, "unmerged")
+    if not pairs:
         return missing(absence(suite, row, task, NO_SCORE))
     difference = gain(suite, row, task)
     if difference is None:
@@ -165,4 +183,5 @@ def gain_cell(suite: Suite, row: str, task: str) -> Cell:
     text = points if difference.z is None else f"{points} ({difference.z:+.1f} s.e.)"
     stderr = None if difference.stderr is None else 100 * difference.stderr
     numbers = {"": 100 * difference.value, "stderr": stderr, "in stderr": difference.z}
-    return Cell(text, numbers, () if difference.paired else (UNPAIRED,))
+    how = () if difference.paired else (UNPAIRED,)
+    return Cell(text, numbers, (*how, *_old(suite, pairs)))

@@ -9,6 +9,7 @@ from furina.records import RecordError
 from furina.reporting.cells import Cell, Row, label, missing
 from furina.reporting.notes import NOT_RUN, REFERENCE
 from furina.reporting.paper import UNKNOWN, PaperTable
+from furina.reporting.removal import is_removed
 from furina.reporting.suites import Suite
 
 NOT_IN_PAPER = "not in the paper's table"
@@ -46,8 +47,8 @@ class Beside:
     def difference(self, theirs: str | None) -> float | None:
         """Return by how many points one of the paper's rows is above its reference, if known."""
         value, reference = (
-            self._value(theirs),
-            self._value(self.paper.ours.get(self.reference or "")),
+            self.value(theirs),
+            self.value(self.paper.ours.get(self.reference or "")),
         )
         return None if value is None or reference is None else value - reference
 
@@ -60,7 +61,7 @@ class Beside:
         they are None.
         """
         unknown = UNKNOWN if theirs else NOT_IN_PAPER
-        value, group = self._value(theirs), f"in the paper: {self.column}"
+        value, group = self.value(theirs), f"in the paper: {self.column}"
         cells: Row = {(group, "%"): missing(unknown) if value is None else _number(value, "")}
         minus: Row = {(OURS, "%"): _minus(ours, value, absent, unknown)}
         if self.reference is not None:
@@ -76,16 +77,20 @@ class Beside:
         return {**cells, **minus}
 
     def not_run(self, suite: Suite, columns: Iterable[tuple[str, str]]) -> list[Row]:
-        """Return a line with `columns` for each of the paper's rows that the suite lacks."""
+        """Return a line with `columns` for each of the paper's rows that the suite lacks.
+
+        A mixture without its router is no row of ours: tables of their own have it.
+        """
         rows = []
         for name, ours in self.paper.rows.items():
-            if ours not in suite.rows:
+            if ours not in suite.rows and not is_removed(suite, name):
                 cells: Row = {column: missing(NOT_RUN) for column in columns}
                 cells["", "row"], cells["", "model"] = label(ours or name), label("not run")
                 rows.append({**cells, **self.cells(name, None, None, NOT_RUN)})
         return rows
 
-    def _value(self, theirs: str | None) -> float | None:
+    def value(self, theirs: str | None) -> float | None:
+        """Return what one of the paper's rows has, if known."""
         return None if theirs is None else self.paper.value(theirs, self.columns)
 
 

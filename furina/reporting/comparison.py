@@ -13,6 +13,7 @@ from furina.reporting.cells import Cell, Row, Table, build, label, missing
 from furina.reporting.findings import LEVEL, Finding, findings, supported
 from furina.reporting.notes import NOT_ALL_TASKS, REFERENCE
 from furina.reporting.paper import PaperTable
+from furina.reporting.removal import is_removed
 from furina.reporting.seeded import mean_cell, task_cell
 from furina.reporting.significance import FEWEST_PAIRS, RESAMPLES
 from furina.reporting.standings import by_seed, macro, reference_row, served
@@ -124,6 +125,11 @@ def _remarks(suite: Suite, reference: str | None, beside: Beside | None) -> tupl
             f"as far as known; the column is {beside.column}. Backbone, data, prompts and hardware "
             "may be others than ours: differences to the same row compare better than levels."
         )
+        remarks += [
+            f"{theirs}: in the tables router_removed and pairs."
+            for theirs in beside.paper.rows
+            if is_removed(suite, theirs)
+        ]
     if suite.left_out:
         remarks.append(
             f"Not here but among what is forgotten, as no run was trained on them: "

@@ -19,12 +19,15 @@ from furina.reporting.dots import difference_dots, setting_curves
 from furina.reporting.effort import effort_table
 from furina.reporting.forgetting import forgetting_table
 from furina.reporting.page import Drawing, Section
+from furina.reporting.pair_table import pair_table
 from furina.reporting.pairs import Pair, row_pairs
 from furina.reporting.paper import PaperTable, paper_table
 from furina.reporting.places import INDEX, Place, in_order, place_of, read_index
 from furina.reporting.removal import removal_table
 from furina.reporting.reproducing import explanation, status_table
+from furina.reporting.standings import reference_row
 from furina.reporting.studies import search_table, selection_table
+from furina.reporting.subjects import drop_dots, training_costs
 from furina.reporting.suites import Suite, load_suites, read_folder
 from furina.reporting.tables import main_table
 
@@ -34,6 +37,8 @@ BENCHMARKS = ("training", "latency", "vllm", "merging", "gguf")
 """Folders that scripts in benchmarks/ write, with tables of their own."""
 CAPTIONS = {
     "differences": "each seed's difference to a reference row by task, and the mean's interval",
+    "forgetting": "relative drops on tasks that no run trained, each seed as a dot",
+    "training_costs": "what a step of training takes, each run as a dot",
     "settings": "accuracy over each setting that rows differ in; dotted lines are the base model",
     "accuracy_latency": "accuracy against latency; hollow markers are unmerged models, filled ones "
     "merged, dotted lines the base model",
@@ -74,12 +79,15 @@ def suite_section(
     tables = [
         comparison_table(compared, accuracies),
         forgetting_table(first, drops),
+        _pairs(first, place, paper),
         *(make(first) for make in TABLES),
         *(replace(main_table(each), name=f"main-{each.protocol}") for each in others),
         *(_titled(first, table) for table in activity_tables(activity)),
     ]
     figures = {
         "differences": difference_dots(compared, accuracies),
+        "forgetting": drop_dots(first, drops),
+        "training_costs": training_costs(first),
         "settings": setting_curves(first),
         "accuracy_latency": plots.accuracy_latency(first),
         "loss_curves": plots.loss_curves(first),
@@ -93,6 +101,14 @@ def suite_section(
     title = first.name + (f" ({place.place} of the paper)" if place else "")
     shown = tuple(table for table in tables if table is not None)
     return Section(first.name, title, tables=shown, drawings=tuple(drawings))
+
+
+def _pairs(suite: Suite, place: Place | None, paper: PaperTable | None) -> Table | None:
+    reference = reference_row(suite, paper)
+    if not (place and place.measure and paper and reference):
+        return None
+    pairs = row_pairs(suite, paper, place.measure)
+    return pair_table(suite, paper, place.measure, pairs, reference)
 
 
 def _titled(suite: Suite, table: Table) -> Table:

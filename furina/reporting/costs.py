@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from furina.records import Latency, Spread
 from furina.reporting.cells import Cell, Row, decimals, missing
 from furina.reporting.notes import NO_RESULT, ONE_MODEL
+from furina.reporting.staleness import stale_notes
 from furina.reporting.suites import Run, Suite
 
 TIMES: dict[str, Callable[[Latency], Spread]] = {
@@ -16,6 +17,8 @@ TIMES: dict[str, Callable[[Latency], Spread]] = {
     "total time, ms": lambda latency: latency.total_ms,
 }
 TRAINING = ("steps", "s per step", "minutes", "peak memory, GB")
+GENERATION, TRAINING_TIME = ("time/generation",), ("time/training",)
+"""What moves the times of either."""
 NOT_TIMED = "not timed"
 NO_BASE_TIME = "the base model was not timed in the same run, so there is no ratio"
 
@@ -44,27 +47,30 @@ def time(suite: Suite, row: str, variant: str, spread: Callable[[Latency], Sprea
     if row == "base":
         return _base_time(suite, variant, spread)
     spreads, ratios = [], []
+    old: list[str] = []
     for run in suite.select(row):
         times = {latency.variant: spread(latency) for latency in run.record.latency}
         if variant in times:
             spreads.append(times[variant])
+            old += stale_notes(run.record, suite.changes, GENERATION)
         if variant in times and "base" in times:
             ratios.append(times[variant].median / times["base"].median)
     if not spreads:
         return missing(NOT_TIMED if suite.select(row) else NO_RESULT)
-    return _time_cell(spreads, ratios)
+    return _time_cell(spreads, ratios, old)
 
 
 def _base_time(suite: Suite, variant: str, spread: Callable[[Latency], Spread]) -> Cell:
     """Return the base model's time over all runs, since each run times it beside its own."""
     if variant == "merged":
         return missing(ONE_MODEL)
-    runs = (run for run in suite.runs if run.succeeded)
+    runs = [run for run in suite.runs if run.succeeded]
     times = [spread(t) for run in runs for t in run.record.latency if t.variant == "base"]
-    return _time_cell(times, [1.0]) if times else missing(NOT_TIMED)
+    old = [note for run in runs for note in stale_notes(run.record, suite.changes, GENERATION)]
+    return _time_cell(times, [1.0], old) if times else missing(NOT_TIMED)
 
 
-def _time_cell(spreads: Sequence[Spread], ratios: Sequence[float]) -> Cell:
+def _time_cell(spreads: Sequence[Spread], ratios: Sequence[float], old: Sequence[str]) -> Cell:
     middle = {
         name: statistics.median(getattr(spread, name) for spread in spreads)
         for name in ("median", "q1", "q3")
@@ -80,11 +86,13 @@ def _time_cell(spreads: Sequence[Spread], ratios: Sequence[float]) -> Cell:
         "repeats": sum(s.n for s in spreads),
         "ratio to base": ratio,
     }
-    return Cell(text, numbers, () if ratios else (NO_BASE_TIME,))
+    unpaired = () if ratios else (NO_BASE_TIME,)
+    return Cell(text, numbers, (*unpaired, *dict.fromkeys(old)))
 
 
-def training(row: str, runs: Sequence[Run]) -> Row:
-    """Return the cells of a run's steps, mean times and highest peak memory."""
+def training(suite: Suite, row: str) -> Row:
+    """Return the cells of a row's steps, mean times and highest peak memory."""
+    runs = suite.select(row)
     trained = [run.record.training for run in runs if run.record.training]
     columns = [("training", name) for name in TRAINING]
     if not trained:
@@ -94,10 +102,12 @@ def training(row: str, runs: Sequence[Run]) -> Row:
     step = statistics.fmean(run.seconds / run.steps for run in trained)
     minutes = statistics.fmean(run.seconds for run in trained) / 60
     memory = max(run.peak_memory_bytes for run in trained) / 10**9
+    notes = (n for run in runs for n in stale_notes(run.record, suite.changes, TRAINING_TIME))
+    old = tuple(dict.fromkeys(notes))
     cells = (
         Cell(" to ".join(dict.fromkeys(map(str, (steps[0], steps[-1])))), {"": steps[-1]}),
-        Cell(f"{step:.{decimals(step)}f}", {"": step}),
-        Cell(f"{minutes:.1f}", {"": minutes}),
+        Cell(f"{step:.{decimals(step)}f}", {"": step}, old),
+        Cell(f"{minutes:.1f}", {"": minutes}, old),
         Cell(f"{memory:.2f}", {"": memory}),
     )
     return dict(zip(columns, cells, strict=True))

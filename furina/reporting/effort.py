@@ -18,12 +18,15 @@ CHOICES = {"--rows", "--methods"}
 
 def effort_table(suites: Sequence[Suite]) -> Table:
     """Return a line per suite, and one for all, where a run that suites share counts once."""
-    rows = [_row(suite.name, [run.record for run in suite.runs], seeds(suite)) for suite in suites]
+    rows = [
+        _row(suite.name, [run.record for run in suite.runs], seeds(suite), command(suite))
+        for suite in suites
+    ]
     every = {_identity(run.record): run.record for suite in suites for run in suite.runs}
-    rows.append(_row("all, each run once", list(every.values()), missing("see each suite")))
+    rows.append(_row("all, each run once", list(every.values()), missing("see each suite"), ""))
     remark = (
         "Training: without evaluation. Wall clock: the sum over runs of finished minus started, "
-        "evaluation and timing included."
+        "evaluation and timing included, and pauses where a run was killed and went on later."
     )
     return build("effort", "What the runs took", rows, (remark,))
 
@@ -33,7 +36,7 @@ def _identity(record: RunRecord) -> Hashable:
     return record.started, record.finished, record.method, record.task, record.seed
 
 
-def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell) -> Row:
+def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell, command: str) -> Row:
     trained = sum(record.training.seconds for record in records if record.training)
     passed = sum(_seconds(record) for record in records)
     failed = sum(record.status != "success" for record in records)
@@ -49,6 +52,7 @@ def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell) -> Row:
         ("", "machine"): label(_listed(machines)),
         ("", "versions"): label(_listed(_versions(record) for record in records)),
         ("", "commit"): label(_listed((r.provenance.commit or "unknown")[:10] for r in records)),
+        ("", "command"): label(command),
     }
 
 

@@ -18,13 +18,18 @@ from furina.reporting.findings import findings
 from furina.reporting.forgetting import General, general_tasks
 from furina.reporting.paper import PaperTable
 from furina.reporting.significance import Values, bootstrap, run_parts
-from furina.reporting.standings import reference_row, served
+from furina.reporting.standings import macro, reference_row, served
 from furina.reporting.suites import Suite
 
 Measure = Literal["accuracy", "removal", "drop", "time"]
 """What a place of the paper measures: accuracy, also without routers; a relative drop; times."""
-REMOVED = {"SLIM, merged without its router": "slim"}
-"""The paper's rows of a mixture without its router, which is no row of ours but a variant."""
+UNITS: dict[Measure, tuple[str, str]] = {
+    "accuracy": ("%", "points"),
+    "removal": ("%", "points"),
+    "drop": ("relative drop, %", "points"),
+    "time": ("total time, ms", "ms"),
+}
+"""What a row has and what a difference is of, by measure."""
 Verdict = Literal["agrees", "within noise", "differs", "not measured"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
@@ -34,13 +39,16 @@ class Pair:
     """A row of ours beside its reference row, and the same two rows of the paper.
 
     `difference` is ours minus the reference's and `interval` its 95 % interval, None where that was
-    not measured; `paper` is the paper's difference, in the same unit.
+    not measured; `paper` is the paper's difference, in the same unit. `level` and `paper_level` are
+    what the rows themselves have, ours and the paper's.
     """
 
     row: str
     difference: float | None
     interval: tuple[float, float] | None
     paper: float
+    level: float | None = None
+    paper_level: float | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -70,23 +78,26 @@ def _accuracy(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]
         finding = found.get(row)
         compared = finding.comparison if finding else None
         ends = (compared.low, compared.high) if compared else None
-        yield Pair(row, finding.difference if finding else None, ends, gap)
+        own = finding.difference if finding else None
+        yield Pair(row, own, ends, gap, macro(suite, row), beside.value(theirs))
 
 
 def _removal(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]:
     """Yield the rows as trained and, of routed mixtures, what is left without the router."""
     yield from _accuracy(suite, paper, reference)
     beside = Beside.of(suite, paper, reference)
-    for theirs, row in REMOVED.items():
+    for theirs, row in removal.PAPERS_ROWS.items():
         gap = beside.difference(theirs) if theirs in paper.rows else None
         if gap is not None:
-            found = _without_router(suite, row, reference)
+            found, usual = _without_router(suite, row, reference), macro(suite, reference)
             ends = found.interval if found else None
             yield Pair(
                 f"{row}, router removed",
                 100 * found.value if found else None,
                 (100 * ends[0], 100 * ends[1]) if ends else None,
                 gap,
+                100 * found.value + usual if found and usual is not None else None,
+                beside.value(theirs),
             )
 
 
@@ -112,7 +123,8 @@ def _drop(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]:
         parts = _drop_parts(generals, row, reference)
         found = bootstrap(parts, np.random.default_rng(0)) if parts else None
         ends = (found.low, found.high) if found else None
-        yield Pair(row, found.difference if found else None, ends, value - usual)
+        own = found.difference if found else None
+        yield Pair(row, own, ends, value - usual, _level(generals, row), value)
 
 
 def _drop_parts(generals: Sequence[General], row: str, reference: str) -> list[Values]:
@@ -133,6 +145,13 @@ def _drop_parts(generals: Sequence[General], row: str, reference: str) -> list[V
         for each, sign in ((row, 1), (reference, -1))
     )
     return parts
+
+
+def _level(generals: Sequence[General], row: str) -> float | None:
+    drops = [general.drops(row) for general in generals]
+    if not drops or not all(drops):
+        return None
+    return statistics.fmean(statistics.fmean(found.values()) for found in drops)
 
 
 def _correct(general: General, row: str) -> dict[str, float] | None:
@@ -156,7 +175,8 @@ def _time(suite: Suite, paper: PaperTable, reference: str) -> Iterator[Pair]:
         if row != reference and value is not None and usual is not None:
             found = timing.longer(suite, row, reference)
             ends = found.interval if found else None
-            yield Pair(row, found.value if found else None, ends, value - usual)
+            own, level = found.value if found else None, timing.total(suite, row)
+            yield Pair(row, own, ends, value - usual, level, value)
 
 
 _MEASURES: dict[Measure, Callable[[Suite, PaperTable, str], Iterator[Pair]]] = {

@@ -8,6 +8,8 @@ from furina.reporting.differences import Difference
 from furina.reporting.suites import Suite
 
 REMOVED = "router_removed"
+PAPERS_ROWS = {"SLIM, merged without its router": "slim"}
+"""The paper's rows of a mixture without its router, which is no row of ours but a variant."""
 NOT_PAIRED = "per-question outputs are missing, so there is no interval"
 
 
@@ -31,6 +33,12 @@ def removal_table(suite: Suite) -> Table | None:
         "is.",
     )
     return build("router_removed", f"{suite.name}: routers removed", rows, remarks, keys=2)
+
+
+def is_removed(suite: Suite, theirs: str) -> bool:
+    """Tell whether one of the paper's rows is a mixture whose router we removed, and scored."""
+    row = PAPERS_ROWS.get(theirs, "")
+    return any(scores(suite, row, task, REMOVED) for task in suite.tasks)
 
 
 def _served(suite: Suite, row: str, task: str) -> str | None:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 
 from furina.reporting import differences
-from furina.reporting.accuracy import NO_SCORE, absence, score_notes, scores
+from furina.reporting.accuracy import NO_SCORE, absence, at_chance, score_notes, scores
 from furina.reporting.cells import Cell, missing
-from furina.reporting.notes import NO_RECORD, NOT_ALL_TASKS, ONE_SEED, TWO_SEEDS
+from furina.reporting.notes import FEW_SEEDS, NO_RECORD, NOT_ALL_TASKS
 from furina.reporting.staleness import stale_notes
 from furina.reporting.standings import by_seed, macro, macro_by_seed, served
 from furina.reporting.suites import Suite
@@ -30,13 +30,7 @@ def mean_cell(suite: Suite, row: str) -> Cell:
     if mean is None:
         return missing(NOT_ALL_TASKS)
     notes = [note for task in suite.tasks for note in run_notes(suite, row, task)]
-    at_chance = [
-        task
-        for task in suite.tasks
-        if any(score.suspect for _, score in scores(suite, row, task, served(suite, row)))
-    ]
-    if at_chance:
-        notes.append(f"not above chance on {', '.join(at_chance)}")
+    notes += at_chance(suite, row, served(suite, row))
     return spread_cell(mean, list(macro_by_seed(suite, row).values()), notes)
 
 
@@ -44,8 +38,7 @@ def run_notes(suite: Suite, row: str, task: str) -> list[str]:
     """Return what speaks against the runs of a cell: few seeds, runs left out, old code."""
     runs = [run for run, _ in scores(suite, row, task, served(suite, row))]
     lost = [f for f in suite.failures if f.record.row == row and task in f.tasks(suite.protocol)]
-    few = {1: [ONE_SEED], 2: [TWO_SEEDS]}
-    notes = list(few.get(len(runs), [])) if row != "base" else []
+    notes = list(FEW_SEEDS.get(len(runs), ())) if row != "base" else []
     if lost:
         all_runs = len(lost) + len(runs)
         notes.append(f"without {len(lost)} of {all_runs} runs, which diverged or failed, see below")

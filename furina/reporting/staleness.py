@@ -12,7 +12,11 @@ from furina.reporting.typed import read_lines
 
 NUMERICS = "numerics.csv"
 HEADER = ["date", "area", "what"]
-AREAS = ("data", "training", "scoring")
+SCORES = ("data", "training", "scoring")
+"""What moves scores."""
+TIMES = ("time",)
+"""What moves times and nothing else."""
+AREAS = (*SCORES, *TIMES)
 """What a change may move; a second part, as in training/furina, narrows it."""
 
 
@@ -20,8 +24,8 @@ AREAS = ("data", "training", "scoring")
 class Change:
     """One change that moves numbers: from `date` on, in `area`.
 
-    `area` is data, training or scoring, all of it or one part: data/TASK, training/METHOD,
-    scoring/ENGINE (shared, lm_eval or generate).
+    `area` is data, training, scoring or time, all of it or one part: data/TASK, training/METHOD,
+    scoring/ENGINE (shared, lm_eval or generate), time/generation or time/training.
     """
 
     date: datetime
@@ -41,6 +45,11 @@ def _parts(record: RunRecord) -> dict[str, set[str]]:
         "data": {data.task for data in record.data},
         "training": {record.method} if record.training else set(),
         "scoring": {score.engine for score in record.evaluations},
+        "time": {
+            what
+            for what, timed in (("generation", record.latency), ("training", record.training))
+            if timed
+        },
     }
 
 
@@ -83,14 +92,24 @@ def _moment(where: str, date: str) -> datetime:
     return moment
 
 
-def stale_notes(record: RunRecord, changes: tuple[Change, ...]) -> list[str]:
-    """Return a note for each later change that touches the record.
+def stale_notes(
+    record: RunRecord, changes: tuple[Change, ...], areas: tuple[str, ...] = SCORES
+) -> list[str]:
+    """Return a note for each later change that touches the record, of those in `areas`.
 
-    What counts is when the run started: the code that it ran was read then.
+    An area is one of AREAS, or a part of it as in time/training. What counts is when the run
+    started: the code that it ran was read then.
     """
     started = _moment(record.name, record.started)
     return [
         f"made before: {change.what}"
         for change in changes
-        if started < change.date and change.touches(record)
+        if started < change.date and change.touches(record) and _within(change.area, areas)
     ]
+
+
+def _within(area: str, areas: tuple[str, ...]) -> bool:
+    """Tell whether an area has something of `areas` in it."""
+    kind, _, part = area.partition("/")
+    wanted = (each.partition("/") for each in areas)
+    return any(kind == one and (not part or not other or part == other) for one, _, other in wanted)

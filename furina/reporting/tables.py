@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from furina.reporting import costs
 from furina.reporting.accuracy import accuracy, gain_cell, macro
 from furina.reporting.cells import Cell, Row, Table, build, label, missing
-from furina.reporting.notes import DIRTY, NO_COMMIT, NO_RESULT, ONE_MODEL, ONE_SEED
+from furina.reporting.notes import DIRTY, FEW_SEEDS, NO_COMMIT, NO_RESULT, ONE_MODEL
 from furina.reporting.suites import Run, Suite
 
 VARIANTS = ("unmerged", "merged")
@@ -39,7 +39,7 @@ def _cells(suite: Suite, row: str) -> Row:
     for group, spread in costs.TIMES.items():
         for variant in VARIANTS:
             cells[group, variant] = costs.time(suite, row, variant, spread)
-    cells.update(costs.training(row, runs))
+    cells.update(costs.training(suite, row))
     return cells
 
 
@@ -59,7 +59,7 @@ def seeds_cell(row: str, runs: Sequence[Run]) -> Cell:
         return missing(NO_RESULT)
     fewest, most = min(counts.values()), max(counts.values())
     text = str(most) if fewest == most else f"{fewest} to {most}"
-    return Cell(text, {"": fewest}, (ONE_SEED,) if fewest == 1 else ())
+    return Cell(text, {"": fewest}, FEW_SEEDS.get(fewest, ()))
 
 
 def _remarks(suite: Suite) -> tuple[str, ...]:

@@ -25,25 +25,33 @@ def longer(suite: Suite, row: str, reference: str) -> Difference | None:
     A run times its model beside the base model, and a machine is not equally fast in all runs: what
     is subtracted are times over their own base's, and the difference is of the median base's time.
     """
-    rows = [_over_base(suite, each) for each in (row, reference)]
-    if not all(rows):
+    ratios = [_over_base(suite, each) for each in (row, reference)]
+    if None in ratios:
         return None
-    means = [statistics.fmean(ratio for ratio, _ in found) for found in rows]
-    errors = [math.hypot(*(error for _, error in found)) / len(found) for found in rows]
-    bases = [
-        time.total_ms.median
-        for run in suite.runs
-        if run.succeeded
-        for time in run.record.latency
-        if time.variant == "base"
-    ]
-    base = statistics.median(bases)
-    return Difference(base * (means[0] - means[1]), base * math.hypot(*errors), paired=False)
+    (ours, our_error), (theirs, their_error) = (each for each in ratios if each)
+    base = _base(suite)
+    return Difference(base * (ours - theirs), base * math.hypot(our_error, their_error), False)
 
 
-def _over_base(suite: Suite, row: str) -> list[tuple[float, float]]:
-    """Return the row's total time over the base model's, with its standard error, of each run."""
-    return list(_ratios(suite, row, served(suite, row)))
+def total(suite: Suite, row: str) -> float | None:
+    """Return a row's total time in milliseconds, found as in `longer`; None if not timed."""
+    ratio = _over_base(suite, row)
+    return _base(suite) * ratio[0] if ratio else None
+
+
+def _base(suite: Suite) -> float:
+    """Return the median over runs of the base model's total time."""
+    times = (time for run in suite.runs if run.succeeded for time in run.record.latency)
+    return statistics.median(time.total_ms.median for time in times if time.variant == "base")
+
+
+def _over_base(suite: Suite, row: str) -> tuple[float, float] | None:
+    """Return the mean over runs of a row's time over the base model's, and its standard error."""
+    found = list(_ratios(suite, row, served(suite, row)))
+    if not found:
+        return None
+    error = math.hypot(*(error for _, error in found)) / len(found)
+    return statistics.fmean(ratio for ratio, _ in found), error
 
 
 def _ratios(suite: Suite, row: str, variant: str) -> Iterator[tuple[float, float]]:

@@ -129,30 +129,36 @@ def run_jobs(suite: Suite, places: Places, jobs: int, slurm: Slurm | None = None
     calls = [CellJob(suite, config, places, threads) for config in suite.runs]
     if slurm is not None:  # the array's own limit says how many run at once
         submitted = _submit_array(suite, calls, places, slurm, jobs)
-        return files_of(suite, _drain(suite, places, submitted.__getitem__, len(calls)))
+        return files_of(suite, _drain(suite, places, submitted.__getitem__, len(calls), jobs))
     executor = LocalExecutor(places.runs / "jobs")
     executor.update_parameters(timeout_min=FOREVER)
-    outcomes = _drain(suite, places, lambda place: executor.submit(calls[place]), jobs)
+    outcomes = _drain(suite, places, lambda place: executor.submit(calls[place]), jobs, jobs)
     return files_of(suite, outcomes)
 
 
 def _drain(
-    suite: Suite, places: Places, start: Callable[[int], Job], at_once: int
+    suite: Suite, places: Places, start: Callable[[int], Job], started: int, at_once: int
 ) -> list[Outcome]:
-    """Start a job for every run, `at_once` at a time, and wait for them all."""
+    """Start a job for every run, `started` at a time, and wait for them all.
+
+    Of those, `at_once` run at a time: a job of Slurm's is started long before it runs, so it is
+    taken to have begun no sooner than there was room for it.
+    """
     progress = Progress(len(suite.runs), jobs=at_once)
+    rooms = [progress.clock()] * at_once
     waiting, running = list(enumerate(suite.runs)), list[_Running]()
     outcomes: dict[int, Outcome] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < started:
                 place, config = waiting.pop(0)
                 running.append(_Running(place, config, start(place), progress.clock()))
             for each in [each for each in running if each.job.done()]:
                 running.remove(each)
                 outcomes[each.place] = _outcome(suite, places, each)
-                seconds = progress.clock() - each.began
-                progress.end(each.config, outcomes[each.place], seconds)
+                now, began = progress.clock(), max(each.began, min(rooms))
+                rooms[rooms.index(min(rooms))] = now
+                progress.end(each.config, outcomes[each.place], now - began)
             time.sleep(POLL)
     except BaseException:
         for each in running:

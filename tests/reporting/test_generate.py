@@ -268,3 +268,9 @@ def test_a_report_is_made_without_importing_torch(whole: Path) -> None:
     command = [sys.executable, "-c", IMPORTS, str(whole)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_committed_files_are_those_of_the_committed_records() -> None:
+    root = Path(__file__).parents[2]
+    made = report(root / "results", suite="quickstart", readme=root / "README.md", check=True)
+    assert len(made.files) > 200

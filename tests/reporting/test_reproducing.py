@@ -10,8 +10,10 @@ import pytest
 
 from furina.records import RecordError, RunRecord, Spread
 from furina.reporting.cells import Cell, Table
+from furina.reporting.comparison import comparison_table
 from furina.reporting.contents import load_paper
 from furina.reporting.effort import command, effort_table
+from furina.reporting.pair_table import pair_table
 from furina.reporting.pairs import Pair, row_pairs
 from furina.reporting.paper import PaperTable
 from furina.reporting.places import Place, in_order, read_index
@@ -231,6 +233,22 @@ def test_a_mixture_without_its_router_is_a_row_of_the_papers(tmp_path: Path) -> 
     assert without.interval[0] < -100 / 3 < without.interval[1] < 0
     assert (without.paper, without.verdict) == (pytest.approx(37.4 - 67.5), "agrees")
     assert pairs["furina"].verdict == "not measured"
+    suite = load_suite(folder)
+    table = pair_table(suite, theirs, "removal", list(pairs.values()), "base")
+    assert table is not None
+    shown = {row["", "row"].text: row for row in rows_of(table)}
+    line, gap = shown["slim, router removed"], "difference to base, points"
+    assert line["ours", "%"].text == "0.0" and line["in the paper", "%"].text == "37.4"
+    assert line["in the paper", gap].text == "-30.1" and line["", "verdict"].text == "agrees"
+    low, high = without.interval
+    assert line["ours", gap].text == f"-33.3 [{low:+.1f}, {high:+.1f}]"
+    assert shown["furina"]["ours", gap].notes == ("not measured",)
+    beside = comparison_table(suite, theirs)
+    assert beside is not None
+    assert [row["", "row"].text for row in rows_of(beside)] == ["base", "slim", "furina"]
+    assert "SLIM, merged without its router: in the tables router_removed and pairs." in (
+        beside.remarks
+    )
 
 
 def time_pair(folder: Path, tmp_path: Path) -> Pair:

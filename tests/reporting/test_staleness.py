@@ -71,6 +71,28 @@ def test_a_change_touches_what_its_area_says(area: str, touched: set[str]) -> No
     assert {name for name, record in records.items() if notes(record, change(area))} == touched
 
 
+@pytest.mark.parametrize(
+    "area, marked",
+    [
+        ("time", {"time/generation", "time/training"}),
+        ("time/generation", {"time/generation"}),
+        ("time/training", {"time/training"}),
+        ("training", set()),
+    ],
+)
+def test_a_change_of_times_marks_these_and_no_score(area: str, marked: set[str]) -> None:
+    assert RECORD.latency and RECORD.training
+    found = {
+        wanted
+        for wanted in ("time/generation", "time/training")
+        if stale_notes(RECORD, (change(area),), (wanted,))
+    }
+    assert found == marked
+    assert bool(notes(RECORD, change(area))) == (area == "training")
+    untimed = replace(RECORD, latency=(), training=None)
+    assert not stale_notes(untimed, (change(area),), ("time",))
+
+
 def test_what_was_not_scored_is_not_touched_by_scoring() -> None:
     assert not notes(replace(RECORD, evaluations=()), change("scoring"))
 
@@ -138,5 +160,6 @@ def test_a_dated_change_is_words_of_such_an_entry(what: str) -> None:
 def test_a_dated_change_names_a_method_task_or_engine_that_exists() -> None:
     known = {"training": set(furina.methods()), "data": set(tasks())}
     known["scoring"] = {*get_args(Engine), "generate"}
+    known["time"] = {"generation", "training"}
     parts = [found.area.split("/") for found in CHANGES if "/" in found.area]
     assert [(kind, part) for kind, part in parts if part not in known[kind]] == []

@@ -54,6 +54,10 @@ def test_one_seed_is_marked_as_one(folder: Path, seeded: Path) -> None:
     assert (seeds.text, seeds.notes) == ("1", (notes.ONE_SEED,))
     seeds = cell(main_table(load_suite(seeded)), "lora", "", "seeds")
     assert (seeds.text, seeds.notes) == ("3", ())
+    for path in seeded.glob("lora--*--seed2.json"):
+        path.unlink()
+    seeds = cell(main_table(load_suite(seeded)), "lora", "", "seeds")
+    assert (seeds.text, seeds.notes) == ("2", (notes.TWO_SEEDS,))
 
 
 def test_several_seeds_show_their_mean_deviation_and_number(seeded: Path) -> None:
@@ -125,7 +129,17 @@ def test_a_score_at_chance_is_marked(folder: Path) -> None:
             for _, score in accuracy.scores(suite, method, task, "unmerged"):
                 shown = cell(table, method, f"{task} acc, %", "unmerged")
                 assert any("chance (25.0 %)" in note for note in shown.notes) == score.suspect
+        suspects = {
+            task
+            for task in suite.tasks
+            for _, score in accuracy.scores(suite, method, task, "unmerged")
+            if score.suspect
+        }
+        mean = cell(table, method, f"mean of {len(suite.tasks)} tasks, %", "unmerged")
+        said = (f"not above chance on {', '.join(sorted(suspects))}",)
+        assert mean.notes == (said if suspects else ())
     assert any("chance (25.0 %)" in note for note in table.footnotes)
+    assert any("not above chance on" in note for note in table.footnotes)
 
 
 def test_a_score_that_is_older_than_a_change_is_marked(folder: Path) -> None:
@@ -135,6 +149,23 @@ def test_a_score_that_is_older_than_a_change_is_marked(folder: Path) -> None:
     table = main_table(load_suite(folder))
     stale = ("made before: the norms are fused",)
     assert cell(table, "furina", ARC, "merged").notes == stale
+    assert cell(table, "furina", ARC, "gain").notes == stale
+    assert cell(table, "furina", "training", "s per step").notes == ()
+    assert cell(table, "lora", ARC, "merged").notes == ()
+
+
+def test_times_that_are_older_than_a_change_of_them_are_marked(folder: Path) -> None:
+    (folder.parent / "numerics.csv").write_text(
+        "date,area,what\n2099-01-01T00:00:00+00:00,time/generation,one token is faster\n"
+        "2099-01-02T00:00:00+00:00,time/training,the clock stops\n"
+    )
+    table = main_table(load_suite(folder))
+    for row, variant in (("base", "unmerged"), ("lora", "unmerged"), ("lora", "merged")):
+        shown = cell(table, row, "time per token, ms", variant)
+        assert shown.notes == ("made before: one token is faster",)
+    for column in ("s per step", "minutes"):
+        assert cell(table, "lora", "training", column).notes == ("made before: the clock stops",)
+    assert cell(table, "lora", "training", "peak memory, GB").notes == ()
     assert cell(table, "lora", ARC, "merged").notes == ()
 
 

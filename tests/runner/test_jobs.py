@@ -6,16 +6,19 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from submitit import LocalExecutor
 
 from furina.errors import ConfigurationError
 from furina.records import RunRecord
 from furina.runner import FailedRunsError, Places, Suite, read_suite
 from furina.runner import jobs as jobs_module
-from furina.runner.cells import run_one
+from furina.runner.cells import Outcome, run_one
+from furina.runner.grid import Progress
 from furina.runner.jobs import CellJob, Slurm, last_words, run_jobs, slurm_script
 from tests.experiment.helpers import OPTIONS, SMALL, write_data
 from tests.runner.helpers import lora, write_suite
@@ -105,6 +108,60 @@ def test_without_slurm_it_says_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="There is no Slurm here"):
         run_jobs(suite, Places(tmp_path, tmp_path / "runs"), 1, Slurm())
+
+
+class ArrayHere(LocalExecutor):
+    """Slurm's executor, whose array is of this machine's processes."""
+
+    asked: ClassVar[dict[str, Any]] = {}
+
+    def update_parameters(self, **parameters: Any) -> None:
+        self.asked.update(parameters)
+        super().update_parameters(timeout_min=60)
+
+
+def test_a_job_array_gives_what_one_process_gives(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_module, "SlurmExecutor", ArrayHere)
+    few = suite.chosen(["base", "lora"])
+    files = run_jobs(few, Places(tmp_path / "results", tmp_path / "runs"), 1, Slurm(hours=2))
+    assert ArrayHere.asked["array_parallelism"] == 1 and ArrayHere.asked["time"] == 120
+    alone = Places(tmp_path / "alone", tmp_path / "alone runs")
+    assert len(files) == len(few.runs) == 2
+    for config, file in zip(few.runs, files, strict=True):
+        own = run_one(few, config, alone).file
+        assert own is not None
+        assert without_course(RunRecord.read(file)) == without_course(RunRecord.read(own))
+
+
+def test_the_time_left_of_an_array_does_not_count_the_queue(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, said = [0.0], list[str]()
+
+    class Timed:
+        def __init__(self, end: float) -> None:
+            self.end = end
+
+        def done(self) -> bool:
+            return now[0] >= self.end
+
+        def results(self) -> list[Outcome]:
+            return [Outcome("finished")]
+
+    def sleep(seconds: float) -> None:
+        now[0] += 60
+
+    monkeypatch.setattr(jobs_module.time, "sleep", sleep)
+    monkeypatch.setattr(
+        jobs_module, "Progress", partial(Progress, say=said.append, clock=lambda: now[0])
+    )
+    monkeypatch.setattr(
+        jobs_module, "_submit_array", lambda *given: [Timed(600.0 * (i + 1)) for i in range(3)]
+    )
+    run_jobs(suite, Places(tmp_path, tmp_path / "runs"), 1, Slurm())
+    assert said[1::2] == ["  2 left, about 20:00 min", "  1 left, about 10:00 min"]
 
 
 def test_a_job_that_slurm_stops_is_queued_again_as_it_is(suite: Suite, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
     duration = time.monotonic() - began
     assert whole.exitcode == 0
     moments = random.Random(7)
+    killed = 0
     for _ in range(kills):
         child = start(root, places[1])
         child.join(moments.uniform(0.05, 0.6) * duration)
@@ -75,6 +76,8 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
             child.kill()
             child.join(60)
             assert child.exitcode == -signal.SIGKILL
+            killed += 1
+    assert killed > kills // 2  # a run that goes on where it was ends sooner each time
     last = start(root, places[1])
     last.join(240)
     assert last.exitcode == 0
