@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from furina.adapters.furina import FurinaConfig
 from furina.records import SearchRecord
 from furina.reporting.studies import best_point
 from furina.reporting.suites import read_folder
@@ -17,10 +18,14 @@ SEARCH = "search"
 
 
 def trials() -> dict[str, list[SearchRecord]]:
-    """Return the committed trials that trained, by method."""
+    """Return the committed trials that trained, by method, with the magnitude's default multiplier.
+
+    The table has FURINA's trials of other multipliers too, which no other method has.
+    """
+    default = FurinaConfig().magnitude_lr_multiplier
     found: dict[str, list[SearchRecord]] = defaultdict(list)
     for record in read_folder(ROOT / "results" / SEARCH, SearchRecord.read).values():
-        if record.steps:
+        if record.steps and record.magnitude_multiplier in (None, default):
             found[record.method].append(record)
     return found
 
