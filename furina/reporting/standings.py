@@ -11,6 +11,8 @@ from furina.reporting.paper import PaperTable
 from furina.reporting.suites import Suite
 
 USUAL = ("lora", "base")
+OWN = ("lora", "furina", "base")
+"""The same where the paper has no table: a study of FURINA's parts compares them with the whole."""
 
 
 def served(suite: Suite, row: str) -> str:
@@ -46,15 +48,16 @@ def reference_row(
 ) -> str | None:
     """Return the row that the others are compared with, None where there is none.
 
-    That is the wanted one, else LoRA where there is one, else base; but where the paper's table has
-    neither of those that the suite has, the first of its rows that the suite has, so that both
-    tables compare with the same. Raises RecordError where the wanted one has no record.
+    That is the wanted one, else LoRA where there is one, else FURINA if the paper has no table of
+    the suite, else base; but where the paper's table has neither of those that the suite has, the
+    first of its rows that the suite has, so that both tables compare with the same. Raises
+    RecordError where the wanted one has no record.
     """
     if wanted is not None and wanted not in suite.rows:
         raise RecordError(f"{suite.name} has no row {wanted!r}.{nearest(wanted, suite.rows)}")
     if wanted is not None:
         return wanted
-    usual = [row for row in USUAL if row in suite.rows]
+    usual = [row for row in (USUAL if paper else OWN) if row in suite.rows]
     shared = [row for row in paper.ours if row in suite.rows] if paper else []
     both = [row for row in usual if row in shared]
     return next(iter([*both, *shared, *usual]), None)
