@@ -63,6 +63,18 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
             raise
 
 
+def require_writable(path: Path) -> None:
+    """Refuse, before anything is computed, a path that nothing could be written below.
+
+    Raises FurinaError where a part of it is a file, or its last existing folder may not be written.
+    """
+    last = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not last.is_dir():
+        raise FurinaError(f"Cannot write {path}: {last} is a file, not a folder; choose another.")
+    if not os.access(last, os.W_OK | os.X_OK):
+        raise FurinaError(f"Cannot write {path}: permission denied; choose another folder.")
+
+
 def remove_leftovers(path: Path) -> None:
     """Delete what killed writers of `path` have left beside it; nobody may be writing it now."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from furina import cli
 from furina.adapters import methods
@@ -221,10 +222,27 @@ def test_dashes_and_underscores_in_option_names_are_alike() -> None:
         (["run", "main", "--slurm.hours", "3"], "have no effect without --cluster slurm"),
         (["run", "main", "--device", "h200"], "--device has no effect without --dry-run"),
         (["run", "main", "--dry-run", "--device", "h201"], "Did you mean 'h200'"),
+        (["run", "main", "--results", "README.md/x"], "README.md is a file, not a folder"),
+        (["run", "main", "--runs", "README.md", "--dry-run"], "README.md is a file, not a folder"),
+        (["evaluate", "--task", "arc_easy", "--output", "README.md/x"], "README.md is a file"),
+        (["report", "--metric", "acc_nrm"], "No record holds a metric 'acc_nrm'. Did you mean"),
+        (["report", "--check", "--metric", "acc_norm"], "leave out --metric"),
+        (["fit", "--learning-rate", "-1"], "learning_rate=-1.0 must be larger than 0"),
     ],
 )
 def test_wrong_input_is_one_sentence(words: list[str], expected: str, furina: Cli) -> None:
     assert fails_in_one_sentence(furina(*words), expected)
+
+
+def _ended_by_lightning(interrupt: BaseException) -> SystemExit:
+    """Return what Lightning's Trainer makes of Ctrl-C."""
+    try:
+        try:
+            raise interrupt
+        except BaseException:
+            sys.exit(1)
+    except SystemExit as error:
+        return error
 
 
 @pytest.mark.parametrize(
@@ -235,6 +253,8 @@ def test_wrong_input_is_one_sentence(words: list[str], expected: str, furina: Cl
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "x: no such file or folder."),
         (RuntimeError("odd"), 1, "RuntimeError: odd (this is a bug; --debug shows the traceback)"),
         (KeyboardInterrupt(), 130, "stopped"),
+        (SIGTERMException(), 143, "stopped"),
+        (_ended_by_lightning(KeyboardInterrupt()), 130, "stopped"),
     ],
 )
 def test_what_a_command_raises_becomes_a_sentence_and_a_status(

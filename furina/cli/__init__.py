@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -38,7 +39,10 @@ start with:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 2 wrong input, 1 a bug, 130 stopped."""
+    """Run one command and return its exit status.
+
+    That is 0 done, 2 wrong input, 1 a bug, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("FURINA_DEBUG", "") not in ("", "0")
     if "--debug" in words:
@@ -58,8 +62,8 @@ def _guarded(words: list[str], debug: bool) -> int:
         _dispatch(words)
         sys.stdout.flush()
         return 0
-    except SystemExit as done:  # argparse's --help and --print_config
-        return done.code if isinstance(done.code, int) else 0
+    except SystemExit as done:
+        return _left(done)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -72,6 +76,22 @@ def _guarded(words: list[str], debug: bool) -> int:
         status, sentence = _explain(error)
         print(f"error: {sentence}", file=sys.stderr)
         return status
+
+
+def _left(done: SystemExit) -> int:
+    """Return the status of what ended itself: argparse after --help, Lightning when stopped.
+
+    Lightning answers SIGTERM by an exit without a status and Ctrl-C by status 1.
+    """
+    lightning = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    if lightning is not None and isinstance(done, lightning.SIGTERMException):
+        number = signal.SIGTERM
+    elif isinstance(done.__context__, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        return done.code if isinstance(done.code, int) else 0
+    print("stopped", file=sys.stderr)
+    return 128 + number
 
 
 def _dispatch(words: list[str]) -> None:

@@ -185,11 +185,14 @@ def run(options: Namespace) -> None:
     from furina.records import RecordError
     from furina.runner import FailedRunsError, Places, read_suite, run_suite
     from furina.runner.jobs import run_jobs
+    from furina.storage import require_writable
 
     suite = read_suite(options.suite, options.scale).chosen(
         options.rows, options.tasks, options.seeds, options.full
     )
     places, slurm = Places(options.results, options.runs), _slurm(options)
+    for folder in (places.results, places.runs):
+        require_writable(folder)
     if options.dry_run:
         _print_plan(suite, options, slurm)
         return

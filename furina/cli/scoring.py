@@ -19,6 +19,7 @@ from furina.cli.shared import (
     default_readme,
     require_new,
 )
+from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,8 +89,11 @@ def evaluate(options: Namespace) -> None:
     from furina.data.protocols import get_protocol
     from furina.data.tasks import get_task
     from furina.evaluation.harness import evaluate as score
+    from furina.storage import require_writable
 
     require_new(options.output)
+    if options.output is not None:
+        require_writable(options.output)
     for task in options.task:
         get_protocol(options.protocol).require(get_task(task))
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
@@ -245,7 +249,7 @@ def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         "--metric",
         type=str | None,
         default=None,
-        help="acc or acc_norm; what each record lists first",
+        help="metric of the tables, such as acc_norm; what each record lists first if none",
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if a generated file differs"
@@ -257,6 +261,10 @@ def report(options: Namespace) -> None:
     from furina.reporting import print_tables
     from furina.reporting import report as make
 
+    if options.check and options.metric:
+        raise ConfigurationError(
+            "--check compares what `furina report` writes by default: leave out --metric."
+        )
     made = make(
         options.results,
         suite=options.suite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -143,15 +144,27 @@ class RunConfig:
 
     def _check_ranges(self) -> None:
         sizes = ("batch_size", "bucket_steps", "eval_batch_size", "devices", "num_nodes")
-        for name in ("steps", "epochs", "validation_interval", "checkpoint_interval", *sizes):
+        limits = ("steps", "epochs", "validation_interval", "micro_batch_size", "test_size")
+        for name in (*limits, "checkpoint_interval", "max_length", *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
-                left_out = ", or left out" * (name == "validation_interval")
+                optional = ("validation_interval", "micro_batch_size", "test_size")
+                left_out = ", or left out" * (name in optional)
                 raise ConfigurationError(f"{name}={value} must be at least 1{left_out}.")
         counts = ("validation_size", "warmup_steps", "activity_items")
-        for name in (*counts, "latency_rounds", "latency_warmup"):
+        for name in (*counts, "weight_decay", "latency_rounds", "latency_warmup"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
+        for name in ("learning_rate", "lora_plus_ratio", "gradient_clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"{name}={value} must be larger than 0.")
+        for name in ("suite", "row", "task"):
+            value = getattr(self, name)
+            if value.startswith(".") or not set("/\\").isdisjoint(value):
+                raise ConfigurationError(
+                    f"{name}={value} is a part of file names: leave out slashes and a leading dot."
+                )
 
     def check_tasks(self) -> None:
         """Refuse tasks and protocols that do not fit; a suite's defaults alone need not.
@@ -186,7 +199,8 @@ class RunConfig:
                 if name not in ("adapter", "mixture"):
                     codec.decode(kind, codec.encode(getattr(self, name)), name)
             except RecordError as error:
-                raise ConfigurationError(str(error)) from error
+                hint = " YAML takes 1e-3 for text: write 1.0e-3." if _exponent(self, name) else ""
+                raise ConfigurationError(f"{error}{hint}") from error
 
     @property
     def is_base(self) -> bool:
@@ -254,6 +268,12 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def _exponent(config: RunConfig, name: str) -> bool:
+    """Tell whether a field holds a number that YAML 1.1 reads as text, for want of a point."""
+    value = getattr(config, name)
+    return isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.I) is not None
 
 
 @cache

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Hashable, Iterable, Sequence
-from datetime import datetime
 
 from furina.records import RunRecord
 from furina.reporting.cells import Cell, Row, Table, build, label, missing
 from furina.reporting.notes import ONE_MODEL
+from furina.reporting.staleness import moment
 from furina.reporting.suites import Suite
 
 PACKAGES = ("torch", "transformers", "lightning", "lm_eval")
@@ -57,7 +57,7 @@ def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell, command: str
 
 
 def _seconds(record: RunRecord) -> float:
-    started, finished = map(datetime.fromisoformat, (record.started, record.finished))
+    started, finished = (moment(record.name, at) for at in (record.started, record.finished))
     return (finished - started).total_seconds()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from furina.reporting.cells import Table
 from furina.reporting.contents import load_suites_of, sections, status_section
 from furina.reporting.page import Section, page
 from furina.reporting.reproducing import reproducing
+from furina.reporting.suites import Suite
 from furina.storage import write_text
 
 STATUS = "REPRODUCING.md"
@@ -71,6 +72,7 @@ def generate(
     """Return the report in memory; nothing on disk is touched."""
     made = Report()
     suites = load_suites_of(results_dir, metric)
+    _require_metric(metric, suites)
     found = sections(results_dir, suites)
     for section in found:
         if section.written:
@@ -87,6 +89,14 @@ def generate(
         shown = _choose(results_dir, list(suites), suite)
         made.files[readme] = readme_block.fill(readme, _readme_text(made.tables, shown))
     return made
+
+
+def _require_metric(metric: str | None, suites: Mapping[str, Sequence[Suite]]) -> None:
+    """Refuse a metric that no record holds."""
+    runs = [run for found in suites.values() for run in found[0].runs]
+    known = sorted({score.metric for run in runs for score in run.record.evaluations})
+    if metric is not None and metric not in known:
+        raise RecordError(f"No record holds a metric {metric!r}.{nearest(metric, known)}")
 
 
 def _choose(results_dir: Path, names: Sequence[str], suite: str | None) -> str:

@@ -79,17 +79,18 @@ def _change(where: str, date: str, area: str, what: str) -> Change:
         )
     if not what.strip():
         raise RecordError(f"{where} must say what has changed.")
-    return Change(_moment(where, date), area, what)
+    return Change(moment(where, date), area, what)
 
 
-def _moment(where: str, date: str) -> datetime:
+def moment(where: str, date: str) -> datetime:
+    """Return a point in time; raises RecordError, naming `where`, for what is none."""
     try:
-        moment = datetime.fromisoformat(date)
+        found = datetime.fromisoformat(date)
     except ValueError as error:
         raise RecordError(f"{where}: {date!r} is not an ISO 8601 date.") from error
-    if moment.tzinfo is None:
+    if found.tzinfo is None:
         raise RecordError(f"{where}: {date!r} must say its time zone, such as +00:00.")
-    return moment
+    return found
 
 
 def stale_notes(
@@ -100,7 +101,7 @@ def stale_notes(
     An area is one of AREAS, or a part of it as in time/training. What counts is when the run
     started: the code that it ran was read then.
     """
-    started = _moment(record.name, record.started)
+    started = moment(record.name, record.started)
     return [
         f"made before: {change.what}"
         for change in changes

@@ -34,7 +34,7 @@ class Slurm:
     Attributes:
         partition: where it runs; the cluster's default if none.
         hours: time limit; a job that reaches it is requeued and goes on from its checkpoint.
-        gpus_per_node: accelerators of each machine.
+        gpus_per_node: accelerators of each machine, 0 for none.
         cpus_per_task: processor cores.
         mem_gb: memory of each machine in GB; the cluster's default if none.
         account: account that is charged; the user's default if none.
@@ -49,21 +49,33 @@ class Slurm:
     account: str | None = None
     setup: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what sbatch would take for no limit, or not at all."""
+        for name in ("hours", "mem_gb", "cpus_per_task"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigurationError(f"slurm.{name}={value} must be larger than 0.")
+        if self.gpus_per_node < 0:
+            raise ConfigurationError(
+                f"slurm.gpus_per_node={self.gpus_per_node} must not be negative."
+            )
+
     def parameters(self, config: RunConfig, at_once: int) -> dict[str, Any]:
         """Return sbatch's parameters, in submitit's Slurm words, for cells like `config`."""
         named = {"partition": self.partition, "account": self.account}
-        memory = {"mem": f"{self.mem_gb}GB"} if self.mem_gb else {}
+        optional: dict[str, Any] = {"mem": f"{self.mem_gb}GB"} if self.mem_gb else {}
+        if self.gpus_per_node:
+            optional["gpus_per_node"] = max(self.gpus_per_node, config.devices)
         return {
             "job_name": "furina",
-            "time": round(60 * self.hours),
+            "time": max(1, round(60 * self.hours)),
             "nodes": config.num_nodes,
             "ntasks_per_node": 1,  # torch.distributed.run starts the processes of a machine
-            "gpus_per_node": max(self.gpus_per_node, config.devices),
             "cpus_per_task": self.cpus_per_task,
             "array_parallelism": at_once,
             "signal_delay_s": 120,
             "setup": list(self.setup) or None,
-            **memory,
+            **optional,
             **{name: value for name, value in named.items() if value},
         }
 

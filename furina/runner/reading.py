@@ -118,10 +118,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"There is no suite file {path}: see the folders of experiments/.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold options, one 'name: value' a line.")
+    if "suite" in content:
+        raise ConfigurationError(f"{path}: leave out suite; it is the folder's name.")
     return content
 
 
@@ -164,7 +166,10 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _row(file: Path, scale: Scale | None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a row's options at a scale, over those of the row that it says it is like."""
-    content = _at_scale(_read(file), scale)
+    content = _read(file)
+    if scale is None and not seen and (idle := [name for name in SCALES if name in content]):
+        raise ConfigurationError(f"section {idle[0]} has no effect: the suite has one scale only.")
+    content = _at_scale(content, scale)
     like = content.pop("like", None)
     if like is None:
         return content

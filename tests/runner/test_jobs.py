@@ -102,6 +102,24 @@ def test_the_script_for_slurm_asks_for_what_is_said(suite: Suite, tmp_path: Path
     assert "\nmodule load x\n" in script and "account" not in flags
 
 
+def test_a_job_without_accelerators_asks_for_none_and_the_shortest_takes_a_minute(
+    suite: Suite, tmp_path: Path
+) -> None:
+    places = Places(tmp_path, tmp_path / "runs")
+    script = slurm_script(suite, places, 1, Slurm(gpus_per_node=0, hours=0.001))
+    assert "gpus-per-node" not in script and "#SBATCH --time=1\n" in script
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"hours": 0}, {"hours": -3}, {"mem_gb": -4}, {"cpus_per_task": 0}, {"gpus_per_node": -1}],
+)
+def test_what_slurm_would_take_for_no_limit_is_refused(asked: dict[str, Any]) -> None:
+    (name,) = asked
+    with pytest.raises(ConfigurationError, match=f"slurm.{name}="):
+        Slurm(**asked)
+
+
 def test_without_slurm_it_says_so(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
