@@ -69,7 +69,7 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
     assert whole.exitcode == 0
     moments = random.Random(7)
     killed = 0
-    for _ in range(kills):
+    while killed < kills:
         child = start(root, places[1])
         child.join(moments.uniform(0.05, 0.6) * duration)
         if child.exitcode is None:
@@ -77,7 +77,8 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
             child.join(60)
             assert child.exitcode == -signal.SIGKILL
             killed += 1
-    assert killed > kills // 2  # a run that goes on where it was ends sooner each time
+        else:  # it went on where it was and ended sooner than the moment: look earlier
+            duration *= 0.7
     last = start(root, places[1])
     last.join(240)
     assert last.exitcode == 0
