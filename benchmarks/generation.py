@@ -14,7 +14,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import lm_eval
@@ -23,6 +22,7 @@ import transformers
 from command_line import device
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from scoring import timed
 
 import furina
 from furina.data.items import data_hash
@@ -76,14 +76,6 @@ def peer(lm: HFLM, prompts: Texts, decoding: Decoding) -> Texts:
         for index, prompt in enumerate(prompts)
     ]
     return lm.generate_until(requests, disable_tqdm=True)
-
-
-def timed(run: Callable[[], Texts]) -> tuple[float, Texts]:
-    start = time.perf_counter()
-    texts = run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, texts
 
 
 def measure(options: argparse.Namespace) -> dict:

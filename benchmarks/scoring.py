@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import lm_eval
 import torch
@@ -37,6 +38,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 GAP = 1e-3
 Request = tuple[tuple[str, str], list[int], list[int]]
 Answers = list[tuple[float, bool]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -86,7 +88,7 @@ def requests_of(
     return [(pair, *encode_pair(tokenizer, *pair)) for pair in pairs]
 
 
-def timed(run: Callable[[], Answers]) -> tuple[float, Answers]:
+def timed(run: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
     answers = run()
     if torch.cuda.is_available():
