@@ -56,7 +56,6 @@ from training_report import _number
 from training_variants import method_options, peft_model, synchronise
 
 import furina
-from furina.backbones import best_device
 from furina.data.batches import IGNORED, Batch
 from furina.data.items import data_hash
 from furina.data.module import TaskDataModule
@@ -64,6 +63,7 @@ from furina.data.sources import load_items
 from furina.errors import FurinaError
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import fit
+from furina.processor import best_device
 from furina.records.environment import provenance
 from furina.reporting import plots
 from furina.reporting.cells import Row, build, label

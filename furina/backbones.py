@@ -14,6 +14,7 @@ from furina.architectures import ARCHITECTURES
 from furina.assets import ASSETS, is_offline, locate
 from furina.assets.convert import quiet_transformers
 from furina.errors import ConfigurationError, nearest
+from furina.processor import AUTO, resolve_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
+CHECKPOINT = "checkpoint"
+"""In place of a dtype: the one that the weights are stored in."""
 TINY = ("tiny-llama", "tiny-qwen2")
 
 _SPECIALS = ("<pad>", "<s>", "</s>")
@@ -37,41 +40,49 @@ _MERGES = [
 
 def load_backbone(
     name: str,
-    dtype: str = "bfloat16",
+    dtype: str = AUTO,
     device: str | None = None,
     attention: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
+    Loaded with "auto" it remembers as `model.checkpoint_dtype` what its weights were stored in,
+    which `furina.export_merged` writes.
+
     Args:
         name: an asset of `furina assets`, "tiny-llama" or "tiny-qwen2" (random weights), a local
             model folder, or a name on the Hugging Face hub.
-        dtype: "bfloat16", "float16", "float32" or "float64".
-        device: where to put it; None leaves it on the CPU for a trainer to move.
+        dtype: "bfloat16", "float16", "float32" or "float64"; "auto" for bfloat16 where the device
+            multiplies it natively, else float32; "checkpoint" for that of the stored weights.
+        device: where to put it; None leaves it on the CPU for a trainer to move to the accelerator,
+            which "auto" then asks.
         attention: transformers' `attn_implementation`; None for its default.
 
     Raises:
         ConfigurationError: the name leads to no model, or the dtype is unknown.
         AssetError: the asset is not cached.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    number_format = _dtype(dtype)
+    number_format = _dtype(resolve_dtype(dtype, device).dtype)
     model: PreTrainedModel
     if name in TINY:
         try:
-            model = _tiny_model(name, number_format, attention)
+            model = _tiny_model(name, number_format or torch.float32, attention)
         except ValueError as error:
             raise ConfigurationError(_no_such(name, error)) from error
     else:
         source = _source(name)
         try:
             with quiet_transformers(errors_only=False):
+                stored = AutoConfig.from_pretrained(source).dtype
                 model = AutoModelForCausalLM.from_pretrained(
                     source,
-                    dtype=number_format,
+                    dtype=number_format or "auto",
                     attn_implementation=attention,
                 )
+            if dtype == AUTO and isinstance(stored, torch.dtype):
+                model.checkpoint_dtype = stored  # type: ignore[assignment]
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
     torch.nn.Module.to(model, device or "cpu")
@@ -85,7 +96,7 @@ def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
     Args:
         name: one of `furina.architectures`, "tiny-llama" or "tiny-qwen2", a local model folder, or
             a name on the hub whose config.json is in the hub's cache.
-        dtype: as in `load_backbone`.
+        dtype: as in `load_backbone`; "auto" is what config.json says.
 
     Raises:
         ConfigurationError: no config.json of it is at hand, or the dtype is unknown.
@@ -101,12 +112,6 @@ def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
         raise ConfigurationError(_no_such(name, error, _shaped())) from error
     torch.nn.Module.eval(model)
     return model
-
-
-def best_device() -> str:
-    """Return the accelerator's name ("cuda") where there is one, else "cpu"."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    return device.type if device else "cpu"
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -159,10 +164,12 @@ def _source(name: str) -> str:
     return _cached_snapshot(name) if is_offline() else name
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ConfigurationError(f"There is no dtype {name!r}.{nearest(name, DTYPES)}")
-    return DTYPES[name]
+def _dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of that name, None for the checkpoint's own."""
+    known = [*DTYPES, AUTO, CHECKPOINT]
+    if name not in known:
+        raise ConfigurationError(f"There is no dtype {name!r}.{nearest(name, known)}")
+    return DTYPES.get(name)
 
 
 def _shape(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -24,27 +25,66 @@ class Saveable(Protocol):
 
 
 def export_merged(
-    model: PreTrainedModel, path: str | Path, tokenizer: Saveable | None = None
+    model: PreTrainedModel,
+    path: str | Path,
+    tokenizer: Saveable | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the merged model as a plain folder that `from_pretrained` loads without furina.
 
-    The model is left as it was, merged or not. Raises NotMergeableError, ConfigurationError if
-    `path` is the folder the backbone came from, or FurinaError if other files would be lost.
+    Weights are written in `dtype`; by default in what the checkpoint was stored in if the model
+    was loaded with dtype "auto", else in the model's own. W + ΔW is rounded to it once. The model
+    is left as it was, merged or not.
+
+    Raises NotMergeableError, ConfigurationError if `path` is the folder the backbone came from or
+    a weight overflows `dtype`, or FurinaError if other files would be lost.
     """
     source = Path(str(model.config._name_or_path))
     if source.is_dir() and source.resolve() == Path(path).resolve():
         raise ConfigurationError(f"{path} holds the backbone itself: name a new folder.")
     was_merged = is_merged(model)
+    written = dtype or getattr(model, "checkpoint_dtype", None) or model.dtype
     if not was_merged:
         merge(model)
     try:
         with atomic_directory(Path(path)) as folder:
-            model.save_pretrained(str(folder))
+            if written == model.dtype:
+                model.save_pretrained(str(folder))
+            else:
+                model.save_pretrained(str(folder), state_dict=_rounded(model, written))
+                _say_dtype(folder / "config.json", written)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder))
     finally:
         if not was_merged:
             unmerge(model)
+
+
+@torch.no_grad()
+def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the merged model's tensors in `dtype`; those that shared memory still do."""
+    rounded: dict[int, Tensor] = {}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = rounded.setdefault(tensor.data_ptr(), tensor.to(dtype))
+        tensors[name] = tensor
+    for name, layer in state_of(model).layers.items():
+        if layer.has_pristine_weight:  # the sum itself, not what its rounding was rounded to
+            tensors[f"{name}.weight"] = layer.merged_weight(dtype=dtype)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ConfigurationError(
+                f"{name} has entries that overflow {dtype}: nothing was written; name another "
+                "dtype."
+            )
+    return tensors
+
+
+def _say_dtype(file: Path, dtype: torch.dtype) -> None:
+    """Make a config.json name `dtype` in place of the live model's."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from furina import processor
 from furina.assets import is_cached
 from furina.backbones import (
     TINY,
@@ -17,6 +18,7 @@ from furina.backbones import (
     tiny_tokenizer,
 )
 from furina.errors import AssetError, ConfigurationError
+from furina.processor import Precision
 
 MODEL = "smollm2-135m-instruct"
 
@@ -187,3 +189,17 @@ def test_the_real_model_continues_a_sentence(offline):
 def test_an_unknown_attention_is_refused_in_one_sentence() -> None:
     with pytest.raises(ConfigurationError, match=r"Cannot load backbone 'tiny-llama'.*nosuch"):
         load_backbone("tiny-llama", attention="nosuch")
+
+
+@pytest.mark.parametrize("chosen", ["bfloat16", "float32"])
+def test_auto_is_the_default_and_remembers_what_the_checkpoint_is_stored_in(
+    chosen, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision(chosen, "a test"))
+    load_backbone("tiny-llama", "float16").save_pretrained(tmp_path)
+    model = load_backbone(str(tmp_path))
+    assert model.dtype == getattr(torch, chosen)
+    assert model.checkpoint_dtype == torch.float16
+    assert load_backbone(str(tmp_path), "checkpoint").dtype == torch.float16
+    assert not hasattr(load_backbone(str(tmp_path), "float32"), "checkpoint_dtype")
+    assert load_backbone("tiny-llama").dtype == getattr(torch, chosen)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import furina
-from furina import export, storage
+from furina import export, processor, storage
 from furina.errors import ConfigurationError, FurinaError, NotMergeableError
 from furina.inject import state_of
+from furina.processor import Precision
 from tests.helpers import (
     BACKBONES,
     MERGEABLE,
@@ -275,3 +276,53 @@ def test_the_backbones_own_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="holds the backbone itself"):
         furina.export_merged(model, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.fixture
+def wide_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    """Return a checkpoint stored in bfloat16 that "auto" has loaded in float32, with an adapter."""
+    furina.load_backbone("tiny-llama", "bfloat16").save_pretrained(tmp_path / "stored")
+    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision("float32", "a test"))
+    model = furina.adapt(furina.load_backbone(str(tmp_path / "stored")), small("furina"))
+    perturb(model)
+    return model
+
+
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_merged_folder_keeps_the_checkpoints_own_dtype_and_is_rounded_once(
+    wide_model: torch.nn.Module, tmp_path: Path, merged_before: bool
+) -> None:
+    layers = state_of(wide_model).layers
+    exact = {n: layer.pristine_weight.double() + layer.delta() for n, layer in layers.items()}
+    plain = {name: tensor.clone() for name, tensor in wide_model.state_dict().items()}
+    if merged_before:
+        furina.merge(wide_model)
+    furina.export_merged(wide_model, tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in exact.items():
+        assert raw(written.pop(f"{name}.weight")) == raw(weight.to(torch.bfloat16)), name
+    for name, tensor in written.items():  # those of no adapted linear, tied ones once
+        assert raw(tensor) == raw(plain[name].to(torch.bfloat16)), name
+    assert "lm_head.weight" not in written
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = furina.load_backbone(str(tmp_path / "merged"), "checkpoint")
+    assert again.dtype == torch.bfloat16
+    assert wide_model.dtype == torch.float32 and furina.is_merged(wide_model) == merged_before
+
+
+def test_a_dtype_that_is_asked_for_is_written(wide_model: torch.nn.Module, tmp_path: Path) -> None:
+    furina.export_merged(wide_model, tmp_path / "float16", dtype=torch.float16)
+    assert furina.load_backbone(str(tmp_path / "float16"), "checkpoint").dtype == torch.float16
+    named = furina.load_backbone(str(tmp_path / "stored"), "float32")
+    furina.export_merged(furina.adapt(named, small("lora")), tmp_path / "named")
+    assert furina.load_backbone(str(tmp_path / "named"), "checkpoint").dtype == torch.float32
+
+
+def test_a_weight_that_overflows_the_written_dtype_is_one_sentence(
+    wide_model: torch.nn.Module, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        wide_model.model.norm.weight.fill_(1e6)
+    with pytest.raises(ConfigurationError, match=r"model\.norm\.weight .* overflow torch.float16"):
+        furina.export_merged(wide_model, tmp_path / "merged", dtype=torch.float16)
+    assert not (tmp_path / "merged").exists() and not furina.is_merged(wide_model)

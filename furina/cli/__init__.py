@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             logging.getLogger(_CHATTER).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
+        logger = logging.getLogger("furina")
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+            logger.addHandler(_Lines())
         return _guarded(words, debug)
 
 
@@ -131,6 +135,13 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 2, f"{error.filename}: {reason}." if error.filename else f"{reason.capitalize()}."
     hint = "this is a bug; --debug shows the traceback"
     return 1, f"{type(error).__name__}: {text or 'no message'} ({hint})."
+
+
+class _Lines(logging.Handler):
+    """Prints what furina says that it chose by itself, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
 
 
 def _show_warning(

@@ -124,7 +124,7 @@ def _add_folders(parser: ArgumentParser) -> None:
         "adapter_dir", type=Path, help="adapter folder that fit or furina.save wrote"
     )
     parser.add_argument("out_dir", type=Path, help="new folder to write")
-    add_backbone(parser)
+    add_backbone(parser, writes=True)
 
 
 def merge_options(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -195,7 +195,7 @@ def combine_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         default=2.0,
         help="from: exponent of an update's Frobenius norm in its weight; 0 is linear",
     )
-    add_backbone(parser)
+    add_backbone(parser, writes=True)
 
 
 def combine(options: Namespace) -> None:

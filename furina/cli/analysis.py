@@ -53,11 +53,12 @@ def analyse(options: Namespace) -> None:
     """Read the tasks, write the record and its maps, and print the numbers."""
     from furina.analysis import TaskItems
     from furina.analysis import analyse as look
-    from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
+    from furina.backbones import backbone_hash, load_backbone, load_tokenizer
     from furina.checkpoint import load, read_adapter_config
     from furina.data.protocols import get_protocol
     from furina.data.sources import load_items
     from furina.data.tasks import get_task
+    from furina.processor import best_device
     from furina.records import Backbone
 
     _check(options)

@@ -35,6 +35,7 @@ COMMANDS = {
             "furina fit --method furina --task arc_easy --steps 60 --adapter.rank 16",
             runs.fit_options,
             runs.fit,
+            computes=True,
         ),
         Command(
             "evaluate",
@@ -42,6 +43,7 @@ COMMANDS = {
             "furina evaluate --adapter-path runs/demo/adapter --task arc_easy",
             scoring.evaluate_options,
             scoring.evaluate,
+            computes=True,
         ),
         Command(
             "merge",
@@ -49,6 +51,7 @@ COMMANDS = {
             "furina merge runs/demo/adapter merged",
             adapters.merge_options,
             adapters.merge,
+            computes=True,
         ),
         Command(
             "export",
@@ -56,6 +59,7 @@ COMMANDS = {
             "furina export --format peft runs/demo/adapter lora",
             adapters.export_options,
             adapters.export,
+            computes=True,
         ),
         Command(
             "combine",
@@ -63,6 +67,7 @@ COMMANDS = {
             "furina combine runs/maths/adapter runs/science/adapter both --weights 0.5 0.5",
             adapters.combine_options,
             adapters.combine,
+            computes=True,
         ),
         Command(
             "latency",
@@ -70,6 +75,7 @@ COMMANDS = {
             "furina latency --adapter-path runs/demo/adapter --rounds 10",
             scoring.latency_options,
             scoring.latency,
+            computes=True,
         ),
         Command(
             "analyse",
@@ -77,6 +83,7 @@ COMMANDS = {
             "furina analyse runs/demo/adapter --task arc_easy openbookqa --out activity.json",
             analysis.analyse_options,
             analysis.analyse,
+            computes=True,
         ),
         Command(
             "report",
@@ -91,6 +98,7 @@ COMMANDS = {
             "furina run main --scale cpu --rows furina lora",
             runs.run_options,
             runs.run,
+            computes=True,
         ),
     )
 }

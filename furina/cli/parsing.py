@@ -25,6 +25,8 @@ class Command:
     example: str
     options: Callable[[ArgumentParser, Sequence[str]], None]
     run: Callable[[Namespace], None]
+    computes: bool = False
+    """Whether it runs a model: it then takes the cores that it may use."""
 
     def parser(self, words: Sequence[str]) -> ArgumentParser:
         """Build the parser; `words` may decide which options there are (`--method`)."""
@@ -41,7 +43,12 @@ class Command:
 
     def call(self, words: Sequence[str]) -> None:
         """Parse `words` and run; raises ConfigurationError for an unknown or mistyped option."""
-        self.run(parse(self.parser(words), words))
+        options = parse(self.parser(words), words)
+        if self.computes:
+            from furina.processor import use_cores
+
+            use_cores()
+        self.run(options)
 
 
 def add_fields(

@@ -89,6 +89,7 @@ def evaluate(options: Namespace) -> None:
     from furina.data.protocols import get_protocol
     from furina.data.tasks import get_task
     from furina.evaluation.harness import evaluate as score
+    from furina.processor import best_device
     from furina.storage import require_writable
 
     require_new(options.output)
@@ -97,7 +98,7 @@ def evaluate(options: Namespace) -> None:
     for task in options.task:
         get_protocol(options.protocol).require(get_task(task))
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
-    model = load_backbone(options.backbone, options.dtype)
+    model = load_backbone(options.backbone, options.dtype, device=best_device())
     if options.adapter_path is not None:
         load(options.adapter_path, model)
     tokenizer = load_tokenizer(options.backbone)
@@ -199,8 +200,9 @@ def latency(options: Namespace) -> None:
     from furina.backbones import load_backbone
     from furina.checkpoint import load
     from furina.latency import measure_latency
+    from furina.processor import best_device
 
-    model = load_backbone(options.backbone, options.dtype)
+    model = load_backbone(options.backbone, options.dtype, device=best_device())
     if options.adapter_path is not None:
         load(options.adapter_path, model)
     results = measure_latency(

@@ -16,8 +16,8 @@ MAIN_SUITE = "quickstart"
 """The suite that `make reproduce` runs and whose table the README shows."""
 
 
-def add_backbone(parser: ArgumentParser) -> None:
-    """Add the options that name a backbone and how it is loaded."""
+def add_backbone(parser: ArgumentParser, writes: bool = False) -> None:
+    """Add the options that name a backbone and how it is loaded, for a command that `writes` it."""
     parser.add_argument(
         "--backbone",
         type=str,
@@ -26,9 +26,14 @@ def add_backbone(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        type=Literal["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="number format of the backbone's weights",
+        type=Literal["checkpoint" if writes else "auto", "bfloat16", "float16", "float32"],
+        default="checkpoint" if writes else "auto",
+        help="number format of the backbone's weights; "
+        + (
+            "checkpoint is the one that they are stored in"
+            if writes
+            else "auto is bfloat16 where the device multiplies it natively, else float32"
+        ),
     )
 
 

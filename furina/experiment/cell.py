@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from furina.analysis import TaskItems
-from furina.backbones import backbone_hash, best_device, load_backbone, load_tokenizer
+from furina.backbones import backbone_hash, load_backbone, load_tokenizer
 from furina.control import without_router
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
@@ -31,6 +31,7 @@ from furina.inject import state_of
 from furina.latency import measure_latency
 from furina.merging import MergeReport, merge, unmerge
 from furina.mode import evaluation_mode
+from furina.processor import best_device
 from furina.records import (
     Backbone,
     Data,
@@ -82,9 +83,10 @@ class TestSet(NamedTuple):
 def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
     """Run one cell in `run_dir` and return its record, whose samples are files there.
 
-    The record of a run that diverges says so. One that was killed counts from its first start: what
-    it has kept was made by the code of then.
+    The record says the dtype that "auto" stood for, and of a run that diverges that it did. One
+    that was killed counts from its first start: what it has kept was made by the code of then.
     """
+    config = config.resolved()
     config.check_tasks()
     started = timestamp()
     reset_peak_memory()
@@ -122,7 +124,9 @@ def _begun(run_dir: Path, now: str) -> str:
 def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:
     """Return the record of a cell that no number came out of."""
     unknown = Backbone(config.backbone, "")
-    return _record(config, command, started, unknown, (), None, status="failed", error=error)
+    return _record(
+        config.resolved(), command, started, unknown, (), None, status="failed", error=error
+    )
 
 
 def publish(
@@ -143,7 +147,7 @@ def publish(
         record,
         suite=config.suite,
         name=config.name,
-        config=config.to_dict(),
+        config={**config.to_dict(), "dtype": record.config["dtype"]},
         command=command,
         evaluations=tuple(scores),
     )

@@ -15,7 +15,10 @@ from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
+from furina.processor import resolve_dtype
 from furina.records import RecordError, codec
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class RunConfig:
         gradient_clip: largest global gradient norm; no clipping if none.
         lora_plus_ratio: learning rate of B over that of A (LoRA+).
         seed: decides the initial adapter, the order of the questions and the dropout.
-        dtype: number format of the backbone's weights.
+        dtype: number format of the backbone's weights; auto is bfloat16 where the device multiplies
+            it natively, else float32.
         attention: transformers' attention implementation; if none its own choice, but eager while
             short rows are trained on a CPU.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -93,7 +97,7 @@ class RunConfig:
     gradient_clip: float | None = 1.0
     lora_plus_ratio: float = 1.0
     seed: int = 0
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "auto"
     attention: str | None = None
     gradient_checkpointing: bool = False
     compile: str | None = None
@@ -227,6 +231,10 @@ class RunConfig:
     def cell(self) -> RunConfig:
         """Return the run without its place in a suite: runs of equal cells give equal numbers."""
         return replace(self, suite=RunConfig.suite, row="")
+
+    def resolved(self, device: str | None = None) -> RunConfig:
+        """Return the run with the dtype that "auto" stands for on `device`, here if none."""
+        return self.updated({"dtype": resolve_dtype(self.dtype, device).dtype})
 
     @property
     def world_size(self) -> int:

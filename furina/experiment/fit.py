@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from furina.backbones import best_device
 from furina.checkpoint import load, save
 from furina.compilation import require_backend
 from furina.data.module import TaskDataModule
@@ -19,6 +18,7 @@ from furina.experiment.measures import measured
 from furina.experiment.process import adapted, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
 from furina.inject import load_adapter_state_dict
+from furina.processor import best_device
 from furina.records import Training, codec
 from furina.storage import write_json
 from furina.training import LossHistory
@@ -50,6 +50,7 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     Raises ConfigurationError if `run_dir` belongs to another config or the devices cannot share
     the run, DivergedError if it diverges, and FurinaError if a process dies.
     """
+    config = config.resolved()
     _check(config)
     finished = run_dir / "training.json"
     if not finished.exists() and config.world_size == 1:
@@ -92,10 +93,14 @@ def claim(config: RunConfig, run_dir: Path) -> None:
         write_json(file, own)
         return
     saved = json.loads(file.read_text(encoding="utf-8"))
-    different = sorted(key for key in {**saved, **own} if saved.get(key) != own.get(key))
+    different = [
+        f"{key}: {saved.get(key)} there, {own.get(key)} here"
+        for key in sorted({**saved, **own})
+        if saved.get(key) != own.get(key)
+    ]
     if different:
         raise ConfigurationError(
-            f"{run_dir} holds a run with other settings ({', '.join(different)}): choose another "
+            f"{run_dir} holds a run with other settings ({'; '.join(different)}): choose another "
             "--run-dir, or delete that folder."
         )
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from furina.backbones import best_device
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.experiment.failures import failure
+from furina.processor import best_device
 
 WORKER = "furina.experiment.worker"
 """The module that each process runs."""

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from furina.backbones import DTYPES
 from furina.experiment.activations import MicroBatch
 from furina.experiment.config import RunConfig
-from furina.experiment.devices import Device, device
+from furina.experiment.devices import CPU, Device, device
 from furina.experiment.flops import forward_flops, step_flops
 from furina.experiment.lengths import Lengths, steps_of, training_lengths
+from furina.experiment.measures import RATIO_WINDOWS
 from furina.experiment.memory import Memory, scoring_memory, training_memory
 from furina.experiment.questions import asked, number_asked
 from furina.experiment.shapes import Adapted, Decoder, adapted_of, decoder_of
@@ -101,13 +102,14 @@ def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> 
     if config.score_without_router:
         config.adapter_config()  # which looks whether there is one
     target = device(on) if isinstance(on, str) else on
+    config, reached = target.resolved(config), target.speed(target.resolved(config))
     decoder, found = decoder_of(config.backbone), adapted_of(config)
     lengths = training_lengths(config, measure) if found else None
     training, steps = 0, 0
     if found and lengths:
         steps = steps_of(config)
         training = _training_flops(config, decoder, found, lengths, steps)
-    scoring, writing_hours, counted = _scoring(config, decoder, found, target, measure)
+    scoring, scoring_hours, counted = _scoring(config, decoder, found, target, measure)
     by = {*counted, lengths.tokenizer} if lengths else counted
     return Plan(
         config=config,
@@ -118,8 +120,8 @@ def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> 
         lengths=lengths,
         training_flops=training,
         scoring_flops=scoring,
-        training_hours=target.hours(training),
-        scoring_hours=max(target.hours(scoring), writing_hours),
+        training_hours=training / reached.training / 3600,
+        scoring_hours=scoring_hours,
         memory=_memory(config, target, decoder, found, lengths, measure),
         counted_by="" if None in by else ", ".join(sorted(str(name) for name in by)),
         measured=measure,
@@ -154,27 +156,35 @@ def _training_flops(
     looks = forward_flops(
         decoder, found, held_out * lengths.padded, lengths.padded, held_out * lengths.answer
     )
+    if found.config.has_auxiliary_loss:  # a forward and two backward passes each
+        looks += round(RATIO_WINDOWS * 1.5 * one)
     return steps * one + looks
 
 
 def _scoring(
     config: RunConfig, decoder: Decoder, found: Adapted | None, target: Device, measure: bool
 ) -> tuple[int, float, set[str | None]]:
-    """Return FLOPs, the hours that writing takes at least, and whose tokenizers counted."""
-    times = 1 if found is None else 1 + found.config.mergeability().ok + config.score_without_router
-    flops, hours, by = 0, 0.0, set[str | None]()
-    size = _item_size(config)
+    """Return FLOPs, hours, which the writing of answers may bound, and whose tokenizers counted."""
+    reached, size = target.speed(config), _item_size(config)
+    passes = [(found, reached.adapted if found else reached.plain)]
+    if found:
+        passes += [(None, reached.plain)] * found.config.mergeability().ok
+        passes += [(found, reached.adapted)] * config.score_without_router
+    flops, reading, writing, by = 0, 0.0, 0.0, set[str | None]()
     for task, protocol in config.scored:
         items, how = number_asked(config, task), asked(config, task, protocol, measure)
         read = items * (how.read(config.engine) + how.written * how.beams)
         answers = items * (how.continued + how.written * how.beams)
-        flops += times * forward_flops(decoder, found, read, how.row, answers)
+        for adapted, rate in passes:
+            own = forward_flops(decoder, adapted, read, how.row, answers)
+            flops, reading = flops + own, reading + own / rate
         kept = items * how.beams * (how.context + how.written / 2) * decoder.cached
         weights = -(-items // config.eval_batch_size) * decoder.parameters
         moved = how.written * (weights + CACHE_PASSES * kept) * size
-        hours += times * target.reading_hours(moved)
+        if moved:
+            writing += len(passes) * moved / target.reading(config)
         by.add(how.tokenizer)
-    return flops, hours, by
+    return flops, max(reading, writing) / 3600, by
 
 
 def _memory(
@@ -192,7 +202,7 @@ def _memory(
         how = asked(config, task, protocol, measure)
         rows = config.eval_batch_size * how.beams
         written = max(written, rows * (how.context + how.written) if how.written else 0.0)
-    kind = "cpu" if target.name == "cpu" else "cuda"
+    kind = CPU if target.name == CPU else "cuda"
     scoring = scoring_memory(decoder, found, size, round(written), kind)
     if found is None or lengths is None:
         return scoring
@@ -211,7 +221,7 @@ def _memory(
 
 
 def _attention(config: RunConfig, target: Device, decoder: Decoder, lengths: Lengths) -> str:
-    if config.attention is None and target.name == "cpu" and lengths.mean <= EAGER_UP_TO:
+    if config.attention is None and target.name == CPU and lengths.mean <= EAGER_UP_TO:
         return "eager"
     return config.attention or decoder.attention
 
@@ -239,7 +249,7 @@ def _notes(
             f"{found.config.name} cannot be built without weights, so its parameters are by its "
             "closed form"
         )
-    if config.dtype == "float32" and target.name != "cpu":
+    if config.dtype == "float32" and target.name != CPU:
         notes.append("hours are at least: the device's peak is that of bfloat16")
     if config.strategy == "fsdp":
         notes.append("memory leaves out the layer that a device gathers while it computes it")

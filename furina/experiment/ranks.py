@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from furina.errors import ConfigurationError
 from furina.inject import adapter_state_dict
+from furina.processor import use_cores
 
 
 class Left(NamedTuple):
@@ -41,8 +42,7 @@ def take_place() -> int:
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     else:
-        processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        use_cores(processes=int(os.environ["LOCAL_WORLD_SIZE"]))
     return int(os.environ["RANK"])
 
 

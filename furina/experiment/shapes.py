@@ -142,11 +142,16 @@ def _adapted(backbone: str, method: str, options: str, targets: tuple[str, ...] 
     except (NotImplementedError, RuntimeError):  # it wants to see weights
         return _by_formula(model, config, targets)
     try:
-        trainable = sum(tensor.numel() for tensor in adapter_parameters(model).values())
-        every = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
-        return Adapted(state_of(model).config, _linears(model), trainable, every - trainable)
+        return adapted(model)
     finally:
         remove(model)
+
+
+def adapted(model: PreTrainedModel) -> Adapted:
+    """Return what has been put into a model."""
+    trainable = sum(tensor.numel() for tensor in adapter_parameters(model).values())
+    every = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
+    return Adapted(state_of(model).config, _linears(model), trainable, every - trainable)
 
 
 def _by_formula(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.experiment.devices import Device
+from furina.experiment.devices import UTILISATION, Device
 from furina.experiment.planning import Plan, micro_rows, plan
 from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
 
@@ -116,11 +116,15 @@ def _number(value: float) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.{decimals(value)}f}"
 
 
-def _speed(target: Device) -> str:
+def _speed(target: Device, configs: Sequence[RunConfig]) -> str:
     """Say how fast a device is taken to be."""
-    if target.utilisation == 1:
-        return f"{target.title} at {target.peak / 1e12:.3g} TFLOP/s, as measured"
-    return f"{target.title} at {target.utilisation:.0%} of its {target.peak / 1e12:.4g} TFLOP/s"
+    if target.peak is not None:
+        return f"{target.title} at {UTILISATION:.0%} of its {target.peak / 1e12:.4g} TFLOP/s"
+    trained = [config for config in configs if not config.is_base] or configs
+    reached = sorted({target.speed(config).training / 1e12 for config in trained})
+    between = " to ".join(f"{rate:.2g}" for rate in dict.fromkeys((reached[0], reached[-1])))
+    dtypes = " and ".join(sorted({config.dtype for config in configs}))
+    return f"{target.title} at {between} TFLOP/s in {dtypes}, as timed just now"
 
 
 def _title(each: Plan) -> str:
@@ -136,7 +140,7 @@ def _remarks(plans: Sequence[Plan], cells: Sequence[Plan]) -> tuple[str, ...]:
     hours = sum(each.hours for each in cells)
     remarks = [
         f"Together {len(cells):,} cells, {_number(tokens)} M training tokens, {_number(hours)} "
-        f"hours of one {_speed(target)}.",
+        f"hours of one {_speed(target, [each.config for each in cells])}.",
         f"Longest is {_title(longest)}: {_number(longest.hours)} hours.",
         f"Largest is {_title(largest)}: {_number(largest.memory.total / GIGA)} GB.",
     ]

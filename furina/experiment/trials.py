@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from furina.adapters import configure
-from furina.backbones import best_device, load_backbone, load_tokenizer
+from furina.backbones import load_backbone, load_tokenizer
 from furina.data.protocols import ChoiceProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.splits import split_train
@@ -14,6 +14,7 @@ from furina.evaluation.harness import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
 from furina.experiment.process import planned_steps
+from furina.processor import best_device
 from furina.records import SearchRecord, SelectionRecord, provenance
 from furina.training import DivergedError
 
@@ -23,6 +24,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
 
     Raises ConfigurationError for what a search does not score: a mixture, or generated answers.
     """
+    config = config.resolved()
     config.check_tasks()
     asked = get_protocol(config.protocol)
     if config.mixture or config.score or not isinstance(asked, ChoiceProtocol):
@@ -63,6 +65,7 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
 
     Raises ConfigurationError, before any training, if there is nothing to measure.
     """
+    config = config.resolved()
     adapter = configure(config.method, config.adapter)
     if not hasattr(adapter, "selection_coefficient"):
         raise ConfigurationError(

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from furina.records import codec
+
 PACKAGES = (
     "furina",
     "torch",
@@ -31,13 +33,17 @@ GENERATED = (":(exclude,top)results", ":(exclude,top)README.md")
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine: `cores` are those the process may use, `threads` torch's own."""
+    """The machine: `cores` are those the process may use, `threads` torch's own.
+
+    `auto_dtype` is what dtype "auto" stands for there, and why; null without torch.
+    """
 
     cpu: str
     cores: int
     threads: int
     memory_bytes: int
     accelerator: str | None
+    auto_dtype: str | None = codec.later(None)
 
 
 @dataclass(frozen=True)
@@ -105,9 +111,21 @@ def _hardware() -> Hardware:
         cpu=_cpu_model(),
         cores=cores,
         threads=torch.get_num_threads() if torch else cores,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         accelerator=torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
+        auto_dtype=_auto_dtype() if torch else None,
     )
+
+
+def _auto_dtype() -> str:
+    from furina.processor import AUTO, resolve_dtype
+
+    return ": ".join(resolve_dtype(AUTO))
+
+
+def memory_bytes() -> int:
+    """Return the machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cpu_model() -> str:

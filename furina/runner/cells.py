@@ -34,8 +34,11 @@ class Places:
     runs: Path = Path("runs")
 
     def of(self, config: RunConfig) -> Path:
-        """Return a cell's own folder, which suites that share the cell share."""
-        settings = json.dumps(config.cell.to_dict(), sort_keys=True)
+        """Return a cell's own folder, which suites that share the cell share.
+
+        Where "auto" stands for another dtype it is another cell.
+        """
+        settings = json.dumps(config.cell.resolved().to_dict(), sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
         return self.runs / "cells" / f"{config.cell.name}-{digest}"
 
@@ -152,7 +155,8 @@ def _kept(file: Path, read: Callable[[Path], R], run: Callable[[], R]) -> R:
 
 
 def _written(trial: T, config: RunConfig, command: str, folder: Path) -> Path:
-    own = replace(trial, config=config.to_dict(), command=command)
+    settings = {**config.to_dict(), "dtype": trial.config["dtype"]}
+    own = replace(trial, config=settings, command=command)
     file = folder / own.file_name
     own.write(file)
     return file

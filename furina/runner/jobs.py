@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -83,18 +82,16 @@ class Slurm:
 class CellJob:
     """What a job runs; one that the cluster stops is queued again and goes on."""
 
-    def __init__(self, suite: Suite, config: RunConfig, places: Places, threads: int | None):
-        """Run `config` in absolute `places`, with `threads` of the processor or all of them."""
-        self.suite, self.config, self.places, self.threads = suite, config, places, threads
+    def __init__(self, suite: Suite, config: RunConfig, places: Places, share: int = 1):
+        """Run `config` in absolute `places`, on the `share`-th part of this machine's cores."""
+        self.suite, self.config, self.places, self.share = suite, config, places, share
 
     def __call__(self) -> Outcome | None:
         """Run the cell; a further machine only helps to train it, and returns None."""
-        import torch
-
         from furina.experiment.launch import is_first_machine
+        from furina.processor import use_cores
 
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        use_cores(self.share)
         if is_first_machine():
             return run_when_free(self.suite, self.config, self.places)
         help_to_train(self.config, self.places)
@@ -137,8 +134,7 @@ def run_jobs(suite: Suite, places: Places, jobs: int, slurm: Slurm | None = None
     ConfigurationError where there is no Slurm.
     """
     places = Places(places.results.resolve(), places.runs.resolve())
-    threads = None if slurm else max(1, (os.cpu_count() or 1) // jobs)
-    calls = [CellJob(suite, config, places, threads) for config in suite.runs]
+    calls = [CellJob(suite, config, places, 1 if slurm else jobs) for config in suite.runs]
     if slurm is not None:  # the array's own limit says how many run at once
         submitted = _submit_array(suite, calls, places, slurm, jobs)
         return files_of(suite, _drain(suite, places, submitted.__getitem__, len(calls), jobs))

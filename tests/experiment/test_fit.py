@@ -116,7 +116,9 @@ def test_a_finished_run_is_loaded_and_gives_the_same(finished: Finished) -> None
 def test_another_config_in_the_same_folder_is_one_sentence(finished: Finished) -> None:
     other = finished.config.updated({"steps": 7, "adapter": {"rank": 3}})
     before = adapter_bytes(finished.run_dir)
-    with pytest.raises(ConfigurationError, match=r"other settings \(adapter, steps\)") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"settings \(adapter: .*; steps: 6 there, 7 here\)"
+    ) as caught:
         fit(other, finished.run_dir)
     assert str(finished.run_dir) in str(caught.value) and "\n" not in str(caught.value)
     assert adapter_bytes(finished.run_dir) == before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
@@ -11,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from furina import processor
 from furina.adapters import methods
 from furina.adapters.dora import DoRAConfig
 from furina.architectures import ARCHITECTURES
 from furina.backbones import load_tokenizer
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError
-from furina.experiment import devices
+from furina.experiment import speed
 from furina.experiment.config import RunConfig
-from furina.experiment.devices import CPU_BANDWIDTH, CPU_FLOPS, GPUS, Device, device
+from furina.experiment.devices import GPUS, Device
 from furina.experiment.lengths import epoch_rows, steps_of, training_lengths
 from furina.experiment.planning import Plan, plan, plan_all
 from furina.experiment.questions import asked
-from furina.experiment.shapes import decoder_of
+from furina.experiment.speed import Speed
 from furina.experiment.summary import advice, summary
+from furina.processor import Precision, cores
 from furina.reporting.render import markdown
 from tests.experiment.helpers import tiny
 
@@ -185,7 +187,7 @@ def test_written_answers_take_as_long_as_weights_keys_and_values_are_moved() -> 
     kept = items * (512 + tokens / 2) * 28 * 2 * 4 * 128
     seconds = 2 * tokens * two_bytes * (weights + 3 * kept) / (card.bandwidth or 0) / 0.4
     assert found.scoring_hours == pytest.approx(seconds / 3600)
-    assert found.scoring_hours > card.hours(found.scoring_flops)
+    assert found.scoring_hours > found.scoring_flops / card.speed(paper()).adapted / 3600
 
 
 def test_epochs_are_steps_by_the_public_counts() -> None:
@@ -197,55 +199,68 @@ def test_epochs_are_steps_by_the_public_counts() -> None:
     assert epoch_rows(both) == {"arc_easy": 2000, "openbookqa": round(4957 / 2)}
 
 
-def test_the_cpu_is_as_fast_as_its_steps_were(tmp_path: Path) -> None:
-    recorded = ROOT / "results" / "training" / "step.json"
-    report = json.loads(recorded.read_text())
-    found = device("cpu", recorded)
-    config = paper(
-        report["settings"]["backbone"],
-        adapter={"rank": report["settings"]["rank"], "dropout": 0.0},
-        batch_size=report["settings"]["rows"],
-        max_length=report["settings"]["tokens"],
-        steps=1,
-        validation_size=0,
-    )
-    seconds = 3600 * unread(config, found).training_hours
-    assert seconds == pytest.approx(report["seconds"]["lora"]["median"], rel=0.03)
-    assert found.peak == pytest.approx(CPU_FLOPS, rel=0.5)  # else make the constant anew
-    assert device("cpu", tmp_path / "missing.json").peak == CPU_FLOPS
+def test_this_machine_is_as_fast_as_it_is_timed(data_dir: str, monkeypatch: Any) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def timed(method: str, options: str, dtype: str) -> Speed:
+        asked.append((method, options, dtype))
+        return Speed(training=1e9, adapted=2e9, plain=4e9)
+
+    monkeypatch.setattr(speed, "speed", timed)
+    lora, base = (tiny(data_dir, method, dtype="float32") for method in ("lora", "base"))
+    found, plain = plan(lora, "cpu"), plan(base, "cpu")
+    assert asked[0] == ("lora", json.dumps(lora.adapter), "float32")
+    assert 3600 * found.training_hours == pytest.approx(found.training_flops / 1e9)
+    assert 3600 * plain.scoring_hours == pytest.approx(plain.scoring_flops / 4e9)
+    # LoRA is scored with its adapter, and merged as the base is.
+    unmerged = found.scoring_flops - plain.scoring_flops
+    assert unmerged > plain.scoring_flops
+    assert found.scoring_hours == pytest.approx(unmerged / 2e9 / 3600 + plain.scoring_hours)
+    (remark, *_) = summary([found]).remarks
+    assert f"{cores()} CPU cores at 0.001 TFLOP/s in float32, as timed just now" in remark
 
 
-def test_the_cpu_reads_as_fast_as_it_wrote(tmp_path: Path) -> None:
-    recorded = ROOT / "results" / "latency" / "latency.json"
-    report = json.loads(recorded.read_text())
-    found = device("cpu", latency=recorded)
-    times = [each["per_token_ms"] for each in report["cells"][0]["rounds"]["base"]]
-    weights = 2 * decoder_of(report["settings"]["backbone"]).parameters
-    assert 1000 * 3600 * found.reading_hours(weights) == pytest.approx(statistics.median(times))
-    assert found.bandwidth == pytest.approx(CPU_BANDWIDTH, rel=0.5)  # else make the constant anew
-    assert device("cpu", latency=tmp_path / "missing.json").bandwidth == CPU_BANDWIDTH
-
-
-@pytest.mark.parametrize(("name", "by"), [("step", "training"), ("latency", "latency")])
-@pytest.mark.parametrize("text", ['{"settings": {}}', "{", "[]"])
-def test_a_benchmark_that_says_nothing_is_one_sentence(
-    name: str, by: str, text: str, tmp_path: Path
+def test_written_answers_take_this_machine_as_long_as_it_reads(
+    data_dir: str, monkeypatch: Any
 ) -> None:
-    path = tmp_path / f"{name}.json"
-    path.write_text(text)
-    with pytest.raises(ConfigurationError, match=rf"again with benchmarks/{by}\.py"):
-        device("cpu", **{name: path})
+    monkeypatch.setattr(speed, "speed", lambda *_: Speed(1e15, 1e15, 1e15))
+    config = tiny(data_dir, "lora", dtype="float32", task="gsm8k", protocol="cot", source="auto")
+    hours = []
+    for rate in (1e9, 2e9):
+        monkeypatch.setattr(speed, "bandwidth", lambda dtype, rate=rate: rate)
+        hours.append(unread(config, "cpu").scoring_hours)
+    assert hours[0] == pytest.approx(2 * hours[1])
 
 
-def test_the_settings_of_the_cpus_step_are_the_benchmarks() -> None:
-    variants = (ROOT / "benchmarks" / "training_variants.py").read_text()
-    assert f"\nANSWER_TOKENS = {devices.ANSWER_TOKENS}\n" in variants
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_auto_is_planned_as_it_would_run(dtype: str, size: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision(dtype, "a test"))
+    monkeypatch.setattr(speed, "speed", lambda *_: Speed(1e9, 1e9, 1e9))
+    config = paper("tiny-llama", dtype="auto")
+    here = unread(config, "cpu")
+    assert here.config.dtype == dtype and here.memory == unread(here.config, "cpu").memory
+    assert here.memory.weights >= size * here.decoder.parameters
+    assert unread(config, "h100-80gb").config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_is_timed_in_a_moment_and_leaves_no_trace(
+    method: str, monkeypatch: Any
+) -> None:
+    for name, least in (("ROWS", 2), ("LENGTH", 8), ("ANSWERS", 2), ("REPEATS", 1)):
+        monkeypatch.setattr(speed, name, least)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    found = speed.speed.__wrapped__(method, "{}", "float32")
+    assert all(rate > 0 for rate in found)
+    assert speed.bandwidth.__wrapped__("float32") > 0
+    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
 
 
 def test_a_card_is_as_fast_as_its_data_sheet() -> None:
     card = GPUS["a100-80gb"]
-    assert card.hours(312e12 * 0.4 * 3600) == pytest.approx(1)
     found = unread(paper(), "a100-80gb")
+    assert found.training_hours == pytest.approx(found.training_flops / (0.4 * 312e12) / 3600)
+    assert card.reading(paper()) == pytest.approx(0.4 * 2039e9)
     faster = unread(paper(), "h100-80gb")
     assert found.hours / faster.hours == pytest.approx(989.4 / 312)
     assert "bfloat16" in " ".join(unread(paper(dtype="float32")).notes)

@@ -1,0 +1,126 @@
+"""How fast this machine trains, reads and writes: timed on two layers, in about a second a method.
+
+The layers are SmolLM2-135M's, with as large a part of its vocabulary as they are of its depth.
+A rate is the closed form's FLOPs over the seconds, so what the form leaves out slows it down.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from furina.architectures import ARCHITECTURES
+from furina.auxiliary import after_step, auxiliary_loss
+from furina.backbones import DTYPES
+from furina.errors import ConfigurationError
+from furina.experiment.config import RunConfig
+from furina.experiment.flops import forward_flops, step_flops
+from furina.experiment.shapes import Adapted, Decoder, adapted, decoder
+from furina.inject import adapt, parameter_groups
+from furina.processor import seconds_of
+from furina.training import answer_loss, training_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BACKBONE, LAYERS = "smollm2-135m-instruct", 2
+ROWS, LENGTH, ANSWERS = 8, 64, 8
+"""Rows, their tokens, and those of each that are predicted."""
+REPEATS = 3
+
+
+class Speed(NamedTuple):
+    """FLOP/s of a method's optimiser steps and of reading with its adapter and without."""
+
+    training: float
+    adapted: float
+    plain: float
+
+
+@cache
+@torch.random.fork_rng(devices=[])
+def speed(method: str, options: str, dtype: str) -> Speed:
+    """Time a method with its `options` (JSON) in `dtype`, one micro-batch a step.
+
+    One that does not fit into two layers is taken to be as fast as LoRA.
+    """
+    model = _layers(dtype)
+    sides, batch = decoder(model.config, sum(p.numel() for p in model.parameters())), _batch()
+    plain = _reading(model, batch, sides, None)
+    try:
+        adapt(model, method, seed=0, **json.loads(options))
+    except ConfigurationError:
+        adapt(model, "lora", seed=0, rank=128)
+    found = adapted(model)
+    flops = step_flops(sides, found, ROWS * LENGTH, LENGTH, ROWS * ANSWERS)
+    optimizer = AdamW(parameter_groups(model, 1e-4))
+
+    def step() -> None:
+        loss = answer_loss(model, batch)[0] + auxiliary_loss(model)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        after_step(model)
+
+    model.train()
+    with training_attention(model, LENGTH):
+        training = flops / _seconds(step)
+    torch.nn.Module.eval(model)
+    return Speed(training, _reading(model, batch, sides, found), plain)
+
+
+@cache
+def bandwidth(dtype: str) -> float:
+    """Return the bytes/s at which weights are read where tokens are written one by one."""
+    model = _layers(dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    token = torch.zeros(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        return size / _seconds(lambda: model(input_ids=token, use_cache=False))
+
+
+def of_run(config: RunConfig) -> Speed:
+    """Return how fast a run of resolved dtype is here."""
+    method = ("lora", {}) if config.is_base else (config.method, config.adapter)
+    return speed(method[0], json.dumps(method[1], sort_keys=True), config.dtype)
+
+
+@torch.random.fork_rng(devices=[])
+def _layers(dtype: str) -> PreTrainedModel:
+    """Return the layers with random weights, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(ARCHITECTURES[BACKBONE]))
+    config.vocab_size = config.vocab_size * LAYERS // config.num_hidden_layers
+    config.num_hidden_layers = LAYERS
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
+    torch.nn.Module.eval(model)
+    return model
+
+
+def _batch() -> dict[str, Tensor]:
+    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+    labels = torch.full_like(ids, -100)
+    labels[:, -ANSWERS:] = ids[:, -ANSWERS:]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _reading(
+    model: PreTrainedModel, batch: dict[str, Tensor], sides: Decoder, found: Adapted | None
+) -> float:
+    flops = forward_flops(sides, found, ROWS * LENGTH, LENGTH, ROWS * ANSWERS)
+    with torch.inference_mode():
+        return flops / _seconds(lambda: answer_loss(model, batch))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the median of some calls after one that prepares."""
+    return statistics.median([seconds_of(call) for _ in range(1 + REPEATS)][1:])

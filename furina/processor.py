@@ -1,0 +1,121 @@
+"""What this machine computes fast: what dtype "auto" stands for, and the cores to compute on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+logger = logging.getLogger("furina")
+
+AUTO = "auto"
+NATIVE_SPEEDUP = 1.25
+"""A bfloat16 product this many times as fast as a float32 one is native. With instructions for it
+a processor reaches 2 or more, without them at most 1."""
+SIDE, REPEATS = 256, 7
+"""Side of the square matrices that are multiplied to find out, and how often."""
+
+
+class Precision(NamedTuple):
+    """A dtype's name, and why it is that one."""
+
+    dtype: str
+    reason: str
+
+
+def best_device() -> str:
+    """Return the accelerator's name ("cuda") where there is one, else "cpu"."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return device.type if device else "cpu"
+
+
+def resolve_dtype(name: str, device: str | None = None) -> Precision:
+    """Return the dtype that `name` stands for on `device` ("cpu", "cuda"), `best_device()` if none.
+
+    "auto" is bfloat16 where the device multiplies it natively, else float32. It is decided and
+    logged once per process; any other name stands for itself.
+    """
+    if name != AUTO:
+        return Precision(name, "asked for")
+    return _automatic(torch.device(device or best_device()).type)
+
+
+@cache
+def _automatic(kind: str) -> Precision:
+    is_native, reason = native_bfloat16(kind)
+    chosen = Precision("bfloat16" if is_native else "float32", reason)
+    logger.info("dtype auto is %s: %s.", *chosen)
+    return chosen
+
+
+def native_bfloat16(kind: str) -> tuple[bool, str]:
+    """Tell whether a kind of device multiplies bfloat16 natively, and how that is known.
+
+    CUDA says so itself. What another device reaches is timed, since a library may be held to fewer
+    instructions than the processor has.
+    """
+    if kind == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        has = "has" if is_native else "has no"
+        return is_native, f"{torch.cuda.get_device_name()} {has} bfloat16 arithmetic"
+    try:
+        narrow, wide = _product_seconds(kind, (torch.bfloat16, torch.float32))
+    except (RuntimeError, TypeError) as error:
+        return False, f"{kind} does not multiply bfloat16 ({str(error).partition(chr(10))[0]})"
+    speedup = wide / narrow
+    return (
+        speedup >= NATIVE_SPEEDUP,
+        f"a bfloat16 product is {speedup:.2g} times as fast as a float32 one on this {kind}",
+    )
+
+
+def _product_seconds(kind: str, dtypes: tuple[torch.dtype, ...]) -> list[float]:
+    """Return the shortest time of a product in each dtype, taken in turns on one thread."""
+    operands = [torch.ones(SIDE, SIDE, device=kind, dtype=dtype) for dtype in dtypes]
+    times: list[list[float]] = [[] for _ in dtypes]
+    with one_thread(), torch.inference_mode():
+        for _ in range(REPEATS + 1):
+            for own, x in zip(times, operands, strict=True):
+                own.append(seconds_of(functional.linear, x, x))
+    return [min(own[1:]) for own in times]  # the first prepares kernels
+
+
+def seconds_of(call: object, *arguments: object) -> float:
+    """Return the seconds that `call(*arguments)` takes, its device's work included."""
+    began = time.perf_counter()
+    call(*arguments)  # type: ignore[operator]
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread inside: other processes disturb a single one least."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """Return the physical cores that this process may use, by affinity and cgroup quota."""
+    import joblib  # only here: it takes a moment
+
+    count: int = joblib.cpu_count(only_physical_cores=True)
+    return count
+
+
+def use_cores(processes: int = 1) -> None:
+    """Give this process its threads: an equal share of `cores()`, unless OMP_NUM_THREADS says."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // processes))

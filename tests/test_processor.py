@@ -1,0 +1,115 @@
+"""What "auto" stands for follows what the device multiplies fast, and is decided once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from furina import processor
+from furina.processor import AUTO, native_bfloat16, resolve_dtype, use_cores
+
+
+@pytest.fixture(autouse=True)
+def _undecided():
+    """Let each test decide anew, and leave what this process had decided."""
+    decided = processor._automatic
+    processor._automatic = processor.cache(decided.__wrapped__)
+    yield
+    processor._automatic = decided
+
+
+def takes(monkeypatch: pytest.MonkeyPatch, bfloat16: float, float32: float) -> list[str]:
+    """Make products take so many seconds; returns the devices that are asked, as they are."""
+    asked: list[str] = []
+
+    def seconds(kind, dtypes):
+        asked.append(kind)
+        return [{torch.bfloat16: bfloat16, torch.float32: float32}[dtype] for dtype in dtypes]
+
+    monkeypatch.setattr(processor, "_product_seconds", seconds)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "dtype"),
+    [(1.0, "bfloat16"), (2.0, "bfloat16"), (3.9, "float32"), (20.0, "float32")],
+    ids=["AMX", "AVX512_BF16", "about as fast", "emulated"],
+)
+def test_auto_is_bfloat16_only_where_its_product_is_clearly_faster(monkeypatch, bfloat16, dtype):
+    takes(monkeypatch, bfloat16, float32=4.0)
+    chosen = resolve_dtype(AUTO, "cpu")
+    assert chosen.dtype == dtype
+    assert f"{4 / bfloat16:.2g} times as fast" in chosen.reason
+
+
+def test_auto_is_decided_once_and_said_in_one_line(monkeypatch, caplog):
+    asked = takes(monkeypatch, 1.0, 4.0)
+    with caplog.at_level(logging.INFO, "furina"):
+        assert {resolve_dtype(AUTO, device).dtype for device in ("cpu", "cpu:0")} == {"bfloat16"}
+    assert asked == ["cpu"]
+    (line,) = caplog.messages
+    assert line.startswith("dtype auto is bfloat16: a bfloat16 product is 4 times as fast")
+
+
+def test_a_device_that_cannot_multiply_bfloat16_computes_in_float32(monkeypatch):
+    def refuse(kind, dtypes):
+        raise RuntimeError("no bfloat16 here\nat a place")
+
+    monkeypatch.setattr(processor, "_product_seconds", refuse)
+    chosen = resolve_dtype(AUTO, "mps")
+    assert chosen == ("float32", "mps does not multiply bfloat16 (no bfloat16 here)")
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_cuda_says_itself_whether_it_has_bfloat16_and_emulation_does_not_count(
+    monkeypatch, has, dtype
+):
+    def is_supported(including_emulation: bool = True) -> bool:
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    assert resolve_dtype(AUTO, "cuda:1").dtype == dtype
+    assert "Card has" in native_bfloat16("cuda")[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_named_dtype_stands_and_nothing_is_timed(monkeypatch, dtype):
+    asked = takes(monkeypatch, 1.0, 4.0)
+    assert resolve_dtype(dtype, "cpu") == (dtype, "asked for")
+    assert not asked
+
+
+def test_the_probe_times_both_dtypes_and_gives_the_threads_back():
+    threads = torch.get_num_threads()
+    times = processor._product_seconds("cpu", (torch.bfloat16, torch.float32))
+    assert len(times) == 2 and all(seconds > 0 for seconds in times)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 7), (2, 3), (8, 1)])
+def test_processes_share_the_cores_and_each_has_a_thread(monkeypatch, processes, threads):
+    given: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processor, "cores", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    use_cores(processes)
+    assert given == [threads]
+
+
+def test_omp_num_threads_decides_where_it_is_set(monkeypatch):
+    given: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    use_cores()
+    assert not given
+
+
+def test_cores_are_at_most_those_of_the_affinity(monkeypatch):
+    import os
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 1, raising=False)
+    assert processor.cores() == 1
