@@ -125,8 +125,18 @@ class FinetuneModule(pl.LightningModule):
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
 
     def on_fit_start(self) -> None:
-        """Switch the model to training mode, which `from_pretrained` leaves in eval mode."""
+        """Switch the model to training mode, which `from_pretrained` leaves in eval mode.
+
+        Raises ConfigurationError where ranks hold the backbone in several dtypes.
+        """
         require_trainable(self.model)
+        own = str(next(iter(state_of(self.model).layers.values())).base.weight.dtype)
+        first = self.trainer.strategy.broadcast(own)
+        if own != first:
+            raise ConfigurationError(
+                f"Rank {self.global_rank} holds the backbone in {own}, rank 0 in {first}: name one "
+                "dtype for all, such as float32."
+            )
         self.model.train()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

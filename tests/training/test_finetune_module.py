@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 import furina
@@ -240,6 +241,17 @@ def test_model_trains_in_training_mode_though_loading_leaves_eval_mode(tmp_path:
     model = tiny(dropout=0.5).eval()
     fit(FinetuneModule(model, 1e-3), tmp_path, max_steps=1)
     assert all(module.training for module in model.modules())
+
+
+def test_ranks_that_hold_the_backbone_in_two_dtypes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broadcast(self: object, own: object, src: int = 0) -> object:
+        return "torch.bfloat16" if own == "torch.float32" else own
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", broadcast)
+    with pytest.raises(ConfigurationError, match=r"in torch.float32, rank 0 in torch.bfloat16"):
+        fit(FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=1)
 
 
 def test_divergence_names_its_first_step_and_spares_the_adapter(tmp_path: Path) -> None:
