@@ -44,7 +44,7 @@ def behaving(folder: Path, **ranks: list[str]) -> Path:
     return folder
 
 
-def started(folder: Path, rank: int, patience: float = 60) -> dict[str, Any]:
+def started(folder: Path, rank: int, patience: float = 200) -> dict[str, Any]:
     """Return what process `rank` wrote when it began, waiting for it."""
     file, end = folder / f"rank{rank}.json", time.monotonic() + patience
     while not file.exists() or not file.read_text().endswith("}"):
@@ -54,7 +54,7 @@ def started(folder: Path, rank: int, patience: float = 60) -> dict[str, Any]:
     return found
 
 
-def wait_until_gone(pid: int, patience: float = 10) -> None:
+def wait_until_gone(pid: int, patience: float = 90) -> None:
     end = time.monotonic() + patience
     while Path(f"/proc/{pid}").exists() and "Z (zombie)" not in _status(pid):
         assert time.monotonic() < end, f"{pid} is still there"
@@ -116,7 +116,7 @@ def test_a_process_that_ends_is_one_sentence_and_the_others_are_ended(
     assert "the same command goes on from the last checkpoint" in sentence
     assert ("TypeError: no memory" in sentence) == (end[0] == "crash")
     assert len(log.read_text().splitlines()) == logged
-    assert time.time() - both_begun < 30
+    assert time.time() - both_begun < 90  # rank 0 would wait 100 s
     wait_until_gone(started(tmp_path, 0)["pid"])
 
 

@@ -64,7 +64,7 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
     began = time.monotonic()
     places = [f"{kills} whole", f"{kills} killed"]
     whole = start(root, places[0])
-    whole.join(240)
+    whole.join(600)
     duration = time.monotonic() - began
     assert whole.exitcode == 0
     moments = random.Random(7)
@@ -74,13 +74,13 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
         child.join(moments.uniform(0.05, 0.6) * duration)
         if child.exitcode is None:
             child.kill()
-            child.join(60)
+            child.join(600)
             assert child.exitcode == -signal.SIGKILL
             killed += 1
         else:  # it went on where it was and ended sooner than the moment: look earlier
             duration *= 0.7
     last = start(root, places[1])
-    last.join(240)
+    last.join(600)
     assert last.exitcode == 0
     folders = [root / place / "results" for place in places]
     names = [

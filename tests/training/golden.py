@@ -64,7 +64,7 @@ def name_of(config: AdapterConfig) -> str:
 
 def losses(config: AdapterConfig, dtype: str, order: int = 0) -> list[float]:
     """Return the loss of each step; `order` shuffles the rows inside the micro-batches."""
-    model = furina.adapt(_backbone(dtype), config, seed=1).train()
+    model = furina.adapt(backbone(dtype), config, seed=1).train()
     optimizer = AdamW(furina.parameter_groups(model, 1e-3, weight_decay=0.01))
     rows, shuffle = examples(), torch.Generator().manual_seed(order)
     found = []
@@ -87,7 +87,7 @@ def losses(config: AdapterConfig, dtype: str, order: int = 0) -> list[float]:
     return found
 
 
-def _backbone(dtype: str) -> nn.Module:
+def backbone(dtype: str) -> nn.Module:
     """Return the tiny Llama with norms in its own dtype: Llama's round to fp32 even in float64."""
     model = load_backbone("tiny-llama", dtype)
     for name, module in list(model.named_modules()):

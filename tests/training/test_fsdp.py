@@ -19,6 +19,7 @@ from furina.errors import ConfigurationError
 from furina.training import FinetuneModule, LossHistory, ShardedStrategy
 from furina.training.preconditions import refuse_unsharded_options
 from furina.training.sharding import shard
+from tests.training.golden import backbone
 from tests.training.helpers import trainer, windows
 from tests.training.ranks import (
     RESUMED,
@@ -64,15 +65,15 @@ def test_two_ranks_equal_one_process_with_the_same_global_batch(
     case: Case, folder: Path, tmp_path: Path
 ) -> None:
     first, second = results(folder, case, "fsdp")
-    assert_equal_runs(first, second, rtol=0)
+    assert_equal_runs(first, second, exactly=True)
     alone = train(Case(case.method, options=case.options), tmp_path)
     assert all(torch.equal(first["start"][name], alone["start"][name]) for name in alone["start"])
-    assert_equal_runs(first, alone, rtol=1e-5)
+    assert_equal_runs(first, alone)
 
 
 def test_fp32_parameters_are_trained_beside_bf16_weights(folder: Path, tmp_path: Path) -> None:
     first, second = results(folder, MIXED, "fsdp")
-    assert_equal_runs(first, second, rtol=0)
+    assert_equal_runs(first, second, exactly=True)
     assert {tensor.dtype for tensor in first["adapter"].values()} == {torch.float32}
     alone = train(MIXED, tmp_path)
     for key in ("losses", "validation"):
@@ -113,16 +114,16 @@ def test_a_killed_run_goes_on_as_if_it_had_never_been_sharded(
 def test_the_saved_adapter_is_the_one_of_a_single_process_and_merges(
     killed: Path, alone: tuple[FinetuneModule, LossHistory]
 ) -> None:
-    model = furina.load(killed / "adapter", furina.load_backbone("tiny-llama", "float32"))
+    model = furina.load(killed / "adapter", backbone("float64"))
     start, single = RESUMED.model(), alone[0].model
     states = (copied(furina.adapter_state_dict(each)) for each in (model, single, start))
-    assert_same_way(*states, rtol=1e-2)
+    assert_same_way(*states)
     batch = {key: windows(1)[0][0][key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         before = model.eval()(**batch).logits
         furina.merge(model)
         after = model(**batch).logits
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
 
 
 def test_one_process_goes_on_with_the_checkpoint_of_two(

@@ -29,7 +29,7 @@ DEATHS = [
 def run_in_child(folder: Path, moment: str | None = None, step: int = 0) -> int:
     child = PROCESSES.Process(target=killed_run.run, args=(folder, moment, step), daemon=True)
     child.start()
-    child.join(240)
+    child.join(600)
     assert child.exitcode is not None
     return child.exitcode
 
