@@ -36,8 +36,10 @@ def cached_model(name: str) -> Path | None:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        # Said also where only what a load leaves out, such as other formats, was not fetched.
+        incomplete = getattr(error, "snapshot_path", None)
+        return Path(incomplete) if incomplete else None
 
 
 @contextmanager

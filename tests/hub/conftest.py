@@ -24,12 +24,14 @@ VOCABULARY = 90_000
 
 
 def _saved(folder: Path, vocabulary: int | None) -> dict[str, bytes]:
+    """Return a repository; one with a vocabulary has two files of weights, and others unread."""
     model = load_backbone("tiny-llama", "float32")
     if vocabulary:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="12MB")
     load_tokenizer("tiny-llama").save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    unread = {"original/params.json": b"{}"} if vocabulary else {}
+    return {path.name: path.read_bytes() for path in folder.iterdir()} | unread
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +64,8 @@ Call = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="session")
 def process(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
     home = tmp_path_factory.mktemp("home")
-    kept = {name: text for name, text in os.environ.items() if name[:3] != "HF_"}
-    kept = {name: text for name, text in kept.items() if not name.startswith("FURINA_")}
+    own_names = ("HF_", "HUGGING", "FURINA_")
+    kept = {name: text for name, text in os.environ.items() if not name.startswith(own_names)}
     own = {
         "HF_ENDPOINT": served.url,
         "HF_HOME": str(home / "hub"),
@@ -72,6 +74,8 @@ def process(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         "HF_HUB_ETAG_TIMEOUT": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
     }
     client = subprocess.Popen(
