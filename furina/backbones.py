@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from furina.architectures import ARCHITECTURES
 from furina.assets import ASSETS, is_offline, locate
 from furina.assets.convert import quiet_transformers
-from furina.errors import ConfigurationError, nearest
+from furina.errors import ConfigurationError, nearest, suggestion
+from furina.hub import cached_file, cached_model, reason, refusal
 from furina.processor import AUTO, resolve_dtype
 
 if TYPE_CHECKING:
@@ -161,7 +163,16 @@ def _source(name: str) -> str:
         )
     if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
         raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
-    return _cached_snapshot(name) if is_offline() else name
+    why = refusal(name, "model")
+    if why is None:
+        return name
+    # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
+    snapshot = cached_model(name)
+    if snapshot is None:
+        raise ConfigurationError(f"{why}{_hint(name)}")
+    if not is_offline():
+        warnings.warn(f"{why} Its copy in the hub's cache is used.", stacklevel=3)
+    return str(snapshot)
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -174,22 +185,19 @@ def _dtype(name: str) -> torch.dtype | None:
 
 def _shape(name: str) -> Path:
     """Return the config.json that says a backbone's shape; the hub is not asked."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     folder = Path(_source(name)) if _is_local(name) else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return folder / "config.json"
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        absent = FileNotFoundError("its config.json is not at hand, and the hub is not asked")
+    cached = cached_file(name, "config.json")
+    if cached is None:
+        absent = FileNotFoundError(
+            "its config.json is not at hand, and the hub is not asked; "
+            f"`hf download {name} config.json` fetches it"
+        )
         raise ConfigurationError(_no_such(name, absent, _shaped()))
-    return Path(cached)
+    return cached
 
 
 def _is_local(name: str) -> bool:
@@ -205,21 +213,21 @@ def _shaped() -> list[str]:
     return [*ARCHITECTURES, *TINY]
 
 
-def _cached_snapshot(name: str) -> str:
-    # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(name, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        offline = FileNotFoundError("offline, and no such model is in the hub's cache")
-        raise ConfigurationError(_no_such(name, offline)) from error
+def _hint(name: str, known: list[str] | None = None) -> str:
+    """Return what may have been meant: of a hub's name or a folder only what is almost the same."""
+    if known or "/" not in name:
+        return nearest(name, known or _known())
+    return suggestion(name.rpartition("/")[2].lower(), _known(), cutoff=0.8)
 
 
 def _no_such(name: str, error: Exception, known: list[str] | None = None) -> str:
-    reason = str(error).strip().partition("\n")[0].rstrip(".:")
-    return f"Cannot load backbone {name!r} ({reason}).{nearest(name, known or _known())}"
+    why = reason(error, name, "model")
+    if why is None:
+        first = str(error).strip().partition("\n")[0].rstrip(".:")
+        if is_offline() and cached_model(name):
+            first += "; offline only its copy in the hub's cache is read, which may lack files"
+        why = f"Cannot load backbone {name!r} ({first})."
+    return f"{why}{_hint(name, known)}"
 
 
 def tiny_tokenizer(has_bos: bool = True, adds_bos: bool = False) -> PreTrainedTokenizerBase:

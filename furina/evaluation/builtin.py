@@ -200,9 +200,10 @@ def _load(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> Any:
     try:
         return manager.load([*given, *(name for name in names if name not in rows)])
     except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
+        said = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
             f"The data of lm-eval's tasks {', '.join(names)} cannot be loaded "
-            f"({type(error).__name__}): they need the Hugging Face hub, or its cache."
+            f"({type(error).__name__}: {said}): they need the Hugging Face hub, or its cache."
         ) from error
 
 

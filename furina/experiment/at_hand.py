@@ -13,6 +13,7 @@ from furina.data.items import Item
 from furina.data.sources import Source, Split, load_items, splits_at_hand
 from furina.data.tasks import get_task
 from furina.errors import DataError
+from furina.hub import cached_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,17 +58,11 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 @cache
 def _place(name: str) -> str | None:
     """Return what `load_tokenizer` reads for a backbone without asking the hub."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
     if name in TINY or (name in ASSETS and is_cached(name)):
         return name
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        try:
-            cached = try_to_load_from_cache(name, "tokenizer_config.json")
-        except HFValidationError:
-            return None
-        folder = Path(cached).parent if isinstance(cached, str) else folder
+        cached = cached_file(name, "tokenizer_config.json")
+        folder = cached.parent if cached else folder
     whole = all((folder / file).is_file() for file in ("config.json", "tokenizer_config.json"))
     return str(folder) if whole else None

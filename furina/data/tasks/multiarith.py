@@ -11,7 +11,7 @@ from furina.data.tasks.base import Files, Hub, Task
 
 
 def _public(row: Row) -> Problem:
-    return worked_problem(row["question"], number_text(row["final_ans"]))
+    return worked_problem(row["question"].strip(), number_text(row["final_ans"]))
 
 
 TASK = Task(

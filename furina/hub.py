@@ -1,0 +1,165 @@
+"""The Hugging Face hub: what of it is cached, and in one sentence why it does not give the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from furina.assets import is_offline
+
+Kind = Literal["model", "data set"]
+
+LOGIN = "`hf auth login` or HF_TOKEN"
+PAUSES = (0.5, 1.5)
+"""Seconds before the hub is asked again, where it is silent or fails by itself."""
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """Return a file of a model in the hub's cache, None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def cached_model(name: str) -> Path | None:
+    """Return the folder of a model in the hub's cache, None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        # Said also where only what a load leaves out, such as other formats, was not fetched.
+        incomplete = getattr(error, "snapshot_path", None)
+        return Path(incomplete) if incomplete else None
+
+
+@contextmanager
+def only_cached_data() -> Iterator[None]:
+    """Let `datasets` read its cache alone: as HF_HUB_OFFLINE, which counts at its import only."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def refusal(name: str, kind: Kind) -> str | None:
+    """Return why the hub does not give a repository, None where it does; offline it is not asked.
+
+    The libraries that load from it would try for a minute, and not tell the reasons apart.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if is_offline():
+        return f"The {kind} {name} is not in the cache, and offline it cannot be fetched."
+    file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
+    for pause in (*PAUSES, None):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type))
+        except EntryNotFoundError:  # the repository is there
+            return None
+        except Exception as error:  # which client the hub's library uses is its own affair
+            if pause is None or not _may_pass(error):
+                return reason(error, name, kind) or _unreachable(error)
+            time.sleep(pause)
+        else:
+            return None
+    raise AssertionError
+
+
+def reason(error: BaseException, name: str, kind: Kind) -> str | None:
+    """Return what of the hub made loading a repository fail, None where it was something else."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    for cause in _chain(error):
+        if isinstance(cause, EntryNotFoundError):  # of many files a repository need not have
+            continue
+        if isinstance(cause, HFValidationError):
+            return f"{name!r} is no name of a {kind} on the hub: that is ORGANISATION/NAME."
+        if isinstance(cause, HfHubHTTPError):
+            return _answer(cause, name, kind)
+        if _is_transport(cause):
+            return _unreachable(cause)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Return whether an error is of the HTTP client, httpx or its successor."""
+    return type(error).__module__.startswith("httpx")
+
+
+def _may_pass(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return _is_transport(error) if status is None else status >= 500
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _unreachable(error: BaseException) -> str:
+    return (
+        f"{_endpoint()} cannot be reached or stopped answering ({type(error).__name__}): check the "
+        "network and HF_ENDPOINT, and try again."
+    )
+
+
+def _answer(error: Exception, name: str, kind: Kind) -> str:
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+    )
+
+    assert isinstance(error, HfHubHTTPError)
+    endpoint, status = _endpoint(), error.response.status_code
+    page = f"{endpoint}/{'' if kind == 'model' else 'datasets/'}{name}"
+    if isinstance(error, GatedRepoError):
+        if status == 401:
+            return f"{name} is gated: accept its licence at {page}, and log in with {LOGIN}."
+        return (
+            f"{name} is gated, and your token does not open it: accept its licence at {page} with "
+            f"the token's account, or give another token with {LOGIN}."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no {kind} {name} at {endpoint}, or it is private: check the name, or log in "
+            f"with {LOGIN}."
+        )
+    if isinstance(error, DisabledRepoError):
+        return f"The {kind} {name} is disabled at {endpoint}: choose another."
+    if status == 401:
+        return (
+            f"{endpoint} refuses your token: log in anew with `hf auth login`, or correct or unset "
+            "HF_TOKEN."
+        )
+    if status == 403:
+        return f"Your token does not open {page}: give another one with {LOGIN}."
+    if status == 429:
+        return (
+            f"{endpoint} has had too many requests from you: wait some minutes, or log in with "
+            f"{LOGIN}, which allows more."
+        )
+    return f"{endpoint} answered {status} when asked for the {kind} {name}: try again later."
