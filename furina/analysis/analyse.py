@@ -119,6 +119,7 @@ def analyse(
         missing=missing | ({} if found[0].shared_norm else {"shared_part": NO_SHARED}),
         command=command,
         provenance=provenance(),
+        dtype=str(model.dtype).removeprefix("torch."),
     )
 
 

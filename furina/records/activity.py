@@ -117,7 +117,8 @@ class ActivityRecord:
     """The experts' activity of one adapter on one or more tasks.
 
     `task` and `seed` say what it was trained on, empty and null if that is not known; `adapter` is
-    its method's options. `linears` are those whose tokens choose among experts, of which `experts`
+    its method's options and `dtype` the weights' number format, null in old records. `linears` are
+    those whose tokens choose among experts, of which `experts`
     counts each one's; `shown` is one of them per layer. `missing` has the reason of each number
     that cannot be, by the name of its field.
     """
@@ -139,6 +140,7 @@ class ActivityRecord:
     missing: dict[str, str]
     command: str
     provenance: Provenance
+    dtype: str | None = codec.later(None)
     schema: int = ACTIVITY_SCHEMA
 
     def __post_init__(self) -> None:

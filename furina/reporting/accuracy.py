@@ -169,14 +169,14 @@ def require_same(
         )
 
 
-def gain_cell(suite: Suite, row: str, task: str) -> Cell:
+def gain_cell(suite: Suite, row: str, task: str, variant: str = "unmerged") -> Cell:
     """Return the gain over base in points and in standard errors."""
     if row == "base":
         return missing(ONE_MODEL)
-    pairs = scores(suite, row, task, "unmerged")
+    pairs = scores(suite, row, task, variant)
     if not pairs:
         return missing(absence(suite, row, task, NO_SCORE))
-    difference = gain(suite, row, task)
+    difference = gain(suite, row, task, variant)
     if difference is None:
         return missing(NO_BASE_SCORE)
     points = f"{100 * difference.value:+.1f}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from furina.records import ActivityRecord, RecordError, TaskActivity
+from furina.records import ActivityRecord, TaskActivity
 from furina.reporting import activity_maps
 from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
+from furina.reporting.comparable import Fact, require_comparable
 
 UNKNOWN = "the record does not say what the adapter was trained on"
 NO_SEED = "the record does not say which seed it was trained from"
@@ -27,7 +28,7 @@ def activity_tables(records: Mapping[Path, ActivityRecord]) -> list[Table]:
     """
     if not records:
         return []
-    _check_comparable(records)
+    require_comparable((path, _facts(record)) for path, record in records.items())
     return [_activity_table(records), _experts_table(records)]
 
 
@@ -154,16 +155,11 @@ def _mean(values: Iterable[float | None], factor: float = 1.0, otherwise: str = 
     return Cell(f"{mean:.{digits}f}", {"": mean})
 
 
-def _check_comparable(records: Mapping[Path, ActivityRecord]) -> None:
-    seen: dict[tuple[str, ...], tuple[Path, object]] = {}
-    for path, record in records.items():
-        facts: dict[tuple[str, ...], object] = {("backbone",): record.backbone.sha256}
-        for task in record.tasks:
-            facts["items of", task.task] = task.sha256
-            facts["protocol of", task.task] = task.protocol, task.protocol_version
-        for fact, value in facts.items():
-            first, expected = seen.setdefault(fact, (path, value))
-            if value != expected:
-                raise RecordError(
-                    f"{first} and {path} cannot share a table: the {' '.join(fact)} differ."
-                )
+def _facts(record: ActivityRecord) -> Iterator[Fact]:
+    if record.dtype:
+        yield "the dtype", "", record.dtype
+    yield "the backbone's hash", "", record.backbone.sha256
+    for task in record.tasks:
+        yield f"the hash of {task.task}'s items", "", task.sha256
+        asked = f"{task.protocol} version {task.protocol_version}"
+        yield f"the protocol of {task.task}", "", asked

@@ -33,7 +33,8 @@ def effort_table(suites: Sequence[Suite]) -> Table:
 
 def _identity(record: RunRecord) -> Hashable:
     """Return what is the same for a run that is published in several suites."""
-    return record.started, record.finished, record.method, record.task, record.seed
+    dtype = record.config.get("dtype")
+    return record.started, record.finished, record.method, record.task, record.seed, dtype
 
 
 def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell, command: str) -> Row:
@@ -48,7 +49,7 @@ def _row(name: str, records: Sequence[RunRecord], seeds_cell: Cell, command: str
         ("runs", "seeds"): seeds_cell,
         ("training", "minutes"): Cell(f"{trained / 60:.1f}", {"": trained / 60}),
         ("wall clock", "hours"): Cell(f"{passed / 3600:.2f}", {"": passed / 3600}),
-        ("", "backbone"): label(_listed(record.backbone.name for record in records)),
+        ("", "backbone"): label(_listed(map(_backbone, records))),
         ("", "machine"): label(_listed(machines)),
         ("", "versions"): label(_listed(_versions(record) for record in records)),
         ("", "commit"): label(_listed((r.provenance.commit or "unknown")[:10] for r in records)),
@@ -67,6 +68,11 @@ def _count(number: int) -> Cell:
 
 def _listed(words: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(words))
+
+
+def _backbone(record: RunRecord) -> str:
+    """Return what was run, in which dtype: suites of several stand in this table alone."""
+    return f"{record.backbone.name} in {record.config.get('dtype')}"
 
 
 def _machine(record: RunRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ from furina.records import RecordError
 from furina.reporting import readme as readme_block
 from furina.reporting import render
 from furina.reporting.cells import Table
-from furina.reporting.contents import load_suites_of, sections, status_section
+from furina.reporting.contents import PAPER, load_suites_of, sections, status_section
+from furina.reporting.overview import WIDEST, overview_table
 from furina.reporting.page import Section, page
 from furina.reporting.reproducing import reproducing
 from furina.reporting.suites import Suite
@@ -87,7 +89,9 @@ def generate(
     made.files[results_dir / PAGE] = page(found)
     if readme is not None:
         shown = _choose(results_dir, list(suites), suite)
-        made.files[readme] = readme_block.fill(readme, _readme_text(made.tables, shown))
+        made.tables.append(overview_table(suites[shown][0]))
+        text = _readme_text(made.tables, results_dir, shown, readme)
+        made.files[readme] = readme_block.fill(readme, text)
     return made
 
 
@@ -122,12 +126,24 @@ def _add(made: Report, folder: Path, section: Section) -> None:
         made.files[folder / "figures" / f"{drawing.name}.svg"] = drawing.svg
 
 
-def _readme_text(tables: Sequence[Table], suite: str) -> str:
-    """Return the main table and, apart and under its own heading, the paper's main numbers."""
-    main = next(t for t in tables if t.title.startswith(f"{suite}: ") and t.name == "main")
-    papers = (t for t in tables if t.name == "paper_main")
-    context = [f"**{table.title}**\n\n{render.markdown(table)}" for table in papers]
-    return "\n".join([render.markdown(main), *context])
+def _readme_text(tables: Sequence[Table], results: Path, suite: str, readme: Path) -> str:
+    """Return a suite's table at a glance and, apart and under its own heading, the paper's.
+
+    A link leads to what a page does not hold, such as all columns.
+    """
+    folder = Path(os.path.relpath(results, readme.parent))
+    own = next(table for table in tables if table.name == "overview")
+    link = f"<br>[All columns]({_link(folder, suite, 'main')})\n"
+    parts = [render.markdown(own).rstrip() + link]  # one line: a README has few
+    for table in (t for t in tables if t.name == "paper_main"):
+        is_wide = len(table.frame.columns) > WIDEST
+        link = f"[The paper's table]({_link(folder, PAPER, table.name)})\n"
+        parts.append(f"**{table.title}**\n\n{link if is_wide else render.markdown(table)}")
+    return "\n".join(parts)
+
+
+def _link(results: Path, folder: str, table: str) -> str:
+    return (results / folder / "tables" / f"{table}.md").as_posix()
 
 
 def _stale(results_dir: Path, files: dict[Path, str]) -> list[Path]:

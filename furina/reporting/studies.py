@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from furina.records import RecordError, SearchRecord, SelectionRecord
 from furina.reporting import differences
 from furina.reporting.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.comparable import Fact, dtype_facts, require_comparable
 
 Block = tuple[str, str, int]
 Point = tuple[float, float | None]
@@ -57,8 +58,7 @@ def _task_mean(scores: Mapping[Hashable, float]) -> float:
 def search_table(records: Mapping[Path, SearchRecord]) -> Table:
     """Return the grid: a column per learning rate, each block's chosen cell bold and starred."""
     _check_unique(records, _trial)
-    _check_same(records, "metric", lambda record: record.protocol)
-    _check_same(records, "n", lambda record: record.task)
+    require_comparable((path, _search_facts(record)) for path, record in records.items())
     trials = list(records.values())
     rates = sorted({trial.learning_rate for trial in trials})
     rows: list[Row] = []
@@ -126,8 +126,7 @@ def _grid_cell(trials: Sequence[SearchRecord], task: str, tasks: Sequence[str], 
 def selection_table(records: Mapping[Path, SelectionRecord]) -> Table:
     """Return the top-K share with the selection loss on and off, over seeds."""
     _check_unique(records, _study_cell)
-    for key in ("top_k", "steps"):
-        _check_same(records, key, lambda record: "")
+    require_comparable((path, _selection_facts(record)) for path, record in records.items())
     runs = list(records.values())
     rows = []
     for method, task in sorted({(r.method, r.task) for r in runs}):
@@ -215,13 +214,13 @@ def _check_unique(records: Mapping[Path, S], cell: Callable[[S], Hashable]) -> N
             raise RecordError(f"{other} and {path} hold the same trial; keep one of them.")
 
 
-def _check_same(records: Mapping[Path, S], key: str, scope: Callable[[S], Hashable]) -> None:
-    seen: dict[Hashable, tuple[Path, object]] = {}
-    for path, record in records.items():
-        value = getattr(record, key)
-        first, expected = seen.setdefault(scope(record), (path, value))
-        if value != expected:
-            raise RecordError(
-                f"{first} and {path} cannot share a table: {key} is {expected!r} in the first "
-                f"and {value!r} in the second."
-            )
+def _search_facts(record: SearchRecord) -> Iterator[Fact]:
+    yield from dtype_facts(record.config)
+    yield "the metric", record.protocol, record.metric
+    yield "the number of questions", record.task, record.n
+
+
+def _selection_facts(record: SelectionRecord) -> Iterator[Fact]:
+    yield from dtype_facts(record.config)
+    yield "the number of active experts", "", record.top_k
+    yield "the number of steps", "", record.steps

@@ -6,12 +6,13 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from furina.records import RecordError, RunRecord, Score
+from furina.reporting.comparable import Fact, dtype_facts, require_comparable
 from furina.reporting.staleness import NUMERICS, Change, read_changes
 
 # These may differ between the seeds of one row without changing what the row measures.
@@ -105,6 +106,11 @@ class Suite:
         return sorted({run.record.task for run in self.runs})
 
     @property
+    def dtype(self) -> str:
+        """Return what its numbers were computed in."""
+        return next((str(run.record.config.get("dtype")) for run in self.runs if run.succeeded), "")
+
+    @property
     def taught(self) -> set[str]:
         """Return the tasks that some run has rows of in its training data."""
         return {data.task for run in self.runs for data in run.record.data if data.train_sha256}
@@ -153,7 +159,7 @@ def load_suites(folder: Path, metric: str | None = None) -> list[Suite]:
         raise RecordError(f"There are no run records in {folder}; run `furina run` first.")
     _check_base(runs)
     _check_unique(runs)
-    _check_comparable(runs, metric)
+    require_comparable((run.path, _facts(run, metric)) for run in runs)
     changes = read_changes(folder.parent / NUMERICS)
     first: dict[str, str] = {}
     for run in runs:
@@ -195,21 +201,11 @@ def _check_unique(runs: Iterable[Run]) -> None:
             seen[scored] = run.path
 
 
-def _check_comparable(runs: Iterable[Run], metric: str | None) -> None:
-    seen: dict[Hashable, tuple[Path, Hashable]] = {}
-    for run in runs:
-        for what, scope, value in _identity(run, metric):
-            path, other = seen.setdefault((what, scope), (run.path, value))
-            if value != other:
-                raise RecordError(
-                    f"{path} and {run.path} cannot share a table: {what} is {other!r} in the "
-                    f"first and {value!r} in the second; keep them in two suites or run one again."
-                )
-
-
-def _identity(run: Run, metric: str | None) -> Iterable[tuple[str, Hashable, Hashable]]:
-    """Yield (what, scope, value): within a scope, every run must have the same value."""
+def _facts(run: Run, metric: str | None) -> Iterator[Fact]:
+    """Yield what every run must have the same of; the dtype first, which the hash depends on."""
     record = run.record
+    if run.succeeded:
+        yield from dtype_facts(record.config)
     if record.backbone.sha256:  # a run may fail before the backbone is loaded
         yield "the backbone's hash", "", record.backbone.sha256
     for data in record.data:

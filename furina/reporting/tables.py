@@ -18,12 +18,13 @@ def main_table(suite: Suite) -> Table:
     return build(
         "main",
         f"{suite.name}: accuracy and cost under protocol {suite.protocol}",
-        [_cells(suite, row) for row in suite.rows],
+        [main_row(suite, row) for row in suite.rows],
         _remarks(suite),
     )
 
 
-def _cells(suite: Suite, row: str) -> Row:
+def main_row(suite: Suite, row: str) -> Row:
+    """Return the main table's line of a row."""
     runs = suite.select(row)
     cells: Row = {("", "method"): label(row, *_tree_notes(runs))}
     cells["", "seeds"] = seeds_cell(row, runs)
@@ -68,15 +69,16 @@ def _remarks(suite: Suite) -> tuple[str, ...]:
         "separate scorings of two models. Gain: unmerged minus base in points, paired over "
         "questions, and in standard errors of that difference."
     ]
-    remarks += [_task_remark(suite, task) for task in suite.tasks]
-    remarks += [*_latency_remark(suite), conditions(suite)]
+    remarks += [task_remark(suite, task) for task in suite.tasks]
+    remarks += [*latency_remark(suite), conditions(suite)]
     remarks.append(
         "Training: times are means over runs, without evaluation; memory is the highest peak."
     )
     return tuple(remark for remark in remarks if remark) + failure_remarks(suite)
 
 
-def _task_remark(suite: Suite, task: str) -> str:
+def task_remark(suite: Suite, task: str) -> str:
+    """Return what a task is scored on, "" where it was not."""
     for run in suite.runs:
         for score in run.record.evaluations:
             if (score.task, score.protocol) == (task, suite.protocol):
@@ -85,7 +87,8 @@ def _task_remark(suite: Suite, task: str) -> str:
     return ""
 
 
-def _latency_remark(suite: Suite) -> list[str]:
+def latency_remark(suite: Suite) -> list[str]:
+    """Return how the suite's models were timed, if they were."""
     timed = [latency for run in suite.runs for latency in run.record.latency]
     if not timed:
         return []

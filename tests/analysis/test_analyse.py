@@ -256,6 +256,7 @@ def test_the_command_writes_the_record_and_its_maps_and_prints_the_numbers(
     assert (record.row, record.method) == ("ours", "furina")
     assert [task.items for task in record.tasks] == [5, 5] and len(record.examples) == 2
     assert record.backbone.sha256 == backbone_hash(load_backbone("tiny-llama", "float32"))
+    assert record.dtype == "float32"
     mean = sum(record.tasks[0].top_k_share) / len(record.linears)
     assert f"{100 * mean:.1f}" in shown and "openbookqa" in shown
     maps = sorted(path.name for path in (tmp_path / "activity-maps").iterdir())

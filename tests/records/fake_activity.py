@@ -92,4 +92,5 @@ def activity_record(
         missing={} if shared else dict(MISSING),
         command="furina run activity",
         provenance=PROVENANCE,
+        dtype="bfloat16",
     )

@@ -38,6 +38,7 @@ SKILL = {
 }
 SLOWNESS = {"lora": 1.32, "furina": 1.41}
 TRAINABLE = {"lora": 39_075_840, "furina": 39_283_200}
+CONFIG = {"dtype": "bfloat16"}
 PROVENANCE = Provenance(
     python="3.11.7",
     packages={"torch": "2.13.0", "lm_eval": "0.4.13"},
@@ -130,7 +131,7 @@ def run_record(method: str, task: str, seed: int = 0, samples: bool = True) -> R
         method=method,
         task=task,
         seed=seed,
-        config={"learning_rate": 5e-4, "adapter": {"rank": 16}, "seed": seed},
+        config={**CONFIG, "learning_rate": 5e-4, "adapter": {"rank": 16}, "seed": seed},
         command="furina run quickstart",
         started="2026-11-20T10:00:00+00:00",
         finished="2026-11-20T10:06:00+00:00",
@@ -224,7 +225,7 @@ def search_record(
         stderr=None if value is None else 0.027,
         n=300,
         seconds=290.0,
-        config={"seed": seed},
+        config={**CONFIG, "seed": seed},
         command="furina run search",
         provenance=PROVENANCE,
     )
@@ -242,7 +243,7 @@ def selection_record(seed: int, coefficient: float, share: float) -> SelectionRe
         top_k_share=share,
         final_loss=1.2 + 0.01 * seed,
         gradient_ratio=0.2 if coefficient else None,
-        config={"seed": seed},
+        config={**CONFIG, "seed": seed},
         command="furina run selection",
         provenance=PROVENANCE,
     )

@@ -119,12 +119,17 @@ def test_the_mean_leaves_out_linears_whose_experts_have_no_update() -> None:
 def test_records_of_other_items_weights_or_protocols_cannot_share_a_table() -> None:
     task = OURS.tasks[0]
     for other, said in (
-        (replace(ROUTED, backbone=replace(ROUTED.backbone, sha256="0")), "the backbone differ"),
-        (replace(ROUTED, tasks=(replace(ROUTED.tasks[0], sha256="0"),)), "items of arc_easy"),
-        (replace(ROUTED, tasks=(replace(task, protocol="label"),)), "protocol of arc_easy"),
+        (replace(ROUTED, backbone=replace(ROUTED.backbone, sha256="0")), "the backbone's hash is"),
+        (replace(ROUTED, tasks=(replace(ROUTED.tasks[0], sha256="0"),)), "arc_easy's items is"),
+        (replace(ROUTED, tasks=(replace(task, protocol="label"),)), "protocol of arc_easy is"),
+        (replace(ROUTED, dtype="float32"), "the dtype is 'bfloat16' in the first and 'float32'"),
     ):
         with pytest.raises(RecordError, match=rf"furina.* and .*mola.* cannot share .*{said}"):
             activity_tables(filed(OURS, other))
+
+
+def test_a_record_that_does_not_say_its_dtype_stands_beside_one_of_the_same_weights() -> None:
+    assert activity_tables(filed(OURS, replace(ROUTED, dtype=None)))
 
 
 def test_without_records_there_are_neither_tables_nor_figures() -> None:

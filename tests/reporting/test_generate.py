@@ -12,6 +12,7 @@ import pytest
 
 from furina.records import RecordError, RunRecord
 from furina.reporting import OutdatedReportError, plots, report, significance
+from furina.reporting.overview import WIDEST
 from furina.reporting.readme import BEGIN, END, fill
 from tests.records import fakes
 
@@ -83,7 +84,7 @@ def test_the_check_lists_every_differing_missing_and_stale_file_and_writes_nothi
     deleted.unlink()
     stale = whole / "quickstart" / "tables" / "old.tex"
     stale.write_text("")
-    readme(whole).write_text(readme(whole).read_text().replace("| lora |", "| LoRA |"))
+    readme(whole).write_text(readme(whole).read_text().replace("| lora ", "| LoRA "))
     state = {p: p.read_bytes() for p in whole.parent.rglob("*") if p.is_file()}
     with pytest.raises(OutdatedReportError) as caught:
         report(whole, readme=readme(whole), check=True)
@@ -179,17 +180,42 @@ def test_other_files_in_results_are_left_alone(whole: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_readme_gets_the_main_table_and_apart_the_papers(whole: Path) -> None:
-    report(whole, readme=readme(whole))
+def test_the_readme_gets_a_table_at_a_glance_and_apart_the_papers(whole: Path) -> None:
+    made = report(whole, readme=readme(whole))
+    assert made.tables[-1].name == "overview"
     text = readme(whole).read_text()
     ours, papers = text.split("**In the paper:")
     assert text.startswith("# Title\n\n")
     assert text.endswith("\n\nAfter.\n")
     assert "old" not in text
-    assert "| furina | 1" in ours
+    assert "| furina <sup>" in ours
+    assert "[All columns](results/quickstart/tables/main.md)" in ours
     assert "| FURINA | 85.3 |" in papers
     assert "85.3" not in ours
     assert "no cell here compares" in papers
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_of_the_papers_that_is_too_wide_for_a_page_is_a_link(whole: Path) -> None:
+    path = whole / "paper" / "main.csv"
+    last = path.read_text().splitlines()[-1].split(",")
+    more = (",".join([*last[:3], f"column {i}", *last[4:]]) for i in range(WIDEST))
+    path.write_text(path.read_text() + "\n".join(more) + "\n")
+    report(whole, readme=readme(whole))
+    papers = readme(whole).read_text().split("**In the paper:")[1]
+    assert "[The paper's table](results/paper/tables/paper_main.md)" in papers
+    assert "FURINA" not in papers
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_any_suite_and_any_folder_can_have_the_block(whole: Path) -> None:
+    fakes.write_suite(whole / "second")
+    elsewhere = whole.parent / "docs" / "page.md"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(f"{BEGIN}\n{END}\n")
+    report(whole, readme=elsewhere, suite="second")
+    (link,) = re.findall(r"\[All columns\]\((.*)\)", elsewhere.read_text())
+    assert (elsewhere.parent / link).resolve() == whole / "second" / "tables" / "main.md"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -338,6 +338,17 @@ def test_a_run_that_two_suites_share_counts_once_in_all(folder: Path, tmp_path: 
     assert [row["runs", "all"].numbers[""] for row in rows_of(table)] == [6, 6, 10, 10]
 
 
+def test_the_effort_tells_runs_of_two_dtypes_apart(folder: Path, tmp_path: Path) -> None:
+    for path in fakes.write_suite(tmp_path / "wide"):
+        record = RunRecord.read(path)
+        replace(record, config={**record.config, "dtype": "float32"}).write(path)
+    rows = rows_of(effort_table([load_suite(folder), load_suite(tmp_path / "wide")]))
+    assert [row["runs", "all"].numbers[""] for row in rows] == [6, 6, 12]
+    name = "smollm2-135m-instruct in"
+    shown = [f"{name} bfloat16", f"{name} float32", f"{name} bfloat16; {name} float32"]
+    assert [row["", "backbone"].text for row in rows] == shown
+
+
 def test_the_command_runs_the_whole_suite(folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         record = RunRecord.read(path)

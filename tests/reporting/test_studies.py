@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -113,10 +113,19 @@ def test_one_trial_in_two_files_is_an_error_that_names_both() -> None:
         search_table(filed([LORA[0], LORA[0]]))
 
 
-@pytest.mark.parametrize(("key", "value"), [("metric", "acc_norm"), ("n", 100)])
-def test_another_metric_or_number_of_rows_in_one_grid_is_an_error(key: str, value: object) -> None:
-    other = replace(search_record("lora", "arc_easy", 1e-2, 0.5), **{key: value})  # type: ignore[arg-type]
-    with pytest.raises(RecordError, match=f"cannot share a table: {key} is"):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("the metric", {"metric": "acc_norm"}),
+        ("the number of questions", {"n": 100}),
+        ("the dtype", {"config": {"dtype": "float32"}}),
+    ],
+)
+def test_another_metric_number_of_rows_or_dtype_in_one_grid_is_an_error(
+    what: str, changes: dict[str, Any]
+) -> None:
+    other = replace(search_record("lora", "arc_easy", 1e-2, 0.5), **changes)
+    with pytest.raises(RecordError, match=f"cannot share a table: {what} is"):
         search_table(filed([*LORA, other]))
 
 
@@ -173,8 +182,17 @@ def test_a_loss_off_run_has_no_reduction_of_its_own() -> None:
         selection_table(filed([OFF[0], replace(OFF[0], reduction="mean")]))
 
 
-@pytest.mark.parametrize("key", ["top_k", "steps"])
-def test_another_k_or_budget_in_one_study_is_an_error(key: str) -> None:
-    other = replace(selection_record(9, 0.01, 0.5), **{key: 7})  # type: ignore[arg-type]
-    with pytest.raises(RecordError, match=f"cannot share a table: {key} is"):
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("the number of active experts", {"top_k": 7}),
+        ("the number of steps", {"steps": 7}),
+        ("the dtype", {"config": {"dtype": "float32"}}),
+    ],
+)
+def test_another_k_budget_or_dtype_in_one_study_is_an_error(
+    what: str, changes: dict[str, Any]
+) -> None:
+    other = replace(selection_record(9, 0.01, 0.5), **changes)
+    with pytest.raises(RecordError, match=f"cannot share a table: {what} is"):
         selection_table(filed([*OFF, *ON, other]))

@@ -48,6 +48,7 @@ MIXTURES: dict[str, Edit] = {
     "the backbone's hash is": lambda r: replace(r, backbone=replace(r.backbone, sha256="0" * 64)),
     "the number of prompt tokens is": retimed(prompt_tokens=50),
     "the number of new tokens is": retimed(new_tokens=50),
+    "the dtype is": lambda r: replace(r, config={**r.config, "dtype": "float32"}),
 }
 
 
@@ -59,6 +60,36 @@ def test_a_mixture_in_one_table_is_an_error_that_names_both_files(what: str, fol
     named = [other.name for other in folder.glob("*.json") if str(other) in str(caught.value)]
     assert path.name in named
     assert len(named) == 2
+
+
+@pytest.mark.parametrize("kept", ["scores", "times"])
+def test_records_of_two_dtypes_are_refused_in_one_sentence_that_names_both(
+    kept: str, folder: Path
+) -> None:
+    record = fakes.run_record("lora", "openbookqa")
+    wide = replace(
+        record,
+        config={**record.config, "dtype": "float32"},
+        backbone=replace(record.backbone, sha256="0" * 64),  # it holds the weights' bytes
+        evaluations=record.evaluations if kept == "scores" else (),
+        latency=record.latency if kept == "times" else (),
+    )
+    fakes.write_run(folder, wide)
+    with pytest.raises(RecordError) as caught:
+        load_suite(folder)
+    first, second = folder / "base--arc_easy--seed0.json", folder / "lora--openbookqa--seed0.json"
+    assert str(caught.value) == (
+        f"{first} and {second} cannot share a table: the dtype is 'bfloat16' in the first and "
+        "'float32' in the second; keep them in two suites or run one again like the other."
+    )
+
+
+def test_a_run_without_numbers_may_have_another_dtype(folder: Path) -> None:
+    record = fakes.run_record("lora", "openbookqa")
+    config = {**record.config, "dtype": "float32"}
+    failed = replace(record, status="failed", config=config, evaluations=(), latency=())
+    fakes.write_run(folder, failed)
+    assert load_suite(folder).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(("key", "setting"), [("learning_rate", 1e-3), ("adapter", {"rank": 8})])
