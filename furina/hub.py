@@ -66,18 +66,21 @@ def refusal(name: str, kind: Kind) -> str | None:
     if is_offline():
         return f"The {kind} {name} is not in the cache, and offline it cannot be fetched."
     file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
-    for pause in (*PAUSES, None):
+    pauses = iter(PAUSES)
+    while True:
         try:
             get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type))
-        except EntryNotFoundError:  # the repository is there
             return None
-        except Exception as error:  # which client the hub's library uses is its own affair
+        except EntryNotFoundError:  # the repository is there, and data need no card
+            missing = (
+                f"{name} holds no model that transformers loads: at {_endpoint()} it has no {file}."
+            )
+            return missing if kind == "model" else None
+        except Exception as error:  # which HTTP client the hub's library has is its own affair
+            pause = next(pauses, None)
             if pause is None or not _may_pass(error):
                 return reason(error, name, kind) or _unreachable(error)
-            time.sleep(pause)
-        else:
-            return None
-    raise AssertionError
+        time.sleep(pause)
 
 
 def reason(error: BaseException, name: str, kind: Kind) -> str | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -293,9 +292,9 @@ def _listed(places: dict[str, str], row: Callable[[str, int], Row]) -> dict[str,
     return files
 
 
-def repositories() -> dict[str, Callable[[], dict[str, bytes]]]:
-    """Return what makes the files of each repository, once."""
+def repositories() -> dict[str, dict[str, bytes]]:
+    """Return the files of each repository."""
     return {
-        **{name: cache(partial(_published, public)) for name, public in PARQUET.items()},
-        **{name: cache(partial(_listed, *listed)) for name, listed in JSON.items()},
+        **{name: _published(public) for name, public in PARQUET.items()},
+        **{name: _listed(*listed) for name, listed in JSON.items()},
     }

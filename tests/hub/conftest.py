@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ def _saved(folder: Path, vocabulary: int | None) -> dict[str, bytes]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     hub = Hub()
     for name, vocabulary in ((MODEL, None), (LARGE, VOCABULARY)):
-        make = partial(_saved, tmp_path_factory.mktemp("model"), vocabulary)
-        hub.repositories[name] = cache(make)
+        hub.repositories[name] = _saved(tmp_path_factory.mktemp("model"), vocabulary)
     for name, files in repositories().items():
         hub.repositories[f"datasets/{name}"] = files
     hub.start()
@@ -54,7 +52,7 @@ def hub(served: Hub) -> Iterator[Hub]:
     served.requests.clear()
     yield served
     served.repositories = before
-    for settings in (served.refusals, served.cut, served.stall):
+    for settings in (served.refusals, served.cut, served.silent):
         settings.clear()
 
 
@@ -70,8 +68,8 @@ def process(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         "HF_ENDPOINT": served.url,
         "HF_HOME": str(home / "hub"),
         "FURINA_CACHE_DIR": str(home / "furina"),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "HF_HUB_ETAG_TIMEOUT": "60",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "NO_PROXY": "127.0.0.1",

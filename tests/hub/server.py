@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -50,17 +48,17 @@ class Request(NamedTuple):
 
 @dataclass
 class Hub:
-    """Repositories by what stands before /resolve in a URL, each made when it is first asked for.
+    """Repositories by what stands before /resolve in a URL.
 
-    `cut` holds, by file, after how many bytes each of the next downloads breaks off, and `stall`
-    for how many seconds it is silent before it does.
+    `cut` holds, by file, after how many bytes each of the next downloads breaks off; before that,
+    one of `silent` sends nothing more until the client gives up.
     """
 
     port: int = 0
-    repositories: dict[str, Callable[[], Files]] = field(default_factory=dict)
+    repositories: dict[str, Files] = field(default_factory=dict)
     refusals: dict[str, Refusal] = field(default_factory=dict)
     cut: dict[str, list[int]] = field(default_factory=dict)
-    stall: dict[str, float] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)
     requests: list[Request] = field(default_factory=list)
     _server: ThreadingHTTPServer | None = None
 
@@ -138,9 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         elif repository not in self.hub.repositories:
             self._refuse(REFUSALS["missing"], repository)
         elif is_api:
-            self._api(repository, self.hub.repositories[repository](), rest, sent)
+            self._api(repository, self.hub.repositories[repository], rest, sent)
         elif rest[:1] == ["resolve"]:
-            self._file(repository, self.hub.repositories[repository](), "/".join(rest[2:]))
+            self._file(repository, self.hub.repositories[repository], "/".join(rest[2:]))
         else:
             self._refuse(NO_ENTRY, repository)
 
@@ -177,7 +175,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and self.hub.cut.get(path):
             self._head(status, headers, len(body))
             self.wfile.write(body[: self.hub.cut[path].pop(0)])
-            time.sleep(self.hub.stall.get(path, 0))
+            if path in self.hub.silent:
+                self.connection.recv(1)
         else:
             self._send(status, headers, body)
 
