@@ -18,10 +18,10 @@ VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
 WORKS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: help setup reproduce test test-slow lint report moe-peft vllm gguf clean
+.PHONY: help setup reproduce test test-slow test-processors lint report moe-peft vllm gguf clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv and install furina with its pinned requirements (PYTHON=… picks the interpreter)
 
@@ -35,6 +35,9 @@ test: lint ## Check style, types and layers, then run the tests (ARGS=… goes t
 test-slow: $(STAMP) $(GGUF)/.installed ## Run the tests that need the fetched model or take minutes
 	@$(BIN)/furina assets
 	@FURINA_REQUIRE_ASSETS=1 $(BIN)/python -m pytest -m 'slow or assets' $(ARGS)
+
+test-processors: $(STAMP) ## Run the numeric tests as this processor, one with AVX2 and an older one would
+	@$(BIN)/python -m tests.processors $(ARGS)
 
 lint: $(STAMP) ## Check style (ruff), types (mypy --strict) and layers (import-linter)
 	@$(BIN)/ruff check .

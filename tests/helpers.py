@@ -80,7 +80,7 @@ def chain(
 def _build(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = kind(config)
+        model: PreTrainedModel = kind._from_config(config, dtype=torch.float64)  # see `_normal`
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter, std=0.2)
@@ -151,10 +151,13 @@ def _rms(value: Tensor) -> float:
 
 
 def _normal(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a tensor; that of B is the same whether B or Bᵀ is stored."""
+    """Draw a tensor, in float64: fp32 normal numbers differ from processor to processor.
+
+    That of B is the same whether B or Bᵀ is stored.
+    """
     if name.endswith("Bt"):
-        return torch.randn(like.t().shape, generator=generator).t()
-    return torch.randn(like.shape, generator=generator)
+        return torch.randn(like.t().shape, generator=generator, dtype=torch.float64).t()
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
 
 def _ratio(layer: AdapterLinear) -> float:

@@ -53,6 +53,13 @@ def test_a_tiny_model_is_the_same_every_time_and_disturbs_no_generator(name):
     assert backbone_hash(load_backbone(name, "float32")) == backbone_hash(first)
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"), [("tiny-llama", "ab07e4009c7a"), ("tiny-qwen2", "06d2c1e3042b")]
+)
+def test_a_tiny_model_is_the_same_on_every_processor(name, digest):
+    assert backbone_hash(load_backbone(name, "float32")).startswith(digest)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_model_has_grouped_queries_and_no_square_mlp(name):
     model = load_backbone(name, "float32")
@@ -70,9 +77,9 @@ def test_the_two_tiny_models_differ_in_what_a_method_must_handle():
     assert qwen.model.layers[0].self_attn.q_proj.bias.abs().min() > 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_tiny_model_has_the_same_weights_rounded_once_in_every_dtype(dtype):
-    exact = load_backbone("tiny-qwen2", "float32")
+    exact = load_backbone("tiny-qwen2", "float64")
     model = load_backbone("tiny-qwen2", dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     for name, value in exact.state_dict().items():

@@ -124,6 +124,7 @@ def test_layers_hold() -> None:
     ("target", "words"),
     [
         ("test", ["pytest", "ruff check", "mypy", "lint-imports"]),
+        ("test-processors", ["tests.processors"]),
         ("reproduce", ["furina assets", "furina run quickstart"]),
         ("report", ["furina report"]),
         ("lint", ["ruff check", "ruff format --check", "mypy", "lint-imports"]),

@@ -111,7 +111,9 @@ class SLIMLinear(RoutedLinear):
         if self.has_router and config.weight_yielding:
             tracker.sum_over_step(self._clusters)
             shape = config.num_clusters, base.in_features
-            self.register_buffer("centres", torch.randn(shape, dtype=self.lora_A.dtype).to(self.lora_A))
+            self.register_buffer(
+                "centres", torch.randn(shape, dtype=self.parameter_dtype).to(self.lora_A)
+            )
             self.register_buffer("mean", self.lora_A.new_zeros(shape))
             self.register_buffer("deviation", self.lora_A.new_ones(shape))
             self.register_buffer("seen", self.lora_A.new_zeros(shape[0]))

@@ -62,13 +62,13 @@ def name_of(config: AdapterConfig) -> str:
     return " ".join([config.name, *(f"{k}={v}" for k, v in sorted(changed.items()))])
 
 
-def losses(config: AdapterConfig, dtype: str, order: int = 0) -> list[float]:
+def losses(config: AdapterConfig, dtype: str, order: int = 0, steps: int = STEPS) -> list[float]:
     """Return the loss of each step; `order` shuffles the rows inside the micro-batches."""
     model = furina.adapt(backbone(dtype), config, seed=1).train()
     optimizer = AdamW(furina.parameter_groups(model, 1e-3, weight_decay=0.01))
     rows, shuffle = examples(), torch.Generator().manual_seed(order)
     found = []
-    for step in range(STEPS):
+    for step in range(steps):
         torch.manual_seed(step)
         window = [[rows[(step * 2 * ROWS + half * ROWS + i) % len(rows)] for i in range(ROWS)]
                   for half in range(2)]  # fmt: skip

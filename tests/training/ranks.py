@@ -178,9 +178,7 @@ def assert_equal_runs(ours: dict[str, Any], theirs: dict[str, Any], exactly: boo
         steps, losses = zip(*ours[key], strict=True)
         other_steps, other_losses = zip(*theirs[key], strict=True)
         assert steps == other_steps
-        print("LOSS",key,max(abs(a/b-1) for a,b in zip(losses,other_losses)))
         assert losses == pytest.approx(other_losses, rel=rtol), key
-    print("NORM",(ours["norm"]/theirs["norm"]-1).item())
     torch.testing.assert_close(ours["norm"], theirs["norm"], rtol=rtol, atol=0)
     assert_same_way(ours["adapter"], theirs["adapter"], theirs["start"], 0 if exactly else WAY)
 
@@ -195,7 +193,7 @@ def assert_same_way(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         apart, way = (tensor - theirs[name]).norm(), (theirs[name] - start[name]).norm()
-        print("WAY",name,(apart/way).item()); assert apart <= rtol * way, (name, apart, way)
+        assert apart <= rtol * way, (name, apart, way)
 
 
 class KillRank(pl.Callback):

@@ -76,9 +76,10 @@ def test_fp32_parameters_are_trained_beside_bf16_weights(folder: Path, tmp_path:
     assert_equal_runs(first, second, exactly=True)
     assert {tensor.dtype for tensor in first["adapter"].values()} == {torch.float32}
     alone = train(MIXED, tmp_path)
-    for key in ("losses", "validation"):
-        for (_, loss), (_, other) in zip(first[key], alone[key], strict=True):
-            assert loss == pytest.approx(other, rel=2**-8)  # bf16's unit in the last place
+    # Before the first step: what Adam makes of bf16's rounding is no small part of the later ones.
+    assert first["losses"][0][1] == pytest.approx(alone["losses"][0][1], rel=2**-8)
+    # Two that went ways of their own would be √2 of the way apart.
+    assert_same_way(first["adapter"], alone["adapter"], alone["start"], 0.5)
 
 
 def sharded_run(rank: int, port: int, folder: Path, die_before: int | None) -> None:

@@ -8,6 +8,7 @@ from furina.adapters import methods
 from tests.training.golden import configs, default, losses, name_of, recorded
 
 RECORDED = recorded()
+FEW = 5
 CONFIGS = dict(configs())
 QUICK = {name_of(default(method)) for method in methods()} | {
     "furina dropout=0.1",
@@ -30,15 +31,16 @@ def test_float64_losses_of_20_steps_are_the_recorded_ones(name: str) -> None:
 
 @pytest.mark.parametrize("method", methods())
 def test_fp32_losses_differ_from_the_recorded_ones_as_orders_of_the_rows_do(method: str) -> None:
-    """Rows in another order give the size of rounding."""
+    """Rows in another order give the size of rounding, and of what Adam makes of it."""
     name = name_of(default(method))
-    found = losses(CONFIGS[name], "float32")
-    shuffled = losses(CONFIGS[name], "float32", order=1)
+    found = losses(CONFIGS[name], "float32", steps=FEW)
+    shuffled = losses(CONFIGS[name], "float32", order=1, steps=FEW)
     spread = max(abs(one - other) for one, other in zip(found, shuffled, strict=True))
     assert 0 < spread < 0.1
-    assert found == pytest.approx(RECORDED[name]["float32"], abs=10 * spread, rel=0)
+    assert found == pytest.approx(RECORDED[name]["float32"][:FEW], abs=10 * spread, rel=0)
 
 
 @pytest.mark.parametrize("name", ["furina dropout=0.1", "dora dropout=0.1"])
 def test_the_same_run_twice_is_bitwise_equal(name: str) -> None:
-    assert losses(CONFIGS[name], "float32") == losses(CONFIGS[name], "float32")
+    first, second = (losses(CONFIGS[name], "float32", steps=FEW) for _ in range(2))
+    assert first == second
