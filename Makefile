@@ -30,7 +30,7 @@ reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the 
 	@$(BIN)/furina run $(SUITE) $(if $(METHODS),--rows $(METHODS)) $(ARGS)
 
 test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP) $(GGUF)/.installed ## Run the tests that need the fetched model or take minutes
 	@$(BIN)/furina assets

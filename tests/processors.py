@@ -71,7 +71,18 @@ def fault(level: Level, arguments: list[str]) -> str | None:
     print(f"\n== {level.name}: PyTorch calls this processor {found} ==", flush=True)
     if level.capability not in ("", found):
         return f"{level.name} (PyTorch calls this processor {found} and not {level.capability})"
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", "auto", *NUMERIC, *arguments]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        *NUMERIC,
+        *arguments,
+    ]
     return level.name if subprocess.run(tests, env=environment).returncode else None
 
 

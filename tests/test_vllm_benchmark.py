@@ -33,13 +33,13 @@ SMALL += [
 ]
 SMALL += ["--relative-update", "0.1"]
 WORKER = """
-import json, sys, time
-import torch
-from transformers import AutoModelForCausalLM
+import json, sys
 setup = json.loads(input())
 if setup["rank"]:
     print(json.dumps({"error": "ValueError: no LoRA here\\nsecond line"}), flush=True)
     sys.exit()
+import torch
+from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(setup["model"], dtype=torch.float32)
 versions = {"vllm": "0", "torch (vllm)": "1"}
 print(json.dumps({"seconds": 0.5, "versions": versions}), flush=True)

@@ -180,7 +180,7 @@ def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path: Path) 
     launcher.start()
     pids = [started(waiting, rank)["pid"] for rank in range(2)]
     launcher.kill()
-    launcher.join(10)
+    launcher.join(100)
     for pid in pids:
         wait_until_gone(pid)
 

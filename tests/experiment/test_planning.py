@@ -40,7 +40,8 @@ SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def paper(backbone: str = "meta-llama/Llama-3.2-3B", **changes: Any) -> RunConfig:
     """Return a run at the paper's scale."""
-    start: dict[str, Any] = {"protocol": "label", "batch_size": 16, "steps": 100, "test_size": None}
+    start: dict[str, Any] = {"protocol": "label", "batch_size": 16, "steps": 100}
+    start |= {"test_size": None, "dtype": "bfloat16"}
     return RunConfig().updated({"backbone": backbone, "method": "lora", **start, **changes})
 
 

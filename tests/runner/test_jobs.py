@@ -24,12 +24,23 @@ from tests.experiment.helpers import OPTIONS, SMALL, write_data
 from tests.runner.helpers import lora, write_suite
 
 
-@pytest.fixture
-def suite(tmp_path: Path) -> Suite:
-    shared = {**SMALL, "steps": 2, "latency_rounds": 0, "data_dir": write_data(tmp_path / "data")}
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    folder = tmp_path_factory.mktemp("suite")
+    shared = {**SMALL, "steps": 2, "latency_rounds": 0, "data_dir": write_data(folder / "data")}
     furina = {"method": "furina", "adapter": OPTIONS["furina"]}
     files = {"base": {"method": "base"}, "furina": furina, "lora": lora(adapter=OPTIONS["lora"])}
-    return read_suite(write_suite(tmp_path / "cells", shared, **files))
+    return read_suite(write_suite(folder / "cells", shared, **files))
+
+
+@pytest.fixture(scope="module")
+def alone(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The base's and LoRA's records by file, made by this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    places = Places(folder / "results", folder / "runs")
+    few = suite.chosen(["base", "lora"])
+    files = [file for config in few.runs if (file := run_one(few, config, places).file)]
+    return {file.name: without_course(RunRecord.read(file)) for file in files}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +67,10 @@ class Doomed(CellJob):
 
 
 def test_a_grid_runs_as_processes_gives_what_one_process_gives_and_outlives_a_killed_one(
-    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Suite,
+    alone: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs_module, "CellJob", Doomed)
     places = Places(tmp_path / "results", tmp_path / "runs")
@@ -68,11 +82,7 @@ def test_a_grid_runs_as_processes_gives_what_one_process_gives_and_outlives_a_ki
     killed = records.pop("furina--arc_easy--seed0.json")
     assert killed.status == "failed"
     assert killed.error == "its process ended without a result, killed or out of memory"
-    alone = Places(tmp_path / "alone", tmp_path / "alone runs")
-    for config in suite.chosen(["base", "lora"]).runs:
-        file = run_one(suite, config, alone).file
-        assert file is not None
-        assert without_course(records[file.name]) == without_course(RunRecord.read(file))
+    assert {name: without_course(record) for name, record in records.items()} == alone
 
 
 @pytest.mark.parametrize(
@@ -139,18 +149,16 @@ class ArrayHere(LocalExecutor):
 
 
 def test_a_job_array_gives_what_one_process_gives(
-    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Suite,
+    alone: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs_module, "SlurmExecutor", ArrayHere)
     few = suite.chosen(["base", "lora"])
     files = run_jobs(few, Places(tmp_path / "results", tmp_path / "runs"), 1, Slurm(hours=2))
     assert ArrayHere.asked["array_parallelism"] == 1 and ArrayHere.asked["time"] == 120
-    alone = Places(tmp_path / "alone", tmp_path / "alone runs")
-    assert len(files) == len(few.runs) == 2
-    for config, file in zip(few.runs, files, strict=True):
-        own = run_one(few, config, alone).file
-        assert own is not None
-        assert without_course(RunRecord.read(file)) == without_course(RunRecord.read(own))
+    assert {file.name: without_course(RunRecord.read(file)) for file in files} == alone
 
 
 def test_the_time_left_of_an_array_does_not_count_the_queue(

@@ -62,12 +62,11 @@ def name_of(config: AdapterConfig) -> str:
     return " ".join([config.name, *(f"{k}={v}" for k, v in sorted(changed.items()))])
 
 
-def losses(config: AdapterConfig, dtype: str, order: int = 0, steps: int = STEPS) -> list[float]:
-    """Return the loss of each step; `order` shuffles the rows inside the micro-batches."""
+def losses(config: AdapterConfig, dtype: str, steps: int = STEPS) -> list[float]:
+    """Return the loss of each step."""
     model = furina.adapt(backbone(dtype), config, seed=1).train()
     optimizer = AdamW(furina.parameter_groups(model, 1e-3, weight_decay=0.01))
-    rows, shuffle = examples(), torch.Generator().manual_seed(order)
-    found = []
+    rows, found = examples(), []
     for step in range(steps):
         torch.manual_seed(step)
         window = [[rows[(step * 2 * ROWS + half * ROWS + i) % len(rows)] for i in range(ROWS)]
@@ -75,8 +74,7 @@ def losses(config: AdapterConfig, dtype: str, order: int = 0, steps: int = STEPS
         optimizer.zero_grad()
         total = 0.0
         for micro in window:
-            places = torch.randperm(ROWS, generator=shuffle).tolist() if order else range(ROWS)
-            batch = select_answers(collate([micro[place] for place in places], pad_id=0))
+            batch = select_answers(collate(micro, pad_id=0))
             loss = (answer_loss(model, batch)[0] + furina.auxiliary_loss(model)) / 2
             loss.backward()
             total += loss.item()

@@ -30,14 +30,15 @@ def test_float64_losses_of_20_steps_are_the_recorded_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", methods())
-def test_fp32_losses_differ_from_the_recorded_ones_as_orders_of_the_rows_do(method: str) -> None:
-    """Rows in another order give the size of rounding, and of what Adam makes of it."""
+def test_fp32_losses_of_the_first_steps_are_the_recorded_ones_but_for_rounding(method: str) -> None:
+    """Of 64 terms to a product a loss of 6 is off by 2e-5, of what Adam makes of δ = 2⁻²⁴ by 3e-5.
+
+    Where a gradient is no larger than δ, Adam goes a step either way: 2·δ·lr·Σm for each step, with
+    m = 20 for the thousand entries of v and 1 for the twenty thousand others.
+    """
     name = name_of(default(method))
     found = losses(CONFIGS[name], "float32", steps=FEW)
-    shuffled = losses(CONFIGS[name], "float32", order=1, steps=FEW)
-    spread = max(abs(one - other) for one, other in zip(found, shuffled, strict=True))
-    assert 0 < spread < 0.1
-    assert found == pytest.approx(RECORDED[name]["float32"][:FEW], abs=10 * spread, rel=0)
+    assert found == pytest.approx(RECORDED[name]["float32"][:FEW], abs=5e-5, rel=0)
 
 
 @pytest.mark.parametrize("name", ["furina dropout=0.1", "dora dropout=0.1"])

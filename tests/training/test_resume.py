@@ -82,27 +82,32 @@ def interrupted(folder: Path, stop: int, **options: Any) -> tuple[LossHistory, A
     return history, run
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[LossHistory, Any]:
+    """The run of 15 steps that nothing interrupts."""
+    history = LossHistory()
+    module = FinetuneModule(tiny(dropout=0.1), 1e-2, total_steps=15)
+    folder = tmp_path_factory.mktemp("whole")
+    return history, fit(module, folder, callbacks=[history], limit_val_batches=1.0, max_steps=15)
+
+
 @pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 15}])
 @pytest.mark.parametrize("stop", [4, 5, 6, 10, 15])
 def test_resume_at_and_around_an_epoch_end_continues_exactly(
-    stop: int, limit: dict[str, int], tmp_path: Path
+    stop: int, limit: dict[str, int], whole: tuple[LossHistory, Any], tmp_path: Path
 ) -> None:
     history, run = interrupted(tmp_path, stop, **limit)
-    whole = LossHistory()
-    module = FinetuneModule(tiny(dropout=0.1), 1e-2, total_steps=15)
-    fit(module, tmp_path, callbacks=[whole], limit_val_batches=1.0, max_steps=15)
     assert run.global_step == 15
-    assert history.training == whole.training
+    assert history.training == whole[0].training
     state = furina.adapter_state_dict(run.lightning_module.model)
-    for name, tensor in furina.adapter_state_dict(module.model).items():
+    for name, tensor in furina.adapter_state_dict(whole[1].lightning_module.model).items():
         assert torch.equal(tensor, state[name]), name
 
 
-def test_running_loss_goes_on_over_a_resume(tmp_path: Path) -> None:
+def test_running_loss_goes_on_over_a_resume(whole: tuple[LossHistory, Any], tmp_path: Path) -> None:
     _, run = interrupted(tmp_path, 7, max_steps=15)
-    whole = fit(FinetuneModule(tiny(dropout=0.1), 1e-2, total_steps=15), tmp_path, max_steps=15)
     key = "train/loss_running"
-    assert torch.equal(run.callback_metrics[key], whole.callback_metrics[key])
+    assert torch.equal(run.callback_metrics[key], whole[1].callback_metrics[key])
 
 
 def resume(module: FinetuneModule, folder: Path) -> None:
