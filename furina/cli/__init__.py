@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from furina import __version__
 from furina.cli.commands import COMMANDS
 from furina.errors import ConfigurationError, FurinaError, nearest
+from furina.progress import shown
 
 _CHATTER = "lightning.pytorch.utilities.rank_zero"
 """Lightning's logger of devices found and products to try."""
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             logging.getLogger(_CHATTER).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
-        return _guarded(words, debug)
+        with shown(sys.stderr):
+            return _guarded(words, debug)
 
 
 def _guarded(words: list[str], debug: bool) -> int:

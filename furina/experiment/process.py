@@ -14,11 +14,13 @@ from furina.backbones import best_device, load_backbone, load_tokenizer
 from furina.data.module import TaskDataModule
 from furina.experiment.config import RunConfig
 from furina.inject import adapt
+from furina.progress import part
 from furina.training import (
     FinetuneModule,
     LossHistory,
     ResumeCheckpoint,
     ShardedStrategy,
+    StepProgress,
     training_attention,
 )
 
@@ -90,7 +92,7 @@ def train(
 
     Of several processes each calls this with the same arguments.
     """
-    with _attention(config, model, data):
+    with part("training"), _attention(config, model, data):
         history = _train(config, run_dir, model, data)
     data.trainer = None  # from here on its rows are no longer shared with other processes
     if config.strategy != "fsdp":
@@ -111,7 +113,6 @@ def _train(
     config: RunConfig, run_dir: Path, model: PreTrainedModel, data: TaskDataModule
 ) -> LossHistory:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
     steps = optimiser_steps(config, data)
@@ -145,7 +146,8 @@ def _train(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=CSVLogger(run_dir, name="", version="logs"),
-            callbacks=[history, TQDMProgressBar(refresh_rate=5), resume],
+            callbacks=[history, StepProgress(), resume],
+            enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)

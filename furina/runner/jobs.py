@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
+from furina.progress import shown
 from furina.records import timestamp
 from furina.runner.cells import Outcome, Places, help_to_train, record_failure, run_when_free
 from furina.runner.grid import Progress, files_of
@@ -96,7 +98,8 @@ class CellJob:
         if self.threads:
             torch.set_num_threads(self.threads)
         if is_first_machine():
-            return run_when_free(self.suite, self.config, self.places)
+            with shown(sys.stdout):  # its file; the last line of stderr says why a job died
+                return run_when_free(self.suite, self.config, self.places)
         help_to_train(self.config, self.places)
         return None
 
@@ -156,7 +159,7 @@ def _drain(
     Of those, `at_once` run at a time: a job of Slurm's is started long before it runs, so it is
     taken to have begun no sooner than there was room for it.
     """
-    progress = Progress(len(suite.runs), jobs=at_once)
+    progress = Progress(list(suite.runs), jobs=at_once)
     rooms = [progress.clock()] * at_once
     waiting, running = list(enumerate(suite.runs)), list[_Running]()
     outcomes: dict[int, Outcome] = {}
