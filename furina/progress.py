@@ -132,6 +132,6 @@ def _bar(name: str, stream: TextIO) -> Progress | None:
     bar = Progress(
         texts[0], BarColumn(), texts[1], console=console, transient=True, auto_refresh=False
     )
-    bar.add_task(name, total=None, told="")
+    bar.add_task(name, total=1, told="")
     bar.start()
     return bar
