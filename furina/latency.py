@@ -25,6 +25,7 @@ from furina.inject import is_adapted, state_of
 from furina.logits import contiguous_lm_head_input
 from furina.merging import is_merged
 from furina.mode import evaluation_mode
+from furina.progress import advance
 from furina.records import Latency, Spread, Variant
 
 if TYPE_CHECKING:
@@ -143,8 +144,10 @@ def interleaved(
     """Time each timer once a round, in a new random order; return what the warm rounds took."""
     order = random.Random(seed)
     timings: dict[str, list[Timing]] = {name: [] for name in timers}
+    total = (warmup + rounds) * len(timers)
     for number, prompt in enumerate(itertools.islice(prompts, warmup + rounds)):
-        for name in order.sample(list(timers), len(timers)):
+        for place, name in enumerate(order.sample(list(timers), len(timers))):
+            advance(number * len(timers) + place, total, "generations")
             timing = timers[name](prompt, new_tokens)
             if number >= warmup:
                 timings[name].append(timing)

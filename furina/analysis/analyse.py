@@ -18,6 +18,7 @@ from furina.data.splits import test_subset
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
 from furina.inject import AdaptedState, state_of
+from furina.progress import advance
 from furina.records import (
     ActivityRecord,
     Backbone,
@@ -151,6 +152,7 @@ def _batches(
     """Yield the examples, longest first: neighbours of like length pad little."""
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
     for start in range(0, len(ordered), batch_size):
+        advance(start, len(ordered), "items")
         batch = collate(ordered[start : start + batch_size], pad_id)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 

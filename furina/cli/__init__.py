@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from furina import __version__
 from furina.cli.commands import COMMANDS
 from furina.errors import ConfigurationError, FurinaError, nearest
+from furina.progress import shown
 
 _CHATTER = "lightning.pytorch.utilities.rank_zero"
 """Lightning's logger of devices found and products to try."""
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _Lines) for handler in logger.handlers):
             logger.addHandler(_Lines())
-        return _guarded(words, debug)
+        with shown(sys.stderr):
+            return _guarded(words, debug)
 
 
 def _guarded(words: list[str], debug: bool) -> int:

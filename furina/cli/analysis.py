@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from furina.cli.shared import add_backbone, add_data_source, console
 from furina.errors import ConfigurationError
+from furina.progress import part
 
 
 def analyse_options(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -71,17 +72,18 @@ def analyse(options: Namespace) -> None:
     model = load_backbone(options.backbone, options.dtype, device=best_device())
     backbone = Backbone(options.backbone, backbone_hash(model))
     load(options.adapter_dir, model)
-    record = look(
-        model,
-        load_tokenizer(options.backbone),
-        {task: TaskItems(options.protocol, items) for task, items in tasks.items()},
-        backbone=backbone,
-        size=options["items"],  # options.items is a method
-        subset_seed=options.seed,
-        examples=options.examples,
-        batch_size=options.batch_size,
-        command=_command(options),
-    )
+    with part("analysing the experts"):
+        record = look(
+            model,
+            load_tokenizer(options.backbone),
+            {task: TaskItems(options.protocol, items) for task, items in tasks.items()},
+            backbone=backbone,
+            size=options["items"],  # options.items is a method
+            subset_seed=options.seed,
+            examples=options.examples,
+            batch_size=options.batch_size,
+            command=_command(options),
+        )
     record = replace(record, row=options.row or record.method)
     record.write(options.out)
     _show(options.out)

@@ -20,6 +20,7 @@ from furina.cli.shared import (
     require_new,
 )
 from furina.errors import ConfigurationError
+from furina.progress import part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,11 +104,12 @@ def evaluate(options: Namespace) -> None:
         load(options.adapter_path, model)
     tokenizer = load_tokenizer(options.backbone)
     settings = {key: options[key] for key in ("batch_size", "engine", "execute_code")}
-    done = [
-        (variant, score(model, tokenizer, task, rows, options.protocol, **settings))
-        for variant in _variants(model)
-        for task, rows in items.items()
-    ]
+    done = []
+    for variant in _variants(model):
+        for task, rows in items.items():
+            with part(f"scoring {variant} on {task}"):
+                scored = score(model, tokenizer, task, rows, options.protocol, **settings)
+            done.append((variant, scored))
     _print(done)
     if options.output is not None:
         _write(done, options.output)
@@ -205,15 +207,16 @@ def latency(options: Namespace) -> None:
     model = load_backbone(options.backbone, options.dtype, device=best_device())
     if options.adapter_path is not None:
         load(options.adapter_path, model)
-    results = measure_latency(
-        model,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        batch_size=options.batch_size,
-        rounds=options.rounds,
-        warmup=options.warmup,
-        seed=options.seed,
-    )
+    with part("timing"):
+        results = measure_latency(
+            model,
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+            batch_size=options.batch_size,
+            rounds=options.rounds,
+            warmup=options.warmup,
+            seed=options.seed,
+        )
     times = ("first token, ms", "each token, ms", "total, ms")
     table = Table("variant", *times, "tokens/s", "total / base")
     for result in results:

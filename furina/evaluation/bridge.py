@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,6 +15,7 @@ from furina.errors import ConfigurationError, nearest
 from furina.evaluation.engine import shared_prefix_lm
 from furina.evaluation.evaluation import Engine
 from furina.mode import evaluation_mode
+from furina.progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def live_model(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave of lm-eval's talk its errors and one progress bar, and that on terminals only."""
+    """Leave of lm-eval's talk its errors; its bar of requests tells `furina.progress` instead."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -80,8 +81,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     for module, bar in zip(chatty, bars, strict=True):
-        scoring = module is lm_eval.models.huggingface
-        module.tqdm = _bar(bar, disable=None if scoring else True)  # None: only on a terminal
+        module.tqdm = _bar(bar, "answers" if module is lm_eval.models.huggingface else None)
     try:
         yield
     finally:
@@ -92,8 +92,17 @@ def quiet() -> Iterator[None]:
             module.tqdm = bar
 
 
-def _bar(tqdm: Callable[..., Any], disable: bool | None) -> Callable[..., Any]:
-    def bar(*args: Any, **options: Any) -> Any:
-        return tqdm(*args, **{**options, "disable": disable})
+def _bar(tqdm: type[Any], unit: str | None) -> type[Any]:
+    """Return a kind of tqdm that shows nothing, and tells of what it counts if that has a unit."""
 
-    return bar
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            self.update(0)
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if unit and self.total:
+                advance(self.n, self.total, unit)
+
+    return Silent

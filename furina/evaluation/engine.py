@@ -20,6 +20,7 @@ from torch import Tensor
 from furina.errors import ConfigurationError
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
 from furina.logits import logits_at
+from furina.progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,8 +122,11 @@ class Scorer:
         self._warn_of_window(cut)
         rows = self.packing.rows([request.inputs for request in cut])
         reads = [len(request.targets) for request in cut]
+        done = 0
         for batch in batches(rows, reads, self._limits()):
+            advance(done, len(cut), "answers")
             yield from self._answers(batch, cut)
+            done += sum(len(row.members) for row in batch)
 
     def _limits(self) -> Limits:
         tokens, padding, logits, _ = self.budget
@@ -265,19 +269,11 @@ def shared_prefix_lm() -> type[Any]:
             if self.backend != "causal":
                 raise ConfigurationError("Shared prefixes need a causal language model.")
             answers: dict[int, Answer] = {}
-            with (
-                huggingface.tqdm(
-                    total=len(requests),
-                    disable=disable_tqdm or self.rank != 0,
-                    desc="Running loglikelihood requests",
-                ) as bar,
-                self._precision(),
-            ):
+            with self._precision():
                 for index, answer in self._scoring(override_bs).stream([r[1:] for r in requests]):
                     answers[index] = answer
                     if (text := requests[index][0]) is not None:  # None: parts of a rolling text
                         self.cache_hook.add_partial("loglikelihood", text, answer)
-                    bar.update(1)
             return [answers[index] for index in range(len(requests))]
 
         def _scoring(self, batch_size: int | None) -> Scorer:

@@ -15,6 +15,7 @@ from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.logits import contiguous_lm_head_input
 from furina.mode import evaluation_mode
+from furina.progress import advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +83,7 @@ def generate(
         torch.inference_mode(),
     ):
         for start in range(0, len(order), batch_size):
+            advance(start, len(order), "answers")
             indices = order[start : start + batch_size]
             written = writer.write([encoded[index] for index in indices])
             for index, text in zip(indices, written, strict=True):

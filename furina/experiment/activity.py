@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from furina.analysis import TaskItems, analyse
 from furina.experiment.config import RunConfig
+from furina.progress import part
 from furina.records import ActivityRecord, Backbone
 from furina.storage import remove_leftovers
 
@@ -33,16 +34,18 @@ def record_activity(
     """
     file = run_dir / FILE
     if config.activity_items and not file.exists():
-        analyse(
-            model,
-            tokenizer,
-            tasks,
-            backbone=backbone,
-            size=config.activity_items,
-            subset_seed=config.test_seed,
-            batch_size=config.eval_batch_size,
-            max_length=config.max_length,
-        ).write(file)
+        with part("analysing the experts"):
+            record = analyse(
+                model,
+                tokenizer,
+                tasks,
+                backbone=backbone,
+                size=config.activity_items,
+                subset_seed=config.test_seed,
+                batch_size=config.eval_batch_size,
+                max_length=config.max_length,
+            )
+        record.write(file)
 
 
 def publish_activity(config: RunConfig, command: str, run_dir: Path, results_dir: Path) -> None:

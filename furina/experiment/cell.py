@@ -32,6 +32,7 @@ from furina.latency import measure_latency
 from furina.merging import MergeReport, merge, unmerge
 from furina.mode import evaluation_mode
 from furina.processor import best_device
+from furina.progress import part
 from furina.records import (
     Backbone,
     Data,
@@ -168,6 +169,7 @@ def _subject(config: RunConfig, run_dir: Path) -> Subject:
     return Subject(fitted.model, fitted.tokenizer, fitted)
 
 
+@part("loading the test items")
 def _test_sets(config: RunConfig) -> tuple[TestSet, ...]:
     sets = []
     for task, protocol in config.scored:
@@ -192,9 +194,10 @@ def _measure(
     scores = score("unmerged")
     if not state_of(subject.model).config.mergeability().ok:
         return scores, None
-    before = _logits(subject, tests[0])
-    report = merge(subject.model)
-    after = _logits(subject, tests[0])
+    with part("merging"):
+        before = _logits(subject, tests[0])
+        report = merge(subject.model)
+        after = _logits(subject, tests[0])
     scores += score("merged")
     unmerge(subject.model)
     return scores, _merge_record(report, after - before, scores, run_dir)
@@ -221,12 +224,13 @@ def _score(
     finished = run_dir / f"scores-{test.label}-{variant}.json"
     samples = f"{SAMPLES}{test.label}--{variant}.jsonl.gz"
     if not (finished.exists() and (run_dir / samples).exists()):
-        evaluation = evaluate(
-            *(subject.model, subject.tokenizer, test.task, test.items, test.protocol),
-            batch_size=config.eval_batch_size,
-            engine=config.engine,
-            execute_code=config.execute_code,
-        )
+        with part(f"scoring {variant} on {test.task}"):
+            evaluation = evaluate(
+                *(subject.model, subject.tokenizer, test.task, test.items, test.protocol),
+                batch_size=config.eval_batch_size,
+                engine=config.engine,
+                execute_code=config.execute_code,
+            )
         evaluation.write_samples(run_dir / samples)
         write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
     saved = json.loads(finished.read_text(encoding="utf-8"))
@@ -282,9 +286,10 @@ def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latenc
     if finished.exists():
         saved = json.loads(finished.read_text(encoding="utf-8"))
         return tuple(codec.decode(Latency, latency, str(finished)) for latency in saved)
-    timed = measure_latency(
-        subject.model, rounds=config.latency_rounds, warmup=config.latency_warmup
-    )
+    with part("timing"):
+        timed = measure_latency(
+            subject.model, rounds=config.latency_rounds, warmup=config.latency_warmup
+        )
     records = tuple(result.to_record(_variant(result.variant)) for result in timed)
     write_json(finished, [asdict(latency) for latency in records])
     return records
@@ -354,6 +359,7 @@ def _data(config: RunConfig, tests: tuple[TestSet, ...], fitted: Fitted | None) 
 
 
 @cache
+@part("loading and hashing the backbone")
 def _backbone(name: str, dtype: str) -> Backbone:
     """Describe the backbone as it is loaded, not as an adapter's run left it."""
     return Backbone(name, backbone_hash(load_backbone(name, dtype)))

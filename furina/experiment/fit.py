@@ -19,6 +19,7 @@ from furina.experiment.process import adapted, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
 from furina.inject import load_adapter_state_dict
 from furina.processor import best_device
+from furina.progress import part
 from furina.records import Training, codec
 from furina.storage import write_json
 from furina.training import LossHistory
@@ -142,6 +143,7 @@ def _fit_by_others(config: RunConfig, run_dir: Path, data: TaskDataModule) -> No
         raise
 
 
+@part("loading the backbone and the data")
 def _prepared(config: RunConfig, device: str | None) -> tuple[PreTrainedModel, TaskDataModule]:
     data = run_data(config)
     model = adapted(config, device)

@@ -15,11 +15,13 @@ from furina.data.module import TaskDataModule
 from furina.experiment.config import RunConfig
 from furina.inject import adapt
 from furina.processor import best_device
+from furina.progress import part
 from furina.training import (
     FinetuneModule,
     LossHistory,
     ResumeCheckpoint,
     ShardedStrategy,
+    StepProgress,
     training_attention,
 )
 
@@ -91,7 +93,7 @@ def train(
 
     Of several processes each calls this with the same arguments.
     """
-    with _attention(config, model, data):
+    with part("training"), _attention(config, model, data):
         history = _train(config, run_dir, model, data)
     data.trainer = None  # from here on its rows are no longer shared with other processes
     if config.strategy != "fsdp":
@@ -112,7 +114,6 @@ def _train(
     config: RunConfig, run_dir: Path, model: PreTrainedModel, data: TaskDataModule
 ) -> LossHistory:
     from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.loggers import CSVLogger
 
     steps = optimiser_steps(config, data)
@@ -146,7 +147,8 @@ def _train(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=CSVLogger(run_dir, name="", version="logs"),
-            callbacks=[history, TQDMProgressBar(refresh_rate=5), resume],
+            callbacks=[history, StepProgress(), resume],
+            enable_progress_bar=False,
             enable_model_summary=False,
         )
         trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)

@@ -15,6 +15,7 @@ from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
 from furina.experiment.process import planned_steps
 from furina.processor import best_device
+from furina.progress import part
 from furina.records import SearchRecord, SelectionRecord, provenance
 from furina.training import DivergedError
 
@@ -106,10 +107,11 @@ def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, fl
     else:
         model, tokenizer = fitted.model, fitted.tokenizer
         items = fitted.data.validation_items[config.task]
-    evaluation = evaluate(
-        *(model, tokenizer, config.task, items, config.protocol),
-        batch_size=config.eval_batch_size,
-        engine=config.engine,
-    )
+    with part("scoring held-out items"):
+        evaluation = evaluate(
+            *(model, tokenizer, config.task, items, config.protocol),
+            batch_size=config.eval_batch_size,
+            engine=config.engine,
+        )
     score = evaluation.scores[get_protocol(config.protocol).metrics[0]]
     return score.value, score.stderr

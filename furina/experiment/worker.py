@@ -21,9 +21,11 @@ def main(run_dir: Path, launcher: int) -> None:
     try:
         from furina.experiment.config import RunConfig
         from furina.experiment.fit import fit_as_rank
+        from furina.progress import shown
 
         saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        fit_as_rank(RunConfig().updated(saved), run_dir)
+        with shown(sys.stdout):
+            fit_as_rank(RunConfig().updated(saved), run_dir)
     except Exception as error:
         note(error)
         sys.exit(1)

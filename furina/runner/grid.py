@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from furina.errors import FurinaError
 from furina.experiment.config import RunConfig
+from furina.progress import duration
 from furina.runner.cells import Outcome, Places, run_one, run_when_free
 from furina.runner.suites import Suite, title
 
@@ -18,38 +20,62 @@ class FailedRunsError(FurinaError):
     """Some runs of a suite failed or diverged; the others have their records."""
 
 
+def _print(text: str) -> None:
+    print(text, flush=True)  # a pipe shows it now, and above what comes after it on stderr
+
+
 @dataclass
 class Progress:
-    """Say what became of each cell, and how long the rest will take at the pace of those run."""
+    """Say what became of each cell, and how long the rest will take at the pace of those run.
 
-    total: int
-    say: Callable[[str], None] = print
+    `waiting` are the cells that have not ended, and `seconds` what those took that were run.
+    """
+
+    waiting: list[RunConfig]
+    say: Callable[[str], None] = _print
     clock: Callable[[], float] = time.monotonic
     jobs: int = 1
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[tuple[RunConfig, float]] = field(default_factory=list)
     done: int = 0
 
     def begin(self, config: RunConfig) -> float:
         """Announce a cell and return when it began."""
-        self.say(f"[{self.done + 1}/{self.total}] {title(config)}")
+        self.say(f"[{self.done + 1}/{self.done + len(self.waiting)}] {title(config)}")
         return self.clock()
 
     def end(self, config: RunConfig, outcome: Outcome, seconds: float) -> None:
         """Say what became of a cell."""
         self.done += 1
+        self.waiting.remove(config)
         if outcome.state == "skipped":
             self.say("  finished before: skipped")
             return
-        self.seconds.append(seconds)
+        if outcome.state == "finished":
+            self.seconds.append((config, seconds))
         error = f": {outcome.error}" if outcome.error else ""
-        self.say(f"  {title(config)} {outcome.state} after {_duration(seconds)}{error}")
-        if self.done < self.total:
-            self.say(f"  {self.total - self.done} left, about {_duration(self.left())}")
+        self.say(f"  {title(config)} {outcome.state} after {duration(seconds)}{error}")
+        if self.waiting:
+            left = self.left()
+            about = "" if left is None else f", about {duration(left)}"
+            self.say(f"  {len(self.waiting)} left{about}")
 
-    def left(self) -> float:
-        """Return the seconds that the rest takes, if none of it is finished."""
-        mean = sum(self.seconds) / len(self.seconds)
-        return mean * (self.total - self.done) / self.jobs
+    def left(self) -> float | None:
+        """Return the seconds that the rest takes, if none of it is finished; None if unknown."""
+        each = [self._expected(config) for config in self.waiting]
+        return None if None in each else sum(filter(None, each)) / self.jobs
+
+    def _expected(self, config: RunConfig) -> float | None:
+        """Return the mean of the cells that are most like one; base says nothing of training."""
+        alike: tuple[Callable[[RunConfig], object], ...] = (
+            lambda each: (each.method, each.task),
+            lambda each: each.method,
+            lambda each: each.is_base,
+        )
+        for kind in alike:
+            found = [took for run, took in self.seconds if kind(run) == kind(config)]
+            if found:
+                return statistics.fmean(found)
+        return None
 
 
 def run_suite(suite: Suite, places: Places) -> list[Path]:
@@ -58,7 +84,7 @@ def run_suite(suite: Suite, places: Places) -> list[Path]:
     A cell that another process is running comes last, after that process. Raises FailedRunsError
     at the end if runs failed or diverged.
     """
-    progress = Progress(len(suite.runs))
+    progress = Progress(list(suite.runs))
     outcomes: dict[int, Outcome] = {}
     for run in (run_one, run_when_free):
         for place, config in enumerate(suite.runs):
@@ -86,9 +112,3 @@ def files_of(suite: Suite, outcomes: list[Outcome]) -> list[Path]:
         counts = " and ".join(f"{count} {state}" for state, count in sorted(states.items()))
         raise FailedRunsError(f"Of {len(outcomes)} runs {counts}: {'; '.join(errors)}")
     return [outcome.file for outcome in outcomes if outcome.file]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02} min"

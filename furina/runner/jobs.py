@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
+from furina.progress import shown
 from furina.records import timestamp
 from furina.runner.cells import Outcome, Places, help_to_train, record_failure, run_when_free
 from furina.runner.grid import Progress, files_of
@@ -93,7 +95,8 @@ class CellJob:
 
         use_cores(self.share)
         if is_first_machine():
-            return run_when_free(self.suite, self.config, self.places)
+            with shown(sys.stdout):  # its file; the last line of stderr says why a job died
+                return run_when_free(self.suite, self.config, self.places)
         help_to_train(self.config, self.places)
         return None
 
@@ -152,7 +155,7 @@ def _drain(
     Of those, `at_once` run at a time: a job of Slurm's is started long before it runs, so it is
     taken to have begun no sooner than there was room for it.
     """
-    progress = Progress(len(suite.runs), jobs=at_once)
+    progress = Progress(list(suite.runs), jobs=at_once)
     rooms = [progress.clock()] * at_once
     waiting, running = list(enumerate(suite.runs)), list[_Running]()
     outcomes: dict[int, Outcome] = {}

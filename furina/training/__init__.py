@@ -7,6 +7,7 @@ from furina.training.gradients import gradient_ratio
 from furina.training.history import LossHistory
 from furina.training.loss import answer_logits, answer_loss
 from furina.training.module import FinetuneModule
+from furina.training.progress import StepProgress
 from furina.training.sharding import ShardedStrategy
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LossHistory",
     "ResumeCheckpoint",
     "ShardedStrategy",
+    "StepProgress",
     "answer_logits",
     "answer_loss",
     "gradient_ratio",

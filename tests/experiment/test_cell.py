@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from furina.evaluation.samples import Sample, read_samples
 from furina.experiment import cell
 from furina.experiment.cell import publish, run_cell
 from furina.experiment.config import RunConfig
+from furina.progress import shown
 from furina.records import RunRecord
 from tests.experiment.conftest import Finished
 from tests.experiment.helpers import SIZES, time_few_tokens, tiny
@@ -265,3 +268,32 @@ def test_a_generated_score_names_its_engine(data_dir: str, tmp_path: Path) -> No
     config = tiny(data_dir, "base", protocol="generate_clean", test_size=3)
     (score,) = Done(config, tmp_path).again().evaluations
     assert (score.engine, score.protocol, score.metric) == ("generate", "generate_clean", "acc")
+
+
+def test_each_part_of_a_cell_says_how_far_it_is(copy: Done) -> None:
+    """The clock is so fast that every part and every count of it is worth a line."""
+    stream, seconds = io.StringIO(), itertools.count(0, 20)
+    shutil.rmtree(copy.run_dir)
+    cell._backbone.cache_clear()
+    with shown(stream, lambda: float(next(seconds))):
+        copy.again()
+    lines = [line.strip().partition(": ") for line in stream.getvalue().splitlines()]
+    assert list(dict.fromkeys(name for name, _, _ in lines)) == [
+        "loading the test items",
+        "loading and hashing the backbone",
+        "loading the backbone and the data",
+        "training",
+        "scoring unmerged on arc_easy",
+        "merging",
+        "scoring merged on arc_easy",
+        "timing",
+    ]
+    steps = copy.config.steps
+    for part, count in (
+        ("training", f"{steps}/{steps} steps"),
+        ("training", "2/2 validation batches"),
+        ("scoring merged on arc_easy", "0/24 answers"),
+        ("timing", "2/3 generations"),
+    ):
+        assert any(name == part and text.startswith(count) for name, _, text in lines)
+    assert sum(text.startswith("done in ") for _, _, text in lines) == 8

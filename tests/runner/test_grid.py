@@ -195,8 +195,8 @@ def test_two_writers_never_run_one_cell(
 def test_the_time_left_is_that_of_the_cells_that_were_run() -> None:
     said: list[str] = []
     times = iter(range(0, 10_000, 90))
-    progress = Progress(4, said.append, lambda: float(next(times)))
     config = RunConfig(method="lora")
+    progress = Progress([config] * 4, said.append, lambda: float(next(times)))
     for state in ("skipped", "finished"):
         began = progress.begin(config)
         outcome = cells_module.Outcome(state)
@@ -208,3 +208,31 @@ def test_the_time_left_is_that_of_the_cells_that_were_run() -> None:
         "  lora on arc_easy, seed 0 finished after 1:30 min",
         "  2 left, about 3:00 min",
     ]
+
+
+def test_the_time_left_is_that_of_the_cells_most_alike() -> None:
+    said: list[str] = []
+    configs = [
+        RunConfig(method=method, task=task)
+        for method in ("base", "lora", "furina")
+        for task in ("arc_easy", "openbookqa")
+    ]
+    progress = Progress(list(configs), said.append)
+    for config, minutes in zip(configs, (1, 2, 10, 20, 12, 24), strict=True):
+        progress.end(config, cells_module.Outcome("finished"), 60.0 * minutes)
+    assert said[1::2] == [
+        "  5 left",  # the base model's cells do not tell how long a training takes
+        "  4 left",
+        "  3 left, about 30:00 min",
+        "  2 left, about 30:00 min",  # lora's mean for each
+        "  1 left, about 12:00 min",  # furina's own
+    ]
+
+
+def test_a_cell_that_failed_says_nothing_of_the_time_left() -> None:
+    said: list[str] = []
+    config = RunConfig(method="lora")
+    progress = Progress([config] * 3, said.append)
+    progress.end(config, cells_module.Outcome("failed", error="no memory"), 1.0)
+    progress.end(config, cells_module.Outcome("finished"), 60.0)
+    assert said[1::2] == ["  2 left", "  1 left, about 1:00 min"]

@@ -1,0 +1,137 @@
+"""Show how much of a long work is done and how long the rest takes, where a caller wants it shown.
+
+The work itself calls `part` and `advance`, which do nothing outside `shown`. Nothing runs beside
+the work, so what is timed takes as long as without.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+BAR, LINE = 0.25, 15.0
+"""Seconds, at least, between two looks of a terminal's bar, and between two lines elsewhere."""
+WORTH_A_LINE = 1.0
+"""Seconds that a part takes if its end is said."""
+
+
+@contextmanager
+def shown(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Show the parts of what runs within: a terminal gets a bar, a file or pipe lines.
+
+    Of processes that train together the first one shows them.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    before = _display.set(_Display(stream, clock) if is_first else None)
+    try:
+        yield
+    finally:
+        _display.reset(before)
+
+
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Name what runs within; a part of a part goes by the name of the whole."""
+    display = _display.get()
+    if display is None or display.part is not None:
+        yield
+        return
+    display.part, is_done = _Part(name, display.stream, display.clock), False
+    try:
+        yield
+        is_done = True
+    finally:
+        display.part.close(is_done)
+        display.part = None
+
+
+def advance(done: int, total: int, unit: str) -> None:
+    """Say how much of the part is done, such as 12 of 32 steps; first of all what was before."""
+    display = _display.get()
+    if display is not None and display.part is not None:
+        display.part.advance(done, total, unit)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in minutes and seconds, or in hours and minutes."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02} min"
+
+
+class _Display:
+    """Where parts are shown, and the one that is under way."""
+
+    def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
+        self.stream, self.clock = stream, clock
+        self.part: _Part | None = None
+
+
+_display: ContextVar[_Display | None] = ContextVar("display", default=None)
+
+
+class _Part:
+    """A part under way; its pace is that since the first `advance` of a unit, or of a new count."""
+
+    def __init__(self, name: str, stream: TextIO, clock: Callable[[], float]) -> None:
+        self.name, self.stream, self.clock = name, stream, clock
+        self.began = self.told = clock()
+        self.unit, self.done, self.start = "", 0, (0, self.began)
+        self.bar = _bar(name, stream)
+
+    def advance(self, done: int, total: int, unit: str) -> None:
+        """Show where it stands, but not too often."""
+        now = self.clock()
+        if unit != self.unit or done < self.done:
+            self.unit, self.start = unit, (done, now)
+        self.done = done
+        if now - self.told < (BAR if self.bar else LINE):
+            return
+        self.told = now
+        text = f"{done}/{total} {unit}"
+        if done > self.start[0]:
+            pace = (now - self.start[1]) / (done - self.start[0])
+            text += f", {duration(pace * (total - done))} left"
+        if self.bar:
+            self.bar.update(
+                self.bar.task_ids[0], total=total, completed=done, told=text, refresh=True
+            )
+        else:
+            self._say(text)
+
+    def close(self, is_done: bool) -> None:
+        """Take the bar away, and say what it took if it is done."""
+        if self.bar:
+            self.bar.stop()
+        took = self.clock() - self.began
+        if is_done and took >= WORTH_A_LINE:
+            self._say(f"done in {duration(took)}")
+
+    def _say(self, text: str) -> None:
+        print(f"  {self.name}: {text}", file=self.stream, flush=True)
+
+
+def _bar(name: str, stream: TextIO) -> Progress | None:
+    """Return a bar that is on the terminal now, None where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(file=stream)
+    if not console.is_interactive:
+        return None
+    texts = [
+        TextColumn(text, markup=False) for text in ("  {task.description}", "{task.fields[told]}")
+    ]
+    bar = Progress(
+        texts[0], BarColumn(), texts[1], console=console, transient=True, auto_refresh=False
+    )
+    bar.add_task(name, total=1, told="")
+    bar.start()
+    return bar
