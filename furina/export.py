@@ -70,8 +70,10 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
             tensor = rounded.setdefault(tensor.data_ptr(), tensor.to(dtype))
         tensors[name] = tensor
     for name, layer in state_of(model).layers.items():
-        if layer.has_pristine_weight:  # the sum itself, not what its rounding was rounded to
-            tensors[f"{name}.weight"] = layer.merged_weight(dtype=dtype)
+        if layer.has_pristine_weight:  # else the sum is there in the model's dtype only
+            delta = layer.delta()
+            total = layer.pristine_weight.to(delta.device, torch.float64) + delta
+            tensors[f"{name}.weight"] = total.to(dtype)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ConfigurationError(

@@ -55,6 +55,7 @@ def _automatic(kind: str) -> Precision:
     return chosen
 
 
+@cache
 def native_bfloat16(kind: str) -> tuple[bool, str]:
     """Tell whether a kind of device multiplies bfloat16 natively, and how that is known.
 
@@ -69,11 +70,9 @@ def native_bfloat16(kind: str) -> tuple[bool, str]:
         narrow, wide = _product_seconds(kind, (torch.bfloat16, torch.float32))
     except (RuntimeError, TypeError) as error:
         return False, f"{kind} does not multiply bfloat16 ({str(error).partition(chr(10))[0]})"
-    speedup = wide / narrow
-    return (
-        speedup >= NATIVE_SPEEDUP,
-        f"a bfloat16 product is {speedup:.2g} times as fast as a float32 one on this {kind}",
-    )
+    if wide / narrow >= NATIVE_SPEEDUP:
+        return True, f"this {kind} multiplies bfloat16 faster than float32"
+    return False, f"this {kind} multiplies bfloat16 no faster than float32"
 
 
 def _product_seconds(kind: str, dtypes: tuple[torch.dtype, ...]) -> list[float]:

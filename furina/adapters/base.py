@@ -332,8 +332,7 @@ class AdapterLinear(nn.Module, ABC):
         """The backbone's own W, whether merged or not. Shape: (O, I)."""
         if not self.has_pristine_weight:
             raise ConfigurationError(
-                f"{self.name} was merged with keep_base=False, so W is gone: load the backbone "
-                "again."
+                f"{self.name} was merged with keep_base=False, so W is gone: reload the backbone."
             )
         if is_sharded(self.base.weight):
             raise ConfigurationError(
@@ -343,16 +342,14 @@ class AdapterLinear(nn.Module, ABC):
         return self.base.weight.detach() if self._pristine is None else self._pristine
 
     @torch.no_grad()
-    def merged_weight(
-        self, delta: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return W + ΔW, summed in float64 and rounded once to `dtype`, else the base's. (O, I).
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Return W + ΔW, summed in float64 and rounded once to the base's dtype. Shape: (O, I).
 
         `delta` is `delta()`, where it is at hand: it is what costs.
         """
         weight = self.pristine_weight.to(self.base.weight.device)
         delta = self.delta() if delta is None else delta
-        return (weight.to(torch.float64) + delta).to(dtype or self.base.weight.dtype)
+        return (weight.to(torch.float64) + delta).to(self.base.weight.dtype)
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> None:

@@ -4,8 +4,8 @@
 
 The update is accumulated onto W x inside its matmul, and so is its part of the gradient onto Wᵀ g.
 Matmuls run in x's dtype (autocast's where that is on); A and B come as they are kept, in fp32, and
-stay so for a few tokens (`update_dtype`). A dropped copy of x and gated copies of h are made again
-in the backward, not kept.
+stay so where that costs less (`update_dtype`). A dropped copy of x and gated copies of h are made
+again in the backward, not kept.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank of one expert.
 """
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from furina.adapters.dropout import draw_dropped, drop_
 from furina.adapters.dropout import dropout as drop
+from furina.processor import native_bfloat16
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -48,12 +49,21 @@ class Product(NamedTuple):
 def update_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype that A and B are best given in for x (..., I).
 
-    It is x's, but without gradients fp32 for a few 16-bit tokens on a CPU: that costs less there.
+    It is x's, but on a CPU and without gradients fp32 beside 16 bits where that costs less: for a
+    few tokens, and wherever the processor does not multiply those 16 bits natively.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu":
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not narrow:
         return x.dtype
     few = x.numel() <= FEW_TOKENS * x.shape[-1]
-    return torch.float32 if few and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return torch.float32 if few or not _is_native(x.dtype) else x.dtype
+
+
+def _is_native(dtype: torch.dtype) -> bool:
+    """Tell whether the processor multiplies 16 bits natively; a trace has no time to find out."""
+    if torch.compiler.is_compiling():
+        return True
+    return dtype == torch.bfloat16 and native_bfloat16("cpu")[0]
 
 
 def low_rank_product(

@@ -184,6 +184,19 @@ def test_a_single_16_bit_token_rounds_its_update_once(gated: bool) -> None:
     assert not torch.equal(y[0, 0].double(), torch.zeros_like(exact))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_many_tokens_meet_a_and_b_in_16_bits_only_where_these_are_native(
+    dtype: torch.dtype, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "native_bfloat16", lambda kind: (is_native, "patched"))
+    x = torch.zeros(2, TOKENS, IN, dtype=dtype)
+    assert product.update_dtype(x) == dtype  # with gradients
+    with torch.no_grad():
+        kept = dtype == torch.bfloat16 and is_native
+        assert product.update_dtype(x) == (torch.bfloat16 if kept else torch.float32)
+
+
 @pytest.mark.parametrize("method", SERVED_AS_A_PAIR)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_token_reads_b_in_the_same_order_for_every_method(method: str, dtype) -> None:
