@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-logger = logging.getLogger("furina")
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NATIVE_SPEEDUP = 1.25

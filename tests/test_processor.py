@@ -49,7 +49,7 @@ def test_auto_is_bfloat16_only_where_its_product_is_clearly_faster(monkeypatch, 
 
 def test_auto_is_decided_once_and_said_in_one_line(monkeypatch, caplog):
     asked = takes(monkeypatch, 1.0, 4.0)
-    with caplog.at_level(logging.INFO, "furina"):
+    with caplog.at_level(logging.INFO, "furina.processor"):
         assert {resolve_dtype(AUTO, device).dtype for device in ("cpu", "cpu:0")} == {"bfloat16"}
     assert asked == ["cpu"]
     (line,) = caplog.messages

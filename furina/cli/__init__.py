@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             logging.getLogger(_CHATTER).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
-        logger = logging.getLogger("furina")
+        logger = logging.getLogger("furina.processor")
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _Lines) for handler in logger.handlers):
             logger.addHandler(_Lines())
@@ -140,7 +140,7 @@ def _explain(error: Exception) -> tuple[int, str]:
 
 
 class _Lines(logging.Handler):
-    """Prints what furina says that it chose by itself, a line each."""
+    """Prints what was chosen for this processor, a line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), file=sys.stderr)

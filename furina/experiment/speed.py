@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BACKBONE, LAYERS = "smollm2-135m-instruct", 2
 ROWS, LENGTH, ANSWERS = 8, 64, 8
 """Rows, their tokens, and those of each that are predicted."""
-REPEATS = 3
+WARMING, REPEATS = 2, 5
 
 
 class Speed(NamedTuple):
@@ -122,5 +122,6 @@ def _reading(
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """Return the median of some calls after one that prepares."""
-    return statistics.median([seconds_of(call) for _ in range(1 + REPEATS)][1:])
+    """Return the median of some calls after those that prepare."""
+    times = [seconds_of(call) for _ in range(WARMING + REPEATS)]
+    return statistics.median(times[WARMING:])
