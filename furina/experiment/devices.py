@@ -44,10 +44,10 @@ class Device:
             return config.resolved(CPU)
         return config.updated({"dtype": "bfloat16"}) if config.dtype == AUTO else config
 
-    def speed(self, config: RunConfig) -> Speed:
-        """Return the FLOP/s that a run reaches."""
+    def speed(self, config: RunConfig, tokens: float = speed.TOKENS) -> Speed:
+        """Return the FLOP/s that a run reaches with micro-batches of so many tokens."""
         if self.peak is None:
-            return speed.of_run(config)
+            return speed.of_run(config, tokens)
         reached = UTILISATION * self.peak
         return Speed(reached, reached, reached)
 

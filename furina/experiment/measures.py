@@ -14,6 +14,7 @@ from furina.experiment.config import RunConfig
 from furina.experiment.process import optimiser_steps
 from furina.inject import describe, state_of
 from furina.mode import evaluation_mode
+from furina.progress import advance, part
 from furina.records import Training
 from furina.training import LossHistory, gradient_ratio
 from furina.training.schedule import step_seed
@@ -25,6 +26,7 @@ RATIO_WINDOWS = 3
 """Optimiser steps after the last one on whose batches the gradient ratio is measured."""
 
 
+@part("measuring selection and gradients")
 def measured(
     config: RunConfig,
     model: PreTrainedModel,
@@ -74,6 +76,7 @@ def _gradient_ratio(
             torch.manual_seed(step_seed(seed, step, rank=0))
             window = [_on(model, batch) for batch in batches.window(step)]
             ratios.append(gradient_ratio(model, window)["ratio"])
+            advance(len(ratios), RATIO_WINDOWS, "steps' gradients")
     known = [ratio for ratio in ratios if ratio is not None]
     return median(known) if known else None
 
@@ -85,7 +88,8 @@ def _selection(model: PreTrainedModel, data: TaskDataModule) -> dict[str, float]
     if not state_of(model).config.records_selection or not loaders:
         return None
     with evaluation_mode(model), record_selection(model) as record:
-        for batch in loaders[0]:
+        for number, batch in enumerate(loaders[0]):
+            advance(number, len(loaders[0]), "held-out batches")
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             model(**_on(model, inputs), use_cache=False, logits_to_keep=1)
     return {"top_k_share": record.mean_top_k_share()}

@@ -102,13 +102,15 @@ def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> 
     if config.score_without_router:
         config.adapter_config()  # which looks whether there is one
     target = device(on) if isinstance(on, str) else on
-    config, reached = target.resolved(config), target.speed(target.resolved(config))
+    config = target.resolved(config)
     decoder, found = decoder_of(config.backbone), adapted_of(config)
     lengths = training_lengths(config, measure) if found else None
-    training, steps = 0, 0
+    training, training_hours, steps = 0, 0.0, 0
     if found and lengths:
         steps = steps_of(config)
         training = _training_flops(config, decoder, found, lengths, steps)
+        reached = target.speed(config, micro_rows(config) * lengths.padded)
+        training_hours = training / reached.training / 3600
     scoring, scoring_hours, counted = _scoring(config, decoder, found, target, measure)
     by = {*counted, lengths.tokenizer} if lengths else counted
     return Plan(
@@ -120,7 +122,7 @@ def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> 
         lengths=lengths,
         training_flops=training,
         scoring_flops=scoring,
-        training_hours=training / reached.training / 3600,
+        training_hours=training_hours,
         scoring_hours=scoring_hours,
         memory=_memory(config, target, decoder, found, lengths, measure),
         counted_by="" if None in by else ", ".join(sorted(str(name) for name in by)),
@@ -156,6 +158,8 @@ def _training_flops(
     looks = forward_flops(
         decoder, found, held_out * lengths.padded, lengths.padded, held_out * lengths.answer
     )
+    if found.config.records_selection:  # the last look again, with each linear's own sums
+        looks += 2 * looks // times
     if found.config.has_auxiliary_loss:  # a forward and two backward passes each
         looks += round(RATIO_WINDOWS * 1.5 * one)
     return steps * one + looks

@@ -7,6 +7,7 @@ A rate is the closed form's FLOPs over the seconds, so what the form leaves out 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable
 from functools import cache
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BACKBONE, LAYERS = "smollm2-135m-instruct", 2
-ROWS, LENGTH, ANSWERS = 8, 64, 8
-"""Rows, their tokens, and those of each that are predicted."""
+ROWS, ANSWERS = 8, 8
+"""Rows, and the tokens of each that are predicted."""
+TOKENS = 512
+"""Tokens of all rows at which every method is timed; LoRA is at others, too."""
 WARMING, REPEATS = 2, 5
 
 
@@ -46,20 +49,21 @@ class Speed(NamedTuple):
 
 @cache
 @torch.random.fork_rng(devices=[])
-def speed(method: str, options: str, dtype: str) -> Speed:
-    """Time a method with its `options` (JSON) in `dtype`, one micro-batch a step.
+def speed(method: str, options: str, dtype: str, tokens: int = TOKENS) -> Speed:
+    """Time a method with its `options` (JSON) in `dtype`, a micro-batch of `tokens` a step.
 
     One that does not fit into two layers is taken to be as fast as LoRA.
     """
-    model = _layers(dtype)
-    sides, batch = decoder(model.config, sum(p.numel() for p in model.parameters())), _batch()
+    model, length = _layers(dtype), tokens // ROWS
+    sides = decoder(model.config, sum(p.numel() for p in model.parameters()))
+    batch = _batch(length)
     plain = _reading(model, batch, sides, None)
     try:
         adapt(model, method, seed=0, **json.loads(options))
     except ConfigurationError:
         adapt(model, "lora", seed=0, rank=128)
     found = adapted(model)
-    flops = step_flops(sides, found, ROWS * LENGTH, LENGTH, ROWS * ANSWERS)
+    flops = step_flops(sides, found, tokens, length, ROWS * ANSWERS)
     optimizer = AdamW(parameter_groups(model, 1e-4))
 
     def step() -> None:
@@ -70,7 +74,7 @@ def speed(method: str, options: str, dtype: str) -> Speed:
         after_step(model)
 
     model.train()
-    with training_attention(model, LENGTH):
+    with training_attention(model, length):
         training = flops / _seconds(step)
     torch.nn.Module.eval(model)
     return Speed(training, _reading(model, batch, sides, found), plain)
@@ -86,10 +90,17 @@ def bandwidth(dtype: str) -> float:
         return size / _seconds(lambda: model(input_ids=token, use_cache=False))
 
 
-def of_run(config: RunConfig) -> Speed:
-    """Return how fast a run of resolved dtype is here."""
-    method = ("lora", {}) if config.is_base else (config.method, config.adapter)
-    return speed(method[0], json.dumps(method[1], sort_keys=True), config.dtype)
+def of_run(config: RunConfig, tokens: float = TOKENS) -> Speed:
+    """Return how fast a run of resolved dtype is here, with micro-batches of so many tokens.
+
+    Few tokens slow every method down as they do LoRA.
+    """
+    lora = "lora", "{}", config.dtype
+    options = json.dumps(config.adapter, sort_keys=True)
+    found = speed(*lora) if config.is_base else speed(config.method, options, config.dtype)
+    near = 2 ** round(math.log2(min(max(tokens, 128), 2048)))
+    slower = speed(*lora, near).training / speed(*lora).training if near != TOKENS else 1.0
+    return found._replace(training=found.training * slower)
 
 
 @torch.random.fork_rng(devices=[])
@@ -106,8 +117,8 @@ def _layers(dtype: str) -> PreTrainedModel:
     return model
 
 
-def _batch() -> dict[str, Tensor]:
-    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH)
+def _batch(length: int) -> dict[str, Tensor]:
+    ids = torch.arange(ROWS * length).reshape(ROWS, length)
     labels = torch.full_like(ids, -100)
     labels[:, -ANSWERS:] = ids[:, -ANSWERS:]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -116,7 +127,8 @@ def _batch() -> dict[str, Tensor]:
 def _reading(
     model: PreTrainedModel, batch: dict[str, Tensor], sides: Decoder, found: Adapted | None
 ) -> float:
-    flops = forward_flops(sides, found, ROWS * LENGTH, LENGTH, ROWS * ANSWERS)
+    rows, length = batch["input_ids"].shape
+    flops = forward_flops(sides, found, rows * length, length, rows * ANSWERS)
     with torch.inference_mode():
         return flops / _seconds(lambda: answer_loss(model, batch))
 

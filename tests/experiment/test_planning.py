@@ -203,15 +203,20 @@ def test_epochs_are_steps_by_the_public_counts() -> None:
 def test_this_machine_is_as_fast_as_it_is_timed(data_dir: str, monkeypatch: Any) -> None:
     asked: list[tuple[str, str, str]] = []
 
-    def timed(method: str, options: str, dtype: str) -> Speed:
+    def timed(method: str, options: str, dtype: str, tokens: int = 512) -> Speed:
         asked.append((method, options, dtype))
-        return Speed(training=1e9, adapted=2e9, plain=4e9)
+        return Speed(training=1e9 * tokens / 512, adapted=2e9, plain=4e9)
 
     monkeypatch.setattr(speed, "speed", timed)
-    lora, base = (tiny(data_dir, method, dtype="float32") for method in ("lora", "base"))
+    sizes = {"dtype": "float32", "batch_size": 64, "micro_batch_size": 12, "validation_size": 0}
+    lora, base = (tiny(data_dir, method, **sizes) for method in ("lora", "base"))
     found, plain = plan(lora, "cpu"), plan(base, "cpu")
     assert asked[0] == ("lora", json.dumps(lora.adapter), "float32")
+    assert found.lengths is not None
+    assert 512 * 0.71 < 12 * found.lengths.padded < 512 * 1.4  # or the rate would be another
     assert 3600 * found.training_hours == pytest.approx(found.training_flops / 1e9)
+    longer = plan(lora.updated({"micro_batch_size": 24}), "cpu")
+    assert 2 * longer.training_hours == pytest.approx(found.training_hours)
     assert 3600 * plain.scoring_hours == pytest.approx(plain.scoring_flops / 4e9)
     # LoRA is scored with its adapter, and merged as the base is.
     unmerged = found.scoring_flops - plain.scoring_flops
@@ -248,10 +253,10 @@ def test_auto_is_planned_as_it_would_run(dtype: str, size: int, monkeypatch: Any
 def test_every_method_is_timed_in_a_moment_and_leaves_no_trace(
     method: str, monkeypatch: Any
 ) -> None:
-    for name, least in (("ROWS", 2), ("LENGTH", 8), ("ANSWERS", 2), ("WARMING", 0), ("REPEATS", 1)):
+    for name, least in (("ROWS", 2), ("ANSWERS", 2), ("WARMING", 0), ("REPEATS", 1)):
         monkeypatch.setattr(speed, name, least)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    found = speed.speed.__wrapped__(method, "{}", "float32")
+    found = speed.speed.__wrapped__(method, "{}", "float32", 16)
     assert all(rate > 0 for rate in found)
     assert speed.bandwidth.__wrapped__("float32") > 0
     assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
