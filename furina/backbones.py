@@ -83,8 +83,10 @@ def load_backbone(
                     dtype=number_format or "auto",
                     attn_implementation=attention,
                 )
-            if dtype == AUTO and isinstance(stored, torch.dtype):
-                model.checkpoint_dtype = stored  # type: ignore[assignment]
+                if stored is None:  # older files do not say it, and the weights are asked
+                    stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
+            if dtype == AUTO:
+                model.checkpoint_dtype = stored
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
     torch.nn.Module.to(model, device or "cpu")
@@ -98,7 +100,7 @@ def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
     Args:
         name: one of `furina.architectures`, "tiny-llama" or "tiny-qwen2", a local model folder, or
             a name on the hub whose config.json is in the hub's cache.
-        dtype: as in `load_backbone`; "auto" is what config.json says.
+        dtype: as in `load_backbone`; "auto" and "checkpoint" are what config.json says.
 
     Raises:
         ConfigurationError: no config.json of it is at hand, or the dtype is unknown.
@@ -108,8 +110,9 @@ def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
     number_format, file = _dtype(dtype), None if name in TINY else _shape(name)
     try:
         config = AutoConfig.from_pretrained(str(file)) if file else _tiny_config(name)
+        chosen = number_format or config.dtype
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=number_format)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise ConfigurationError(_no_such(name, error, _shaped())) from error
     torch.nn.Module.eval(model)

@@ -65,8 +65,9 @@ def _rounded(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the merged model's tensors in `dtype`; those that shared memory still do."""
     rounded: dict[int, Tensor] = {}
     tensors = {}
+    wide = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not any(part in name for part in wide):
             tensor = rounded.setdefault(tensor.data_ptr(), tensor.to(dtype))
         tensors[name] = tensor
     for name, layer in state_of(model).layers.items():

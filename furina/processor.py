@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,13 @@ AUTO = "auto"
 NATIVE_SPEEDUP = 1.25
 """A bfloat16 product this many times as fast as a float32 one is native. With instructions for it
 a processor reaches 2 or more, without them at most 1."""
-SIDE, REPEATS = 256, 7
-"""Side of the square matrices that are multiplied to find out, and how often."""
+SIDE, ACCELERATOR_SIDE, REPEATS = 256, 2048, 7
+"""Side of the square matrices that are multiplied to find out, and how often. An accelerator takes
+longer to start small ones than to multiply them."""
+
+
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+"""Where Linux says which logical processors share a core."""
 
 
 class Precision(NamedTuple):
@@ -44,15 +50,21 @@ def resolve_dtype(name: str, device: str | None = None) -> Precision:
     """
     if name != AUTO:
         return Precision(name, "asked for")
-    return _automatic(torch.device(device or best_device()).type)
+    kind = torch.device(device or best_device()).type
+    _say(kind)
+    return automatic(kind)
 
 
 @cache
-def _automatic(kind: str) -> Precision:
+def automatic(kind: str) -> Precision:
+    """Return what "auto" stands for on a kind of device, without a word."""
     is_native, reason = native_bfloat16(kind)
-    chosen = Precision("bfloat16" if is_native else "float32", reason)
-    logger.info("dtype auto is %s: %s.", *chosen)
-    return chosen
+    return Precision("bfloat16" if is_native else "float32", reason)
+
+
+@cache
+def _say(kind: str) -> None:
+    logger.info("dtype auto is %s: %s.", *automatic(kind))
 
 
 @cache
@@ -77,22 +89,19 @@ def native_bfloat16(kind: str) -> tuple[bool, str]:
 
 def _product_seconds(kind: str, dtypes: tuple[torch.dtype, ...]) -> list[float]:
     """Return the shortest time of a product in each dtype, taken in turns on one thread."""
-    operands = [torch.ones(SIDE, SIDE, device=kind, dtype=dtype) for dtype in dtypes]
+    side = SIDE if kind == "cpu" else ACCELERATOR_SIDE
+    operands = [torch.ones(side, side, device=kind, dtype=dtype) for dtype in dtypes]
     times: list[list[float]] = [[] for _ in dtypes]
-    with one_thread(), torch.inference_mode():
+    # Autocast would make both products of one dtype.
+    with one_thread(), torch.inference_mode(), torch.autocast(kind, enabled=False):
         for _ in range(REPEATS + 1):
             for own, x in zip(times, operands, strict=True):
-                own.append(seconds_of(functional.linear, x, x))
+                began = time.perf_counter()
+                functional.linear(x, x)
+                if kind != "cpu":
+                    torch.accelerator.synchronize()
+                own.append(time.perf_counter() - began)
     return [min(own[1:]) for own in times]  # the first prepares kernels
-
-
-def seconds_of(call: object, *arguments: object) -> float:
-    """Return the seconds that `call(*arguments)` takes, its device's work included."""
-    began = time.perf_counter()
-    call(*arguments)  # type: ignore[operator]
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
 
 
 @contextmanager
@@ -110,11 +119,17 @@ def cores() -> int:
     """Return the physical cores that this process may use, by affinity and cgroup quota."""
     import joblib  # only here: it takes a moment
 
-    count: int = joblib.cpu_count(only_physical_cores=True)
-    return count
+    usable: int = joblib.cpu_count(only_physical_cores=True)
+    if not hasattr(os, "sched_getaffinity"):
+        return usable
+    # joblib counts both threads of a core where affinity or quota leave out some.
+    places = (SIBLINGS.format(cpu) for cpu in os.sched_getaffinity(0))
+    physical = {Path(place).read_text() for place in places if os.path.exists(place)}
+    return min(usable, len(physical) or usable)
 
 
 def use_cores(processes: int = 1) -> None:
-    """Give this process its threads: an equal share of `cores()`, unless OMP_NUM_THREADS says."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // processes))
+    """Give this process its threads: its share of `cores()`, or of those that the user named."""
+    named = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    threads = torch.get_num_threads() if named else cores()
+    torch.set_num_threads(max(1, threads // processes))

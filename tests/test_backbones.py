@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
@@ -202,7 +203,7 @@ def test_an_unknown_attention_is_refused_in_one_sentence() -> None:
 def test_auto_is_the_default_and_remembers_what_the_checkpoint_is_stored_in(
     chosen, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision(chosen, "a test"))
+    monkeypatch.setattr(processor, "automatic", lambda kind: Precision(chosen, "a test"))
     load_backbone("tiny-llama", "float16").save_pretrained(tmp_path)
     model = load_backbone(str(tmp_path))
     assert model.dtype == getattr(torch, chosen)
@@ -210,3 +211,13 @@ def test_auto_is_the_default_and_remembers_what_the_checkpoint_is_stored_in(
     assert load_backbone(str(tmp_path), "checkpoint").dtype == torch.float16
     assert not hasattr(load_backbone(str(tmp_path), "float32"), "checkpoint_dtype")
     assert load_backbone("tiny-llama").dtype == getattr(torch, chosen)
+
+
+def test_a_checkpoint_that_does_not_say_its_dtype_is_asked_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "automatic", lambda kind: Precision("bfloat16", "a test"))
+    load_backbone("tiny-llama", "float32").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_backbone(str(tmp_path))
+    assert (model.dtype, model.checkpoint_dtype) == (torch.bfloat16, torch.float32)

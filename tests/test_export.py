@@ -282,7 +282,7 @@ def test_the_backbones_own_folder_is_not_overwritten(tmp_path: Path) -> None:
 def wide_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
     """Return a checkpoint stored in bfloat16 that "auto" has loaded in float32, with an adapter."""
     furina.load_backbone("tiny-llama", "bfloat16").save_pretrained(tmp_path / "stored")
-    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision("float32", "a test"))
+    monkeypatch.setattr(processor, "automatic", lambda kind: Precision("float32", "a test"))
     model = furina.adapt(furina.load_backbone(str(tmp_path / "stored")), small("furina"))
     perturb(model)
     return model
@@ -316,6 +316,16 @@ def test_a_dtype_that_is_asked_for_is_written(wide_model: torch.nn.Module, tmp_p
     named = furina.load_backbone(str(tmp_path / "stored"), "float32")
     furina.export_merged(furina.adapt(named, small("lora")), tmp_path / "named")
     assert furina.load_backbone(str(tmp_path / "named"), "checkpoint").dtype == torch.float32
+
+
+def test_what_a_model_keeps_in_fp32_is_written_in_it(
+    wide_model: torch.nn.Module, tmp_path: Path
+) -> None:
+    wide_model._keep_in_fp32_modules_strict = {"norm"}
+    furina.export_merged(wide_model, tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    dtypes = {"norm" in name: tensor.dtype for name, tensor in written.items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_a_weight_that_overflows_the_written_dtype_is_one_sentence(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 
+import joblib
 import pytest
 import torch
+from torch.nn import functional
 
 from furina import processor
 from furina.processor import AUTO, native_bfloat16, resolve_dtype, use_cores
+from furina.records import provenance
 
 
 @pytest.fixture(autouse=True)
 def _undecided():
     """Let each test decide anew, and those after it."""
-    caches = processor._automatic, native_bfloat16
+    caches = processor.automatic, processor._say, native_bfloat16
     for cache in caches:
         cache.cache_clear()
     yield
@@ -93,26 +97,55 @@ def test_the_probe_times_both_dtypes_and_gives_the_threads_back():
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 7), (2, 3), (8, 1)])
-def test_processes_share_the_cores_and_each_has_a_thread(monkeypatch, processes, threads):
+@pytest.mark.parametrize("named", [None, "OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_processes_share_the_cores_or_the_threads_that_the_user_named(
+    monkeypatch, named, processes, threads
+):
     given: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(processor, "cores", lambda: 7)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if named:
+        monkeypatch.setenv(named, "7")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7 if named else 64)
+    monkeypatch.setattr(processor, "cores", lambda: 64 if named else 7)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     use_cores(processes)
     assert given == [threads]
 
 
-def test_omp_num_threads_decides_where_it_is_set(monkeypatch):
-    given: list[int] = []
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(torch, "set_num_threads", given.append)
-    use_cores()
-    assert not given
+@pytest.mark.parametrize(
+    ("affinity", "usable", "found"), [({0, 4}, 2, 1), ({0, 1, 4, 5}, 4, 2), ({0, 1, 2, 3}, 2, 2)]
+)
+def test_two_threads_of_a_core_count_once_and_a_quota_holds(
+    monkeypatch, tmp_path, affinity, usable, found
+):
+    for cpu in range(8):  # four cores of two threads each
+        (tmp_path / str(cpu)).write_text(f"{cpu % 4},{cpu % 4 + 4}")
+    monkeypatch.setattr(processor, "SIBLINGS", f"{tmp_path}/{{}}")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda only_physical_cores: usable)
+    assert processor.cores() == found
 
 
-def test_cores_are_at_most_those_of_the_affinity(monkeypatch):
-    import os
+def test_autocast_does_not_decide_what_the_processor_can(monkeypatch):
+    seen: list[torch.dtype] = []
+    linear = functional.linear
 
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    monkeypatch.setattr(os, "process_cpu_count", lambda: 1, raising=False)
-    assert processor.cores() == 1
+    def look(x, y):
+        product = linear(x, y)
+        seen.append(product.dtype)
+        return product
+
+    monkeypatch.setattr(functional, "linear", look)
+    with torch.autocast("cpu", torch.bfloat16):
+        processor._product_seconds("cpu", (torch.bfloat16, torch.float32))
+    assert seen[:2] == [torch.bfloat16, torch.float32]
+
+
+def test_a_record_keeps_what_auto_stands_for_and_says_nothing(monkeypatch, caplog):
+    takes(monkeypatch, 1.0, 4.0)
+    with caplog.at_level(logging.INFO, "furina.processor"):
+        assert provenance().hardware.auto_dtype == (
+            "bfloat16: this cpu multiplies bfloat16 faster than float32"
+        )
+    assert not caplog.messages

@@ -59,10 +59,11 @@ def analyse(options: Namespace) -> None:
     from furina.data.protocols import get_protocol
     from furina.data.sources import load_items
     from furina.data.tasks import get_task
-    from furina.processor import best_device
+    from furina.processor import best_device, resolve_dtype
     from furina.records import Backbone
 
     _check(options)
+    options.dtype = resolve_dtype(options.dtype).dtype  # the record's command names it
     read_adapter_config(options.adapter_dir)
     for task in options.task:
         get_protocol(options.protocol).require(get_task(task))

@@ -15,7 +15,7 @@ from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
-from furina.processor import resolve_dtype
+from furina.processor import AUTO, resolve_dtype
 from furina.records import RecordError, codec
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -132,6 +132,11 @@ class RunConfig:
         if self.strategy and self.world_size == 1:
             raise ConfigurationError(
                 f"strategy={self.strategy} has no effect on one device: set devices or num_nodes."
+            )
+        if self.dtype == AUTO and self.num_nodes > 1:
+            raise ConfigurationError(
+                f"dtype=auto may differ between num_nodes={self.num_nodes} machines: name one for "
+                "all, such as bfloat16."
             )
         if self.compile and self.gradient_checkpointing:
             raise ConfigurationError(

@@ -99,6 +99,12 @@ def claim(config: RunConfig, run_dir: Path) -> None:
         for key in sorted({**saved, **own})
         if saved.get(key) != own.get(key)
     ]
+    there, here = saved.get("dtype"), own["dtype"]
+    if len(different) == 1 and there != here:
+        raise ConfigurationError(
+            f"{run_dir} holds a run in {there}, and this would be in {here}: go on with --dtype "
+            f"{there}, or choose another --run-dir."
+        )
     if different:
         raise ConfigurationError(
             f"{run_dir} holds a run with other settings ({'; '.join(different)}): choose another "

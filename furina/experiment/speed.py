@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,6 @@ from furina.experiment.config import RunConfig
 from furina.experiment.flops import forward_flops, step_flops
 from furina.experiment.shapes import Adapted, Decoder, adapted, decoder
 from furina.inject import adapt, parameter_groups
-from furina.processor import seconds_of
 from furina.training import answer_loss, training_attention
 
 if TYPE_CHECKING:
@@ -135,5 +135,9 @@ def _reading(
 
 def _seconds(call: Callable[[], Any]) -> float:
     """Return the median of some calls after those that prepare."""
-    times = [seconds_of(call) for _ in range(WARMING + REPEATS)]
+    times = []
+    for _ in range(WARMING + REPEATS):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
     return statistics.median(times[WARMING:])

@@ -119,7 +119,7 @@ def _number(value: float) -> str:
 def _speed(target: Device, configs: Sequence[RunConfig]) -> str:
     """Say how fast a device is taken to be."""
     if target.peak is not None:
-        return f"{target.title} at {UTILISATION:.0%} of its {target.peak / 1e12:.4g} TFLOP/s"
+        return f"one {target.title} at {UTILISATION:.0%} of its {target.peak / 1e12:.4g} TFLOP/s"
     trained = [config for config in configs if not config.is_base] or configs
     reached = sorted({target.speed(config).training / 1e12 for config in trained})
     between = " to ".join(f"{rate:.2g}" for rate in dict.fromkeys((reached[0], reached[-1])))
@@ -140,7 +140,7 @@ def _remarks(plans: Sequence[Plan], cells: Sequence[Plan]) -> tuple[str, ...]:
     hours = sum(each.hours for each in cells)
     remarks = [
         f"Together {len(cells):,} cells, {_number(tokens)} M training tokens, {_number(hours)} "
-        f"hours of one {_speed(target, [each.config for each in cells])}.",
+        f"hours on {_speed(target, [each.config for each in cells])}.",
         f"Longest is {_title(longest)}: {_number(longest.hours)} hours.",
         f"Largest is {_title(largest)}: {_number(largest.memory.total / GIGA)} GB.",
     ]

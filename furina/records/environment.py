@@ -118,9 +118,9 @@ def _hardware() -> Hardware:
 
 
 def _auto_dtype() -> str:
-    from furina.processor import AUTO, resolve_dtype
+    from furina.processor import automatic, best_device
 
-    return ": ".join(resolve_dtype(AUTO))
+    return ": ".join(automatic(best_device()))
 
 
 def memory_bytes() -> int:

@@ -6,12 +6,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from furina.errors import FurinaError
+from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
 from furina.progress import duration
+from furina.records import RecordError, RunRecord
 from furina.runner.cells import Outcome, Places, run_one, run_when_free
 from furina.runner.suites import Suite, title
 
@@ -84,6 +86,7 @@ def run_suite(suite: Suite, places: Places) -> list[Path]:
     A cell that another process is running comes last, after that process. Raises FailedRunsError
     at the end if runs failed or diverged.
     """
+    require_one_dtype(suite, places)
     progress = Progress(list(suite.runs))
     outcomes: dict[int, Outcome] = {}
     for run in (run_one, run_when_free):
@@ -98,6 +101,25 @@ def run_suite(suite: Suite, places: Places) -> list[Path]:
             progress.end(config, outcome, progress.clock() - began)
             outcomes[place] = outcome
     return files_of(suite, [outcomes[place] for place in sorted(outcomes)])
+
+
+def require_one_dtype(suite: Suite, places: Places) -> None:
+    """Refuse to put records beside others of the suite that were computed in another dtype.
+
+    Raises ConfigurationError; those that the runs replace do not count.
+    """
+    if suite.study != "cells":
+        return
+    replaced = {places.results / run.suite / f"{run.name}.json" for run in suite.runs}
+    for name, dtype in {(run.suite, run.resolved().dtype) for run in suite.runs}:
+        for file in sorted(set((places.results / name).glob("*.json")) - replaced):
+            with suppress(RecordError):  # a damaged one is the report's to name
+                other = RunRecord.read(file).config.get("dtype")
+                if other != dtype:
+                    raise ConfigurationError(
+                        f"{file} was computed in {other}, and these runs would be in {dtype}: no "
+                        "table holds both, so name a new folder with --results, or run all rows."
+                    )
 
 
 def files_of(suite: Suite, outcomes: list[Outcome]) -> list[Path]:

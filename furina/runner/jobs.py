@@ -19,7 +19,7 @@ from furina.experiment.config import RunConfig
 from furina.progress import shown
 from furina.records import timestamp
 from furina.runner.cells import Outcome, Places, help_to_train, record_failure, run_when_free
-from furina.runner.grid import Progress, files_of
+from furina.runner.grid import Progress, files_of, require_one_dtype
 from furina.runner.suites import Suite
 
 POLL = 0.5
@@ -94,6 +94,7 @@ class CellJob:
         from furina.processor import use_cores
 
         use_cores(self.share)
+        print(f"dtype {self.config.resolved().dtype}", flush=True)
         if is_first_machine():
             with shown(sys.stdout):  # its file; the last line of stderr says why a job died
                 return run_when_free(self.suite, self.config, self.places)
@@ -137,6 +138,8 @@ def run_jobs(suite: Suite, places: Places, jobs: int, slurm: Slurm | None = None
     ConfigurationError where there is no Slurm.
     """
     places = Places(places.results.resolve(), places.runs.resolve())
+    if slurm is None:  # a cluster's machines may be of another kind than this one
+        require_one_dtype(suite, places)
     calls = [CellJob(suite, config, places, 1 if slurm else jobs) for config in suite.runs]
     if slurm is not None:  # the array's own limit says how many run at once
         submitted = _submit_array(suite, calls, places, slurm, jobs)

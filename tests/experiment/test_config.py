@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from furina import processor
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
+from furina.processor import Precision
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,18 @@ def test_only_a_router_can_be_removed() -> None:
 
 def test_base_has_no_adapter() -> None:
     assert RunConfig(method="base").adapter_config() is None
+
+
+def test_several_machines_name_their_dtype() -> None:
+    with pytest.raises(ConfigurationError, match="dtype=auto may differ between num_nodes=2"):
+        RunConfig(num_nodes=2)
+    assert RunConfig(num_nodes=2, dtype="bfloat16").world_size == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_resolved_run_names_what_auto_stands_for(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "automatic", lambda kind: Precision(dtype, "a test"))
+    assert RunConfig().dtype == "auto" and RunConfig().resolved().dtype == dtype
+    assert RunConfig(dtype="float16").resolved() == RunConfig(dtype="float16")

@@ -124,6 +124,13 @@ def test_another_config_in_the_same_folder_is_one_sentence(finished: Finished) -
     assert adapter_bytes(finished.run_dir) == before
 
 
+def test_a_run_in_another_dtype_says_how_to_go_on(finished: Finished) -> None:
+    other = finished.config.updated({"dtype": "bfloat16"})
+    says = "holds a run in float32, and this would be in bfloat16: go on with --dtype float32"
+    with pytest.raises(ConfigurationError, match=says):
+        fit(other, finished.run_dir)
+
+
 def test_base_has_nothing_to_fit(data_dir: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nothing to fit"):
         fit(tiny(data_dir, "base"), tmp_path)

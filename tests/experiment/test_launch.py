@@ -207,7 +207,10 @@ def test_a_config_that_its_processes_refuse_does_not_own_the_folder(
             {"devices": 2, "strategy": "fsdp", "compile": "eager"},
             "does not work with strategy fsdp",
         ),
-        ({"num_nodes": 2}, "Slurm started this on none: use srun --nodes=2 --ntasks-per-node=1"),
+        (
+            {"num_nodes": 2, "dtype": "float32"},
+            "Slurm started this on none: use srun --nodes=2 --ntasks-per-node=1",
+        ),
     ],
 )
 def test_devices_that_cannot_share_a_run_are_refused_before_anything_is_read(
@@ -262,7 +265,7 @@ def launch_as_node(folder: Path, node: int, port: int) -> None:
     own = {"SLURM_NODEID": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update({**SLURM, **own})
     launch_module.WORKER = "tests.experiment.stub_worker"
-    launch(RunConfig(devices=1, num_nodes=2), folder)
+    launch(RunConfig(devices=1, num_nodes=2, dtype="float32"), folder)
 
 
 def test_two_machines_are_one_world(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_written_answers_take_this_machine_as_long_as_it_reads(
 
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
 def test_auto_is_planned_as_it_would_run(dtype: str, size: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(processor, "_automatic", lambda kind: Precision(dtype, "a test"))
+    monkeypatch.setattr(processor, "automatic", lambda kind: Precision(dtype, "a test"))
     monkeypatch.setattr(speed, "speed", lambda *_: Speed(1e9, 1e9, 1e9))
     config = paper("tiny-llama", dtype="auto")
     here = unread(config, "cpu")

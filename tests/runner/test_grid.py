@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from furina.errors import FurinaError
+from furina.errors import ConfigurationError, FurinaError
 from furina.experiment import cell
 from furina.experiment.config import RunConfig
 from furina.records import RunRecord
@@ -38,7 +38,7 @@ class StandIn:
         made = replace(
             run_record(config.method, config.task, config.seed),
             suite=config.suite,
-            config=config.to_dict(),
+            config=config.resolved().to_dict(),
             command=command,
             evaluations=(),
         )
@@ -236,3 +236,16 @@ def test_a_cell_that_failed_says_nothing_of_the_time_left() -> None:
     progress.end(config, cells_module.Outcome("failed", error="no memory"), 1.0)
     progress.end(config, cells_module.Outcome("finished"), 60.0)
     assert said[1::2] == ["  2 left", "  1 left, about 1:00 min"]
+
+
+def test_runs_that_would_stand_beside_another_dtype_are_refused_before_they_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = read_suite(write_suite(tmp_path / "two", {}, lora=lora())).chosen(seeds=2)
+    world.run(replace(suite, runs=tuple(run.updated({"dtype": "bfloat16"}) for run in suite.runs)))
+    wide = [run.updated({"dtype": "float32"}) for run in suite.runs]
+    with pytest.raises(ConfigurationError, match=r"was computed in bfloat16, .* be in float32"):
+        world.run(replace(suite, runs=tuple(wide[:1])))
+    assert not world.stand_in.ran
+    world.run(replace(suite, runs=tuple(wide)))  # which replaces them all
+    assert len(world.stand_in.ran) == 2
