@@ -65,6 +65,7 @@ def assert_whole_folder(run_dir: Path) -> None:
     assert len(rows) > 6 and "train/loss" in rows[0]
 
 
+@pytest.mark.slow  # tests/training/test_fsdp.py and test_ddp.py kill runs, too
 def test_a_sharded_run_that_lost_a_process_goes_on_to_what_one_process_trains(
     data_dir: str, alone: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

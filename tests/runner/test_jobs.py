@@ -148,6 +148,7 @@ class ArrayHere(LocalExecutor):
         super().update_parameters(timeout_min=60)
 
 
+@pytest.mark.slow  # the grid of processes beside it does the same without Slurm's array
 def test_a_job_array_gives_what_one_process_gives(
     suite: Suite,
     alone: dict[str, dict[str, Any]],
