@@ -16,8 +16,6 @@ MOE_PEFT := .venv-moe-peft
 GGUF := .venv-gguf
 VLLM := .venv-vllm
 VLLM_VERSION := 0.32.0
-# One more than there are cores: some tests wait for processes of their own.
-WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1)))
 WORKS := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 .PHONY: help setup reproduce test test-slow test-processors lint report moe-peft vllm gguf clean
@@ -32,7 +30,7 @@ reproduce: $(STAMP) ## Fetch model and data, run every cell of SUITE, print the 
 	@$(BIN)/furina run $(SUITE) $(if $(METHODS),--rows $(METHODS)) $(ARGS)
 
 test: lint ## Check style, types and layers, then run the tests (ARGS=… goes to pytest)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP) $(GGUF)/.installed ## Run the tests that need the fetched model or take minutes
 	@$(BIN)/furina assets
