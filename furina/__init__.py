@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from furina.merging import is_merged as is_merged
     from furina.merging import merge as merge
     from furina.merging import unmerge as unmerge
+    from furina.mode import evaluation_mode as evaluation_mode
     from furina.training.module import FinetuneModule as FinetuneModule
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ _HOME = {
         "remove",
     ),
     "merging": ("is_merged", "merge", "unmerge"),
+    "mode": ("evaluation_mode",),
     "training.module": ("FinetuneModule",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from furina.context import SharedOperands
@@ -22,7 +23,8 @@ def accumulating(model: nn.Module) -> Iterator[None]:
     state = state_of(model)
     tracker = state.tracker
     # Now and not in the first forward, where gradient checkpointing would make them again.
-    made = {name: layer.derive() for name, layer in state.layers.items()}
+    with torch.enable_grad():
+        made = {name: layer.derive() for name, layer in state.layers.items()}
     shared = SharedOperands({name: each for name, each in made.items() if each is not None})
     tracker.shared = shared
     try:
@@ -30,3 +32,4 @@ def accumulating(model: nn.Module) -> Iterator[None]:
         shared.backward()
     finally:
         tracker.shared = None
+        shared.close()

@@ -24,11 +24,17 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     or FSDP2 has averaged gradients two ranks equal one process with both batches. 0 for a method
     without such a loss. Calling it again gives the same loss; recomputed layers do not count twice.
 
-    Raises ConfigurationError if the last forward was no training forward with gradients. Warns if
-    no attention mask was given, because padding then counts as real tokens.
+    Forwards without gradients or in eval mode, such as those of validation, change nothing.
+
+    Raises ConfigurationError if there was no training forward with gradients, or if a part of the
+    model was called by itself since. Warns if no attention mask was given, because padding then
+    counts as real tokens.
     """
     state = state_of(model)
     forward = _last_forward(model)
+    forward.was_read = True
+    if forward.loss is not None:
+        return forward.loss
     if not state.config.has_auxiliary_loss:
         parameter = next(iter(state.layers.values())).base.weight
         return torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -52,7 +58,11 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     tokens = forward.tokens().to(parts[0])
     *parts, tokens = _sum_over_ranks([*parts, tokens.reshape(1)])
     # Without a real token every sum is 0, and so must the gradient be, not 0/0.
-    return state.config.auxiliary_loss(dict(zip(names, parts, strict=True)), tokens.clamp(min=1))
+    loss = state.config.auxiliary_loss(dict(zip(names, parts, strict=True)), tokens.clamp(min=1))
+    if torch.is_grad_enabled():
+        forward.loss = loss
+        forward.records.clear()  # large, and now part of the loss's graph
+    return loss
 
 
 def after_step(model: nn.Module) -> None:
@@ -80,8 +90,8 @@ def _last_forward(model: nn.Module) -> Forward:
     last = state_of(model).tracker.last
     if last is None:
         raise ConfigurationError(
-            "There is no auxiliary loss: the last forward was not in training mode with gradients "
-            "enabled, or there was none; call model.train() and run the model first."
+            "There is no auxiliary loss, since there was no forward of the whole model in training "
+            "mode with gradients: call model.train() and run the model first."
         )
     return last
 
@@ -143,6 +153,8 @@ def record_selection(model: nn.Module) -> Iterator[SelectionRecord]:
     tracker, record = state.tracker, SelectionRecord()
 
     def observe(layer: str, statistics: Record) -> None:
+        if layer not in state.layers:
+            return
         assert tracker.active is not None
         if not record.sums or layer == next(iter(record.sums)):
             tokens = tracker.active.tokens()
@@ -151,9 +163,8 @@ def record_selection(model: nn.Module) -> Iterator[SelectionRecord]:
         wide = sums.to(torch.float64)
         record.sums[layer] = record.sums[layer] + wide if layer in record.sums else wide
 
-    tracker.observer = observe
+    tracker.observers.append(observe)
     try:
         yield record
     finally:
-        tracker.observer = None
-        tracker.active = tracker.last = None
+        tracker.observers.remove(observe)

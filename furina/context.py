@@ -1,15 +1,19 @@
 """What the adapted layers of a model share: the forward they take part in, and its optimiser step.
 
-The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record sums over
-real tokens into it. Gradient checkpointing runs layers again in the backward pass, so the
-checkpoint function is wrapped to reopen the `Forward` it was called in: the recomputation sees the
-same mask, however many forwards happened since, and a second record of a layer is ignored.
+The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record into it what
+their auxiliary loss is made of. Gradient checkpointing runs layers again in the backward pass, so
+transformers' checkpoint function is wrapped to reopen the `Forward` it was called in: the
+recomputation sees the same mask, however many forwards happened since, and a second record of a
+layer is ignored. Under another checkpoint function layers repeat their operations and record
+nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,7 +42,15 @@ class Forward:
     mask: Tensor | None
     positions: int
     task_types: Tensor | None = None
+    training: bool = False
+    """Whether the model was in training mode with gradients, so that an auxiliary loss may come."""
     records: dict[str, Record] = field(default_factory=dict)
+    has_loss: bool = False
+    """Whether layers recorded for an auxiliary loss."""
+    loss: Tensor | None = None
+    """The auxiliary loss once somebody has asked for it; the records are gone then."""
+    was_read: bool = False
+    """Whether somebody asked for it."""
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
@@ -88,8 +100,11 @@ class SharedOperands:
     def __init__(self, made: Mapping[str, Operands]) -> None:
         """Cut off what the layers called by these names have made."""
         self._made = made
+        self._closed = False
         self.leaves = {
-            name: Operands(_leaf(each.a), _leaf(each.b), tuple(map(_leaf, each.extra)))
+            name: Operands(
+                self._leaf(each.a), self._leaf(each.b), tuple(map(self._leaf, each.extra))
+            )
             for name, each in made.items()
         }
 
@@ -105,14 +120,32 @@ class SharedOperands:
             tensors, gradients = zip(*pairs, strict=True)
             torch.autograd.backward(tensors, gradients)
 
+    def close(self) -> None:
+        """Refuse gradients from now on: nobody would pass them on."""
+        self._closed = True
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        """Return a leaf in place of a derived tensor; a parameter or constant stays itself."""
+        if tensor.grad_fn is None:
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        leaf.register_hook(self._refuse_if_closed)
+        return leaf
+
+    def _refuse_if_closed(self, gradient: Tensor) -> None:
+        if self._closed:
+            raise ConfigurationError(
+                "backward() ran after the furina.accumulating block had ended, which passes the "
+                "gradients on: call it inside the block."
+            )
+
 
 def _tensors(operands: Operands) -> tuple[Tensor, ...]:
     return (operands.a, operands.b, *operands.extra)
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    """Return a leaf in place of a derived tensor; a parameter or constant stays itself."""
-    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
+UNREAD = 3
+"""Training forwards in a row without a question for their auxiliary loss that bring a warning."""
 
 
 class ForwardTracker:
@@ -122,11 +155,15 @@ class ForwardTracker:
         """Start with no forward seen."""
         self.active: Forward | None = None
         self.last: Forward | None = None
-        self.observer: Callable[[str, Record], None] | None = None
+        """The last training forward; others leave it."""
+        self.observers: list[Callable[[str, Record], None]] = []
         self.shared: SharedOperands | None = None
+        self.kept: dict[Hashable, Operands] | None = None
+        """What layers have derived, while `keeping`."""
         self.step_sums: dict[str, Tensor | None] = {}
         """Sums of the records by these names since they were last taken; see `sum_over_step`."""
-        self._training_grad = False
+        self._keepers = 0
+        self._unread = 0
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Hook onto `model`'s forward; returns the handles that undo it."""
@@ -135,11 +172,33 @@ class ForwardTracker:
             model.register_forward_hook(self._close, always_call=True),
         ]
 
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Let layers keep what they derive from their parameters, which must not change inside.
+
+        Nothing could tell that they did: autograd does not count writes through `.data` or by
+        fused optimisers.
+        """
+        if self._keepers == 0:
+            self.kept = {}
+        self._keepers += 1
+        try:
+            yield
+        finally:
+            self._keepers -= 1
+            if self._keepers == 0:
+                self.kept = None
+
+    def forget(self) -> None:
+        """Drop what was kept: parameters have changed."""
+        if self.kept:
+            self.kept.clear()
+
     def recording(self) -> bool:
         """Return whether layers should compute their statistics now."""
         if self.active is None:
             return False
-        if self._training_grad and not torch.is_grad_enabled():
+        if self.active.training and not torch.is_grad_enabled():
             raise ConfigurationError(
                 "Reentrant gradient checkpointing cannot carry the auxiliary loss: call "
                 "gradient_checkpointing_enable with use_reentrant=False."
@@ -147,14 +206,13 @@ class ForwardTracker:
         return True
 
     def record(self, layer: str, *statistics: Tensor) -> None:
-        """Keep the first record of `layer`: a recomputation of the same forward counts once.
-
-        What an observer takes is not kept.
-        """
+        """Keep the first record of `layer`: a recomputation of the same forward counts once."""
         assert self.active is not None
-        if self.observer is not None:
-            self.observer(layer, tuple(tensor.detach() for tensor in statistics))
-        elif layer not in self.active.records:
+        if layer in self.active.records:
+            return
+        for observe in self.observers:
+            observe(layer, tuple(tensor.detach() for tensor in statistics))
+        if self.active.training:
             self.active.records[layer] = statistics
 
     def sum_over_step(self, name: str) -> None:
@@ -170,16 +228,31 @@ class ForwardTracker:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_types = kwargs.pop("task_types", None)  # the backbone's own forward knows none
-        self.last = None
-        self._training_grad = model.training and torch.is_grad_enabled()
-        if self._training_grad or self.observer is not None:
-            mask = _argument("attention_mask", model, args, kwargs)
-            mask = None if mask is None else mask != 0
-            positions = _positions(model, args, kwargs)
-            self.active = self.last = Forward(mask, positions, task_types)
-        if self._training_grad:
+        training = model.training and torch.is_grad_enabled()
+        self.active = None
+        if training or self.observers:
+            leading = _leading_shape(model, args, kwargs)
+            mask = _padding_mask(model, args, kwargs, leading)
+            self.active = Forward(mask, leading.numel() if leading else 0, task_types, training)
+        if training:
+            self._warn_if_unread()
+            self.last = self.active
             self._follow_checkpointing(model)
         return args, kwargs
+
+    def _warn_if_unread(self) -> None:
+        """Warn once of a training loop that never asks for the auxiliary loss."""
+        if self.last is None or not self.last.has_loss:
+            return
+        self._unread = 0 if self.last.was_read else self._unread + 1
+        if self._unread == UNREAD:
+            warnings.warn(
+                f"Nobody asked for the auxiliary loss of the last {UNREAD} training forwards, so "
+                "it takes no part in the training: add furina.auxiliary_loss(model) to the loss "
+                "and give the optimiser furina.parameter_groups(model, learning_rate), as "
+                "furina.FinetuneModule does, or set the loss's coefficient to 0.",
+                stacklevel=2,
+            )
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], output: object) -> None:
         forward, self.active = self.active, None
@@ -206,7 +279,8 @@ class ForwardTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last forward's graph out of copies and pickles."""
-        return {**self.__dict__, "active": None, "last": None, "shared": None}
+        rest = {"active": None, "last": None, "shared": None, "kept": None, "observers": []}
+        return {**self.__dict__, **rest, "_keepers": 0}
 
 
 @dataclass
@@ -241,12 +315,30 @@ def _argument(
     return args[place] if place < len(args) else None
 
 
-def _positions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return the number of positions of the model's input, padding included; 0 if unknown."""
+def _leading_shape(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Size | None:
+    """Return (batch, positions) of the model's input, padding included; None if unknown."""
     ids = _argument("input_ids", model, args, kwargs)
     if ids is not None:
-        return ids.numel()
+        return ids.shape
     vectors = _argument("inputs_embeds", model, args, kwargs)
     if vectors is None:  # a model of other inputs: the first is its vectors
         vectors = args[0] if args else None
-    return 0 if vectors is None else vectors.shape[:-1].numel()
+    return None if vectors is None else vectors.shape[:-1]
+
+
+def _padding_mask(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: torch.Size | None
+) -> Tensor | None:
+    """Return which positions of the input are real; beside a cache a mask tells of its, too."""
+    mask = _argument("attention_mask", model, args, kwargs)
+    if mask is None:
+        return None
+    if (
+        leading
+        and mask.dim() == 2
+        and _argument("past_key_values", model, args, kwargs) is not None
+    ):
+        mask = mask[:, -leading[-1] :]
+    return mask != 0

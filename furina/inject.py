@@ -16,6 +16,7 @@ from furina.adapters import AdapterConfig, AdapterLinear, configure
 from furina.adapters.sharding import whole, write
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
+from furina.overrides import override
 
 logger = logging.getLogger("furina")
 
@@ -137,7 +138,7 @@ def _attach(model: nn.Module, state: AdaptedState) -> None:
     model.requires_grad_(False)
     for name, layer in state.layers.items():
         model.set_submodule(name, layer)
-    state.handles = state.tracker.attach(model)
+    state.handles = [*state.tracker.attach(model), *override(model, state.tracker)]
     model.__dict__[_STATE] = state
 
 
@@ -215,6 +216,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             write(tensor, state[name])
+    state_of(model).tracker.forget()
     for layer in state_of(model).layers.values():
         layer.after_load()
 

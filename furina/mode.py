@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
+
+from furina.inject import is_adapted, state_of
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode; each module's own mode comes back at the end, errors included."""
-    with _mode(model, training=False):
+    """Put `model` into eval mode; each module's own mode comes back at the end, errors included.
+
+    What an adapter derives from its parameters alone is made once for all forwards inside, so
+    parameters must not change there. `model.generate` does so for its own forwards; a server or a
+    decoding loop does it once for all.
+    """
+    keeping = state_of(model).tracker.keeping() if is_adapted(model) else nullcontext()
+    with keeping, _mode(model, training=False):
         yield
 
 

@@ -269,7 +269,7 @@ def test_recording_works_with_the_loss_off_and_leaves_nothing_behind() -> None:
         model(**tokens())
     assert len(record.top_k_share()) == 14
     tracker = state_of(model).tracker
-    assert tracker.observer is None and tracker.active is None and tracker.last is None
+    assert not tracker.observers and tracker.active is None and tracker.last is None
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import furina
+from furina.adapters import AdapterConfig
 from furina.context import Forward
 from furina.errors import ConfigurationError
 from furina.inject import state_of
@@ -211,22 +214,107 @@ def test_a_forward_that_fails_leaves_no_forward_open() -> None:
         furina.auxiliary_loss(model)
 
 
-@pytest.mark.parametrize("quiet", ["eval", "no_grad", "inference_mode", "generate"])
-def test_nothing_is_kept_outside_training(quiet: str) -> None:
+@pytest.mark.parametrize("quiet", ["eval", "no_grad", "inference_mode", "generate", "record"])
+def test_a_forward_outside_training_leaves_the_last_training_forward(quiet: str) -> None:
     model, batch = adapted(), tokens()
     ids = batch["input_ids"][:1]
-    task_loss(model, batch)
+    expected = total(model, batch)
+    expected.backward()
+    wanted = gradients(model)
+    loss = task_loss(model, batch)
+    tracker = state_of(model).tracker
+    last = tracker.last
     if quiet == "eval":
-        model.eval()(**batch)
+        model.eval()(**tokens(seed=5))
+        model.train()
     elif quiet == "generate":
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    elif quiet == "record":
+        with furina.record_selection(model), torch.no_grad():
+            model(**tokens(seed=5))
     else:
         with getattr(torch, quiet)():
-            model(**batch)
-    tracker = state_of(model).tracker
-    assert tracker.active is None and tracker.last is None
-    with pytest.raises(ConfigurationError, match="not in training mode"):
+            model(**tokens(seed=5))
+    assert tracker.active is None and tracker.last is last
+    found = loss + 10 * furina.auxiliary_loss(model)
+    assert torch.equal(found, expected)
+    found.backward()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, wanted[name])
+
+
+def test_a_part_of_the_model_called_by_itself_has_no_loss_and_says_so() -> None:
+    model, batch = adapted(), tokens()
+    total(model, batch)
+    model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    with pytest.raises(ConfigurationError, match="no forward of the whole model"):
         furina.auxiliary_loss(model)
+
+
+def test_a_training_loop_that_never_asks_for_the_loss_is_warned_once() -> None:
+    model, batch = adapted(), tokens()
+    with pytest.warns(UserWarning, match="Nobody asked for the auxiliary loss") as caught:
+        for _ in range(8):
+            task_loss(model, batch).backward()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("quiet", ["read", "off", "eval", "two forwards a loss"])
+def test_a_loop_that_misses_nothing_is_not_warned(quiet: str) -> None:
+    options = {"selection_coefficient": 0.0} if quiet == "off" else {}
+    model, batch = adapted(**options), tokens()
+    model.train(quiet != "eval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(8):
+            task_loss(model, batch)
+            if quiet == "read" or (quiet == "two forwards a loss" and step % 2):
+                furina.auxiliary_loss(model)
+
+
+def whole_layers(model: nn.Module) -> None:
+    """Checkpoint as a user would, by torch alone."""
+    model.config.use_cache = False
+    for layer in model.model.layers:
+        layer.forward = partial(
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+        )
+
+
+@pytest.mark.parametrize("method", furina.methods())
+def test_a_users_own_checkpointing_changes_no_gradient(method: str) -> None:
+    options = {"balance_coefficient": 0.1, "task_type": 1} if method == "loramoe" else {}
+    compare_with_own_checkpointing(small(method, **options))
+
+
+@pytest.mark.parametrize("activity", ["l2", "l1", "per_unit"])
+@pytest.mark.parametrize("detach_norm", [False, True])
+def test_a_users_own_checkpointing_carries_each_activity(activity: str, detach_norm: bool) -> None:
+    options = {"activity": activity, "detach_norm": detach_norm}
+    compare_with_own_checkpointing(small("furina", num_experts=5, **options))
+
+
+def compare_with_own_checkpointing(config: AdapterConfig) -> None:
+    model = furina.adapt(BACKBONES["llama"](torch.float64), config, seed=0)
+    perturb(model)
+    model.train()
+    total(model, tokens()).backward()
+    expected = gradients(model)
+    whole_layers(model)
+    total(model, tokens()).backward()
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+@pytest.mark.parametrize("activity", ["l2", "l1", "per_unit"])
+def test_a_part_in_eval_mode_keeps_its_share_of_the_loss(activity: str) -> None:
+    model, batch = adapted(activity=activity), tokens()
+    total(model, batch).backward()
+    expected = gradients(model)
+    model.model.layers[0].eval()
+    total(model, batch).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -264,10 +352,11 @@ def test_an_adapted_model_can_be_copied_after_a_forward(way: str) -> None:
 def test_a_recomputed_layer_is_not_recorded_a_second_time() -> None:
     model = adapted()
     enable_checkpointing(model)
-    loss = total(model, tokens())
+    loss = task_loss(model, tokens())
     last = state_of(model).tracker.last
     assert last is not None
     before = dict(last.records)
     loss.backward()
+    assert before
     assert last.records.keys() == before.keys()
     assert all(last.records[name] is record for name, record in before.items())

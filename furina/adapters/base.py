@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from types import NoneType
@@ -170,7 +171,6 @@ class AdapterLinear(nn.Module, ABC):
         self.tracker = tracker
         self._pristine: Tensor | None = None
         self._merged = False
-        self._kept: dict[torch.dtype, tuple[list[object], Operands]] = {}
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -192,61 +192,36 @@ class AdapterLinear(nn.Module, ABC):
         return None
 
     def operands(self, x: Tensor, dtype: torch.dtype | None = None) -> Operands:
-        """Return `derive()`, which must not be None, made once where possible.
+        """Return `derive()`, which must not be None, made once where somebody vouches for it.
 
-        Inside `furina.accumulating` it is made once for all forwards. Without gradients A and B
-        are in `dtype`, or else x's, and kept until a parameter changes. Autograd does not count
-        writes through `.data`: call `model.eval()` after such a write. With a `dtype`, which is for
-        `low_rank_product`, B is stored by columns on a CPU: a single token reads it faster so.
+        Inside `furina.accumulating` it is made once for all forwards with gradients, inside
+        `furina.evaluation_mode` for all without, and else anew for each. Without gradients A and B
+        are in `dtype`, or else x's. With a `dtype`, which is for `low_rank_product`, B is stored by
+        columns on a CPU: a single token reads it faster so.
         """
         if torch.is_grad_enabled():
-            self._kept.clear()  # a step may come, and fused optimisers leave no trace in `_version`
+            self.tracker.forget()  # a step may come
             shared = self.tracker.shared
             return self._derived() if shared is None else shared.leaves[self.name]
         compiling = torch.compiler.is_compiling()
-        state = None if compiling else self._state()
+        kept = None if compiling else self.tracker.kept
         chosen = dtype or x.dtype
-        kept = self._kept.get(chosen)
-        if kept is not None and kept[0] == state:
-            return kept[1]
+        key = self.name, chosen, self.training
+        if kept is not None and key in kept:
+            return kept[key]
         a, b, extra = self._derived()
         a, b = a.to(chosen), b.to(chosen)
         if dtype is not None and x.device.type == "cpu" and not compiling:
             b = b.t().contiguous().t()
         made = Operands(a, b, extra)
-        if state is not None:
-            self._kept[chosen] = state, made
+        if kept is not None:
+            kept[key] = made
         return made
-
-    def _state(self) -> list[object] | None:
-        """Return what differs once a tensor has changed, None if one may change unseen.
-
-        The tensors are what `adapter_tensors` names, and any other buffer. Every token waits for
-        this, 210 times in a small model: hence one plain loop.
-        """
-        tensors = [*self._parameters.values(), *self._buffers.values()]
-        if len(self._modules) > 1:
-            for name, module in self._modules.items():
-                if module is not None and name != "base":
-                    tensors += [*module.parameters(), *module.buffers()]
-        state: list[object] = [self.training]
-        for tensor in tensors:
-            if tensor is not None:
-                if tensor.grad is not None or tensor.is_inference():
-                    return None
-                state += (tensor.data_ptr(), tensor._version)
-        return state
 
     def _derived(self) -> Operands:
         made = self.derive()
         assert made is not None, f"{type(self).__name__} asks for operands and derives none"
         return made
-
-    def train(self, mode: bool = True) -> AdapterLinear:
-        """Switch the mode and forget what was kept."""
-        self._kept.clear()
-        super().train(mode)
-        return self
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -278,10 +253,35 @@ class AdapterLinear(nn.Module, ABC):
         """Whether a forward records sums over real tokens for the auxiliary loss or an observer."""
         return False
 
-    def must_record(self, has_auxiliary_loss: bool) -> bool:
-        """Return whether the forward that runs now must record them."""
-        wanted = self.tracker.observer is not None or has_auxiliary_loss
-        return wanted and self.records_statistics and self.tracker.recording()
+    def record(self, has_auxiliary_loss: bool, statistics: Callable[[], Record]) -> None:
+        """Record what `statistics` returns if the auxiliary loss or an observer wants it.
+
+        A checkpoint function that reruns the layer in a backward pass needs the same operations
+        again, and nothing is recorded then.
+        """
+        tracker = self.tracker
+        if not self.records_statistics or not (has_auxiliary_loss or tracker.observers):
+            return
+        recording = tracker.recording()
+        if not recording:
+            if not (has_auxiliary_loss and self.training and torch.is_grad_enabled()):
+                return
+            if torch._C._current_graph_task_id() == -1:  # no backward pass: a forward of a part
+                tracker.last = None
+                return
+        with nullcontext() if has_auxiliary_loss else torch.no_grad():
+            made = statistics()
+        if tracker.active is not None:
+            tracker.active.has_loss |= has_auxiliary_loss
+            tracker.record(self.name, *made)
+
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """Return the mask of real tokens (T, 1) of the forward that runs now, None without one.
+
+        Raises ConfigurationError if x (..., I) does not hold the tokens of the model's input.
+        """
+        forward = self.tracker.active
+        return None if forward is None else forward.real_tokens(x, self.name)
 
     def step_statistics(self) -> Tensor | None:
         """Return and forget the sums since the last optimiser step, if the method keeps any."""

@@ -158,9 +158,7 @@ def _experts(rows: Tensor, num_experts: int) -> Tensor:
 
 def _inverse(norm: Tensor, num_shared: int) -> Tensor:
     """Return 1/d̃, and 0 for shared experts."""
-    inverse = norm.reciprocal()
-    inverse[:num_shared] = 0
-    return inverse
+    return torch.cat([torch.zeros_like(norm[:num_shared]), norm[num_shared:].reciprocal()])
 
 
 def _direction_gram(b: Tensor, inverse: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ No k×d product is formed in training:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,7 +69,6 @@ class DoRALinear(AdapterLinear):
         d, k = base.in_features, base.out_features
         self.lora_A = kaiming_uniform(config.rank, d, d, like=self)
         self.lora_B = zeros(k, config.rank, like=self)
-        self._row_square: Tensor | None = None
         self.magnitude = nn.Parameter(self.row_norm())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,18 +112,8 @@ class DoRALinear(AdapterLinear):
             a, b = self.lora_A, self.lora_B * self.scale
             cross = functional.linear(weight, a.to(weight.dtype)).to(b.dtype)
             square = 2 * (cross * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-            return (self._weight_square() + square).clamp(min=0).sqrt()
-
-    def _weight_square(self) -> Tensor:
-        """Return rowsum(W²), kept from the first forward on: W is frozen. Shape: (O,)."""
-        if self._row_square is None or self._row_square.device != self.base.weight.device:
-            wide = self.base.weight.detach().to(torch.float64)
-            self._row_square = wide.square().sum(1).to(self.parameter_dtype)
-        return self._row_square
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
-        self._row_square = None
-        return super()._apply(fn, recurse)
+            own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+            return (own.to(self.parameter_dtype) + square).clamp(min=0).sqrt()
 
     def peft_state(self) -> dict[str, Tensor]:
         """Return peft's DoRA of scale 1: A, s·B and m."""

@@ -129,7 +129,7 @@ class FlyLoRALinear(MixtureLinear):
         y: Tensor = self.base(x)
         h = functional.linear(dropout(x, self.drop_rate).to(dtype), a.to(dtype))
         if self.config.selects:
-            h = h * self._selected(x, h, self.must_record(has_auxiliary_loss=True))
+            h = h * self._selected(x, h)
         return y + functional.linear(h * self.config.scale, b.to(dtype)).to(y.dtype)
 
     def derive(self) -> Operands:
@@ -137,13 +137,12 @@ class FlyLoRALinear(MixtureLinear):
         return Operands(self.lora_A, self.lora_B)
 
     @torch.no_grad()
-    def _selected(self, x: Tensor, h: Tensor, recording: bool) -> Tensor:
-        """Return 1_S in h's dtype, and note the load if `recording`. Shape: (..., r)."""
+    def _selected(self, x: Tensor, h: Tensor) -> Tensor:
+        """Return 1_S in h's dtype, and note the load in training. Shape: (..., r)."""
         indices = self._score(h).topk(self.config.active_rank, dim=-1).indices
         selected = torch.zeros_like(h).scatter(-1, indices, 1.0)
-        if recording:
-            assert self.tracker.active is not None
-            mask = self.tracker.active.real_tokens(x, self.name)
+        if self.steers and self.tracker.active is not None:
+            mask = self.real_tokens(x)
             load = selected.flatten(0, -2).to(self.selection_bias.dtype)
             load = (load if mask is None else load.masked_fill(~mask, 0.0)).sum(0)
             self.tracker.record(self.name, load)
@@ -182,7 +181,7 @@ class FlyLoRALinear(MixtureLinear):
         return b.T[:, :, None], a[:, None]
 
     @property
-    def records_statistics(self) -> bool:
+    def steers(self) -> bool:
         """Whether the load steers the bias: in training only."""
         return self.training and self.config.selects and self.config.bias_step > 0
 

@@ -258,8 +258,7 @@ class FurinaLinear(MixtureLinear):
         else:
             a, b, extra = self.operands(x, update_dtype(x))
             y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
-        if self.must_record(self.config.has_auxiliary_loss):
-            self.tracker.record(self.name, *self.selection(x, h, *extra))
+        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, h, *extra))
         return y
 
     def derive(self) -> Operands:
@@ -300,8 +299,7 @@ class FurinaLinear(MixtureLinear):
         selection loss alone into a full step, whatever its coefficient.
         Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r).
         """
-        assert self.tracker.active is not None
-        self.tracker.active.real_tokens(x, self.name)
+        self.real_tokens(x)
         return self._made_of(h, norm, gram)
 
     def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:

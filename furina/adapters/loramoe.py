@@ -81,8 +81,20 @@ class LoRAMoEConfig(DenseConfig):
     def statistics(
         self, records: Mapping[str, Record], mask: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """Return each linear's sums over the sequences, which it recorded as such."""
-        return {name: sums for name, (sums,) in records.items()}
+        """Return each linear's [Σ Z, Σ Z², number of Z] over the sequences with a real token.
+
+        In float64, in which near-equal Z can be subtracted. Records: p (B, T, N), types (B,).
+        """
+        return {name: self._sums(p, types, mask) for name, (p, types) in records.items()}
+
+    def _sums(self, p: Tensor, types: Tensor, mask: Tensor | None) -> Tensor:
+        real = p.new_ones(p.shape[:2], dtype=torch.bool) if mask is None else mask.view(p.shape[:2])
+        half = torch.arange(self.num_experts, device=p.device) < self.num_experts // 2
+        matching = types.view(-1, 1).to(torch.bool) == half
+        labels = 1 + self.balance_delta * torch.where(matching, 1.0, -1.0).to(torch.float64)
+        z = p.masked_fill(~real[..., None], 0.0).to(torch.float64).sum(1) * labels
+        count = real.any(1).sum() * self.num_experts
+        return torch.stack([z.sum(), z.square().sum(), count.to(z.dtype)])
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return β Σ Var(Z)/Mean(Z)² from each linear's [Σ Z, Σ Z², number of Z]."""
@@ -103,25 +115,18 @@ class LoRAMoELinear(RoutedLinear):
         return self.config.has_auxiliary_loss
 
     def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
-        """Return [Σ Z, Σ Z², number of Z] in float64, in which near-equal Z can be subtracted.
+        """Return p (B, T, N) and the sequences' types (B,).
 
-        Shape: p (B, T, N) → (3,). Raises ConfigurationError without sequences or task types.
+        Raises ConfigurationError without sequences or task types.
         """
         if p.dim() != 3:
             raise ConfigurationError(
                 f"{self.name}: LoRAMoE balances sequences, so its input must be (batch, sequence, "
                 f"features), not of {p.dim()} dimensions."
             )
-        assert self.tracker.active is not None
-        mask = self.tracker.active.real_tokens(x, self.name)
-        if mask is not None:
-            p = p.masked_fill(~mask.view(*p.shape[:2], 1), 0.0)
-        z = p.to(torch.float64).sum(1) * self._labels(p)
-        return (torch.stack([z.sum(), z.square().sum(), z.new_tensor(float(z.numel()))]),)
-
-    def _labels(self, p: Tensor) -> Tensor:
-        """Return 1 + δ where the expert's half bears the sequence's type, else 1 − δ: (B, N)."""
-        assert self.tracker.active is not None
+        if self.tracker.active is None:  # a checkpoint function runs the layer again
+            return (p,)
+        self.real_tokens(x)
         types = self.tracker.active.task_types
         if types is None:
             if self.config.task_type is None:
@@ -130,7 +135,4 @@ class LoRAMoELinear(RoutedLinear):
                     "model with task_types (batch,) of 0 and 1, or set the option task_type."
                 )
             types = torch.full((p.shape[0],), self.config.task_type, device=p.device)
-        half = torch.arange(self.num_experts, device=p.device) < self.num_experts // 2
-        matching = types.view(-1, 1).to(torch.bool) == half
-        delta = self.config.balance_delta
-        return 1 + delta * torch.where(matching, 1.0, -1.0).to(torch.float64)
+        return p, types

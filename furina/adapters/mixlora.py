@@ -20,9 +20,10 @@ Shape legend: K selected of N experts, T tokens, r rank, I = d in_features, O = 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from furina.adapters.routing import (
     TopKConfig,
     load_balancing,
 )
-from furina.context import ForwardTracker
+from furina.context import ForwardTracker, Record
 from furina.errors import ConfigurationError
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -148,20 +149,40 @@ class Routing(NamedTuple):
     """Sum to 1 over K. Shape: (K, ...)."""
 
 
-@dataclass
 class Block:
-    """What the three linears of one FFN share during a forward."""
+    """What the three linears of one FFN share during a forward; each thread has its own."""
 
-    routing: Routing | None = field(default=None, repr=False)
+    def __init__(self) -> None:
+        """Start without a routing."""
+        self._routings: dict[int, Routing] = {}
+
+    def begin(self, routing: Routing) -> None:
+        """Keep what the gate has just decided."""
+        self._routings[_thread()] = routing
 
     def current(self, name: str) -> Routing:
-        """Return the routing that the gate has just made."""
-        if self.routing is None:
+        """Return what the gate has just decided."""
+        if _thread() not in self._routings:
             raise ConfigurationError(
                 f"{name} ran before its block's {GATE}, which routes: MixLoRA needs an FFN of the "
                 "form down(act(gate(x)) * up(x))."
             )
-        return self.routing
+        return self._routings[_thread()]
+
+    def end(self, name: str) -> Routing:
+        """Return it for the last time."""
+        routing = self.current(name)
+        del self._routings[_thread()]
+        return routing
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the last forward out of copies and pickles."""
+        return {"_routings": {}}
+
+
+def _thread() -> int:
+    """Tell threads apart; a trace belongs to none."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class MixLoRALinear(RoutedLinear):
@@ -206,7 +227,7 @@ class MixLoRAGate(MixLoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         """Route x and apply each selected expert. Shape: (..., I) → (K, ..., O)."""
         routing = self.route(x)
-        self.block.routing = routing
+        self.block.begin(routing)
         return self.per_expert(x, routing)
 
     def route(self, x: Tensor) -> Routing:
@@ -217,11 +238,12 @@ class MixLoRAGate(MixLoRALinear):
         # K comes first in memory as well: of other strides matmul copies a weight for each row.
         indices, weights = (each.movedim(-1, 0).contiguous() for each in (kept.indices, weights))
         selected = functional.one_hot(indices, self.num_experts)
-        if self.must_record(self.config.has_auxiliary_loss):
-            assert self.tracker.active is not None
-            self.tracker.active.real_tokens(x, self.name)
-            chosen = selected.sum(0).flatten(0, -2)
-            self.tracker.record(self.name, p.flatten(0, -2), chosen)
+
+        def selection() -> Record:
+            self.real_tokens(x)
+            return p.flatten(0, -2), selected.sum(0).flatten(0, -2)
+
+        self.record(self.config.has_auxiliary_loss, selection)
         return Routing(selected, weights)
 
 
@@ -238,7 +260,7 @@ class MixLoRADown(MixLoRALinear):
 
     def forward(self, a: Tensor) -> Tensor:
         """Return Σ_k w_k (W + s·B_e A_e) a_k + b. Shape: (K, ..., I) → (..., O)."""
-        routing, self.block.routing = self.block.current(self.name), None
+        routing = self.block.end(self.name)
         weights = routing.weights.to(a.dtype)[..., None]
         if weights.shape[:-1] != a.shape[:-1]:
             raise ConfigurationError(

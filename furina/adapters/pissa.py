@@ -12,7 +12,7 @@ equals the base to rounding only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from furina.adapters.base import register
 from furina.adapters.lora import LoRAConfig, LoRALinear
 from furina.adapters.product import moved_product
-from furina.adapters.sharding import write
+from furina.adapters.sharding import is_sharded, write
 from furina.context import ForwardTracker
+from furina.errors import ConfigurationError
 
 
 @register("pissa")
@@ -84,10 +85,8 @@ class PiSSALinear(LoRALinear):
             self.lora_B.copy_(b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
         self.register_buffer("start_B", self.lora_B.detach().clone())
+        self.in_place = config.in_place
         self._original: Tensor | None = None
-        if config.in_place:
-            place = "meta" if base.weight.is_meta else "cpu"
-            self._original = base.weight.detach().to(place, copy=True)
         self.change_base()
 
     def _principal(self, config: PiSSAConfig) -> tuple[Tensor, Tensor]:
@@ -104,7 +103,7 @@ class PiSSALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + s·(B A − B₀ A₀) dropout(x). Shape: (..., I) → (..., O)."""
-        if self._original is not None:
+        if self.in_place:
             return super().forward(x)
         a, b, _ = self.operands(x)
         return moved_product(
@@ -131,25 +130,70 @@ class PiSSALinear(LoRALinear):
         return super().pristine_weight if self._original is None else self._original
 
     @torch.no_grad()
-    def change_base(self) -> None:
-        """In place, write W − s·B₀ A₀ into the base, subtracted in float64 and rounded once."""
-        if self._original is None:
-            return
-        start = self.start_B.to(torch.float64) @ self.start_A.to(torch.float64)
-        weight = self._original.to(self.base.weight.device, torch.float64)
-        write(self.base.weight, weight - self.scale * start)
+    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
+        """Return W + ΔW. Raises ConfigurationError if the residual in place is not this W's."""
+        if not self.merged:
+            self._require_residual(self.base.weight, self.start_A, self.start_B)
+        return super().merged_weight(delta)
 
+    @torch.no_grad()
+    def change_base(self) -> None:
+        """In place, keep W and write W − s·B₀ A₀, subtracted in float64 and rounded once."""
+        if not self.in_place:
+            return
+        place = "meta" if self.base.weight.is_meta else "cpu"
+        self._original = self.base.weight.detach().to(place, copy=True)
+        self._hook = self.base.register_load_state_dict_pre_hook(self._check_loaded)
+        self.after_load()
+
+    @torch.no_grad()
     def after_load(self) -> None:
         """Make the residual that belongs to the loaded start."""
-        self.change_base()
+        if self._original is not None:
+            write(self.base.weight, self._residual(self.start_A, self.start_B))
 
     def unmerge(self) -> None:
         """Restore the unmerged base bit for bit: W, or the residual in place."""
         super().unmerge()
-        self.change_base()
+        self.after_load()
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        """Write W back."""
+        """Write W back. Raises ConfigurationError if the residual in place is not this W's."""
         if self._original is not None:
+            self._require_residual(self.base.weight, self.start_A, self.start_B)
+            self._hook.remove()
             self.base.weight.copy_(self._original)
+            self._original = None
+
+    def _residual(self, start_a: Tensor, start_b: Tensor) -> Tensor:
+        assert self._original is not None
+        wide = {"device": self.base.weight.device, "dtype": torch.float64}
+        start = start_b.to(**wide) @ start_a.to(**wide)
+        return self._original.to(**wide) - self.scale * start
+
+    def _require_residual(self, weight: Tensor, start_a: Tensor, start_b: Tensor) -> None:
+        """Raise ConfigurationError if `weight` is more than a rounding from W − s·B₀ A₀."""
+        if self._original is None or weight.is_meta or is_sharded(weight):
+            return
+        residual = self._residual(start_a, start_b)
+        rounding = torch.finfo(weight.dtype).eps * residual.abs().max()
+        if (
+            weight.shape != residual.shape
+            or (weight.to(residual) - residual).abs().max() > rounding
+        ):
+            raise ConfigurationError(
+                f"{self.name} has another backbone's weight in place of its own residual: load "
+                "weights into the backbone before furina.adapt, and an adapter alone with "
+                "furina.load_adapter_state_dict."
+            )
+
+    def _check_loaded(
+        self, base: nn.Module, state: dict[str, Any], prefix: str, *_: object
+    ) -> None:
+        """Refuse, before it is loaded, a weight that does not belong to the W that is kept."""
+        weight, outer = state.get(f"{prefix}weight"), prefix.removesuffix("base.")
+        if weight is not None and not self.merged:
+            starts = (("start_A", self.start_A), ("start_B", self.start_B))
+            a, b = (state.get(f"{outer}{name}", own) for name, own in starts)
+            self._require_residual(weight, a, b)

@@ -155,8 +155,7 @@ class RoutedLinear(MixtureLinear):
             return self.lora_B.new_full((self.num_experts,), self.average_scale)
         p = self.probabilities(x)
         g = self.weigh(p)
-        if self.must_record(self.config.has_auxiliary_loss):
-            self.tracker.record(self.name, *self.selection(x, p, g))
+        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, p, g))
         return self.config.scale * g
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -171,8 +170,7 @@ class RoutedLinear(MixtureLinear):
 
     def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
         """Return what the method's loss needs: by default p and which g are not 0, (T, N) each."""
-        assert self.tracker.active is not None
-        self.tracker.active.real_tokens(x, self.name)
+        self.real_tokens(x)
         return p.flatten(0, -2), g.detach().flatten(0, -2) != 0
 
     @property

@@ -128,7 +128,7 @@ class SLIMLinear(RoutedLinear):
         gates = super().gates(x)[..., : self.num_experts]
         if not (self.has_router and self.config.weight_yielding):
             return gates
-        if self.training and self.tracker.observer is None and self.tracker.recording():
+        if self.training and self.tracker.active is not None:
             self._note(x)
         return gates * (1 - self.yielded(x))[..., None]
 
@@ -153,8 +153,7 @@ class SLIMLinear(RoutedLinear):
     @torch.no_grad()
     def _note(self, x: Tensor) -> None:
         """Add [number, Σ x, Σ x²] of each cluster's real tokens to those of this step."""
-        assert self.tracker.active is not None
-        mask = self.tracker.active.real_tokens(x, self.name)
+        mask = self.real_tokens(x)
         flat = x.to(self.mean.dtype).flatten(0, -2)
         members = nn.functional.one_hot(self._nearest(flat), self.config.num_clusters)
         members = members.to(flat.dtype)

@@ -137,7 +137,7 @@ def test_flyloras_bias_moves_once_a_step_towards_the_mean_load_of_real_tokens() 
     for name, layer in state_of(model).layers.items():
         layer.register_forward_pre_hook(
             lambda m, x, name=name: loads.update(
-                {name: m._selected(x[0], x[0] @ m.lora_A.T, False)[batch["attention_mask"] != 0]}
+                {name: m._selected(x[0], x[0] @ m.lora_A.T)[batch["attention_mask"] != 0]}
             )
         )
     step(model, batch)

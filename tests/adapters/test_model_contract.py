@@ -85,7 +85,7 @@ def test_two_evaluations_are_identical_and_keep_nothing(method: str) -> None:
 def test_no_weight_is_multiplied_row_by_row(method: str, width: int) -> None:
     """As matmul does it with a frozen weight and a strided input, on a CPU copying the weight."""
     model, ids = model_of(method, torch.bfloat16).eval(), torch.arange(3 * width).view(3, width)
-    with torch.no_grad():
+    with torch.no_grad(), furina.evaluation_mode(model):
         model(ids)  # what is made once, in batched products or not
         with RowByRow() as counted:
             model(ids)
