@@ -59,22 +59,17 @@ class Forward:
         number of positions in the mask, or in the model's input without one.
         """
         tokens = inputs.shape[:-1].numel()
-        if self.mask is None:
-            if tokens != self.positions:
-                raise ConfigurationError(
-                    f"{layer} saw {tokens} token vectors but the model's input has "
-                    f"{self.positions} positions: leave this linear out of the targets."
-                )
-            return None
-        if self.mask.dim() != 2:
+        if self.mask is not None and self.mask.dim() != 2:
             raise ConfigurationError(
                 f"The attention mask has shape {tuple(self.mask.shape)}: pass the (batch, "
-                "sequence) padding mask, which says which tokens are real."
+                "sequence) padding mask, which says which tokens are real, and no static cache."
             )
-        if self.mask.numel() != tokens:
+        positions = self.positions if self.mask is None else self.mask.numel()
+        if tokens != positions:
+            of = "model's input" if self.mask is None else "(batch, sequence) attention mask"
             raise ConfigurationError(
-                f"{layer} saw {tokens} token vectors but the attention mask has "
-                f"{self.mask.numel()} positions; pass a (batch, sequence) mask of the same tokens."
+                f"{layer} saw {tokens} token vectors but the {of} has {positions} positions, and "
+                "what the adapter records needs both alike: leave this linear out of the targets."
             )
         return self.column
 
@@ -279,8 +274,8 @@ class ForwardTracker:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last forward's graph out of copies and pickles."""
-        rest = {"active": None, "last": None, "shared": None, "kept": None, "observers": []}
-        return {**self.__dict__, **rest, "_keepers": 0}
+        nothing = dict.fromkeys(("active", "last", "shared", "kept"))
+        return {**self.__dict__, **nothing, "observers": [], "_keepers": 0}
 
 
 @dataclass

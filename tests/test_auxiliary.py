@@ -272,6 +272,52 @@ def test_recording_works_with_the_loss_off_and_leaves_nothing_behind() -> None:
     assert not tracker.observers and tracker.active is None and tracker.last is None
 
 
+def test_records_inside_one_another_see_each_forward_of_theirs() -> None:
+    model, batch = adapted(), tokens()
+    with torch.no_grad(), furina.record_selection(model) as outer:
+        model(**batch)
+        with furina.record_selection(model) as inner:
+            model(**batch)
+        model(**batch)
+    real = int(batch["attention_mask"].sum())
+    assert (outer.tokens, inner.tokens) == (3 * real, real)
+    assert outer.mean_top_k_share() == pytest.approx(inner.mean_top_k_share(), rel=1e-12)
+
+
+def test_recording_while_generating_counts_each_real_token_once() -> None:
+    model, batch = adapted().eval(), tokens(2, 5)
+    left = {
+        "input_ids": batch["input_ids"].flip(1),
+        "attention_mask": batch["attention_mask"].flip(1),
+    }
+    with furina.record_selection(model) as record:
+        made = model.generate(**left, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    # The last token that is generated is not read.
+    mask = nn.functional.pad(left["attention_mask"], (0, 2), value=1)
+    with torch.no_grad(), furina.record_selection(model) as expected:
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        model(input_ids=made[:, :-1], attention_mask=mask, position_ids=places)
+    assert record.tokens == expected.tokens == int(mask.sum())
+    assert record.mean_top_k_share() == pytest.approx(expected.mean_top_k_share(), rel=1e-9)
+
+
+def test_an_observer_in_training_changes_neither_records_nor_checkpointed_gradients() -> None:
+    model = adapted(selection_coefficient=0.0, activity="l1")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with furina.record_selection(model) as record:
+        loss = model(**tokens()).loss
+    loss.backward()
+    assert record.tokens == int(tokens()["attention_mask"].sum())
+
+
+def test_an_output_head_that_sees_a_part_of_the_tokens_is_refused_with_the_reason() -> None:
+    model = furina.adapt(
+        BACKBONES["llama"](), small("furina"), targets=["q_proj", "lm_head"], seed=0
+    ).train()
+    with pytest.raises(ConfigurationError, match="leave this linear out of the targets"):
+        model(**{k: v for k, v in tokens().items() if k != "labels"}, logits_to_keep=1)
+
+
 @pytest.mark.parametrize(
     "config", [small("lora"), small("furina", top_k=7, selection_coefficient=0.0)]
 )

@@ -112,7 +112,7 @@ class DoRALinear(AdapterLinear):
             a, b = self.lora_A, self.lora_B * self.scale
             cross = functional.linear(weight, a.to(weight.dtype)).to(b.dtype)
             square = 2 * (cross * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-            own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+            own: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
             return (own.to(self.parameter_dtype) + square).clamp(min=0).sqrt()
 
     def peft_state(self) -> dict[str, Tensor]:

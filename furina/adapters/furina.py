@@ -244,7 +244,7 @@ class FurinaLinear(MixtureLinear):
     def _remember_start(self) -> None:
         """Keep the initial routed update, which the forward subtracts ("subtract" start)."""
         with torch.no_grad():
-            b = self.derive().b.clone()
+            b = self._derived_directions().b.clone()
         # With the shared experts' zeros: the same shapes round alike, so the start cancels exactly.
         self.register_buffer("start_B", b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
@@ -262,17 +262,29 @@ class FurinaLinear(MixtureLinear):
         return y
 
     def derive(self) -> Operands:
-        """Return A and B̃, and d̃ (N, O) and, where the selection loss needs it, M (N, r, r)."""
+        """Return A and B̃, and d̃ (N, O) and, where the selection loss needs it, M (N, r, r).
+
+        Beside fp16, whose range B̃ leaves where A_i is next to nothing, A and B̃ are balanced by
+        powers of two c (N·r,), the last of what is returned.
+        """
+        made = self._derived_directions()
+        a, b, extra = self.lora_A, made.b, (made.norm, made.gram)
+        if self.base.weight.dtype == torch.float16:
+            exponent = torch.frexp(b.detach().abs().amax(0)).exponent
+            c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
+            return Operands(a * c[:, None], b / c, (*extra, c))
+        return Operands(a, b, extra)
+
+    def _derived_directions(self) -> Directions:
         config = self.config
         recorded = self.training and config.has_auxiliary_loss
         with no_autocast(self.lora_A.device):
-            made = self.directions(
+            return self.directions(
                 self.lora_A,
                 self.lora_Bt,
                 getattr(self, "magnitude", None),
                 with_gram=recorded and config.activity == "l2",
             )
-        return Operands(self.lora_A, made.b, (made.norm, made.gram))
 
     def directions(
         self, a: Tensor, bt: Tensor, v: Tensor | None, with_gram: bool = False
@@ -291,16 +303,18 @@ class FurinaLinear(MixtureLinear):
             with_gram=with_gram,
         )
 
-    def selection(self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
+    def selection(
+        self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None
+    ) -> Record:
         """Return what the experts' activity is made of: h, M and whether v has moved, with "l2".
 
         With "l1" and "per_unit" the activity itself, (T, 1, R) and (T, O, R). It has no gradient
         until v has moved: with v = 0 the task gives A and B no gradient, and Adam would turn the
         selection loss alone into a full step, whatever its coefficient.
-        Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r).
+        Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r), c (N·r,) as in `derive`.
         """
         self.real_tokens(x)
-        return self._made_of(h, norm, gram)
+        return self._made_of(h if c is None else h / c.to(h.dtype), norm, gram)
 
     def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
         """Return what `selection` records of h (T, N·r)."""
@@ -345,7 +359,7 @@ class FurinaLinear(MixtureLinear):
         By the option `activity`: of |Ŵ_i x| or Σ_j |(Ŵ_i x)_j| in a token, or of |(Ŵ_i x)_j| in
         each of its output units. Shape: (T, I) → (T, 1, R) or (T, O, R).
         """
-        a, _, (norm, gram) = self.derive()
+        a, (_, norm, gram) = self.lora_A, self._derived_directions()
         with no_autocast(a.device):
             record = self._made_of(functional.linear(x.to(a.dtype), a), norm, gram)
             activity = self.config.activities([record])[0]
@@ -367,7 +381,7 @@ class FurinaLinear(MixtureLinear):
         rows = self.shared_rank
         if rows in (0, len(self.lora_A)):
             return None
-        a, b, _ = self.derive()
+        a, b = self.lora_A, self._derived_directions().b
         with no_autocast(a.device):
             x = x.to(a.dtype)
             h = functional.linear(x, a)

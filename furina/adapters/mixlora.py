@@ -54,7 +54,8 @@ class MixLoRAConfig(TopKConfig):
     source: ClassVar[str] = "Li et al. 2024, arXiv 2404.15159"
     parameter_formula: ClassVar[str] = "r(d+k); N·r(d+k) in an FFN, and N·d for its router"
     deviations: ClassVar[str] = (
-        "No router noise (released default 0). One dropout mask for all experts of a linear. "
+        "No router noise (released default 0). One dropout mask for all experts of the "
+        "gate and up linears; down's selected experts, whose inputs differ, have one each. "
         "Released evaluation leaves dropout on and its fast backward ignores the mask; not here. "
         "Coefficient 1e-3 as in the released defaults; its example configurations have 1e-2."
     )

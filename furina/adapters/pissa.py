@@ -143,7 +143,7 @@ class PiSSALinear(LoRALinear):
             return
         place = "meta" if self.base.weight.is_meta else "cpu"
         self._original = self.base.weight.detach().to(place, copy=True)
-        self._hook = self.base.register_load_state_dict_pre_hook(self._check_loaded)
+        self._hook = self.base.register_load_state_dict_pre_hook(self._check_loaded)  # type: ignore[no-untyped-call]
         self.after_load()
 
     @torch.no_grad()
@@ -168,9 +168,9 @@ class PiSSALinear(LoRALinear):
 
     def _residual(self, start_a: Tensor, start_b: Tensor) -> Tensor:
         assert self._original is not None
-        wide = {"device": self.base.weight.device, "dtype": torch.float64}
-        start = start_b.to(**wide) @ start_a.to(**wide)
-        return self._original.to(**wide) - self.scale * start
+        device = self.base.weight.device
+        w, b, a = (t.to(device, torch.float64) for t in (self._original, start_b, start_a))
+        return w - self.scale * (b @ a)
 
     def _require_residual(self, weight: Tensor, start_a: Tensor, start_b: Tensor) -> None:
         """Raise ConfigurationError if `weight` is more than a rounding from W − s·B₀ A₀."""

@@ -105,6 +105,15 @@ def test_a_balanced_router_has_the_documented_loss(method, options, at_balance) 
     assert furina.auxiliary_loss(model).item() == pytest.approx(at_balance, abs=1e-9)
 
 
+def test_a_row_of_padding_alone_does_not_move_loramoes_loss() -> None:
+    model = routed_model("loramoe", balance_coefficient=0.3, task_type=1)
+    batch = tokens()
+    model(**batch)
+    expected = furina.auxiliary_loss(model)
+    model(**{name: nn.functional.pad(value, (0, 0, 0, 1)) for name, value in batch.items()})
+    torch.testing.assert_close(furina.auxiliary_loss(model), expected, rtol=1e-12, atol=0)
+
+
 def test_loramoe_needs_types_sequences_and_two_halves() -> None:
     model = routed_model("loramoe", balance_coefficient=0.1)
     with pytest.raises(ConfigurationError, match="needs the type of every sequence"):

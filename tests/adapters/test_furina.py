@@ -15,7 +15,7 @@ from furina.adapters.furina import FurinaConfig, FurinaLinear
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
 from furina.inject import state_of
-from tests.helpers import Chain, chain, layer_of, perturb, small, variants
+from tests.helpers import Chain, chain, layer_of, perturb, small, tiny_llama, tokens, variants
 
 EXACT = 1e-10
 RANK, EXPERTS = 3, 6
@@ -340,3 +340,30 @@ def test_the_layers_norms_are_those_of_the_reference_in_float64() -> None:
     b = layer.lora_B.detach().view(7, EXPERTS, RANK)
     exact = torch.stack([(b[:, e] @ a[e]).norm(dim=1) for e in range(1, EXPERTS)], dim=1)
     torch.testing.assert_close(found.detach(), exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("activity", ["l2", "l1", "per_unit"])
+@pytest.mark.parametrize("start", ["zero_magnitude", "subtract"])
+def test_an_expert_next_to_nothing_stays_in_the_range_of_fp16(activity: str, start: str) -> None:
+    """B̃ = diag(v/d̃) B is then beyond 65504, and infinity times 0 is no number."""
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        options = {"num_experts": EXPERTS, "activity": activity, "start": start}
+        model = furina.adapt(tiny_llama(dtype), small("furina", **options), seed=0)
+        perturb(model)
+        for layer in state_of(model).layers.values():
+            with torch.no_grad():
+                experts = layer.lora_A.view(EXPERTS, -1, layer.lora_A.shape[1])
+                experts[2], experts[3] = 0, 1e-6 * experts[3]
+                layer.magnitude.mul_(20)
+                assert layer._derived_directions().b.abs().max() > 65504
+        logits = model.train()(**tokens()).logits
+        loss = furina.auxiliary_loss(model)
+        (logits.float().square().mean() + loss).backward()
+        assert all(p.grad.isfinite().all() for p in furina.adapter_parameters(model).values())
+        with torch.no_grad():
+            model.eval()
+            found.append((logits.float(), model(**tokens()).logits.float(), loss))
+    for half, single in zip(*found, strict=True):
+        spread = single.abs().max().item()
+        torch.testing.assert_close(half, single, rtol=0, atol=spread * 2**-6)

@@ -119,7 +119,7 @@ def test_the_mode_the_hooks_and_the_records_are_left_as_they_were() -> None:
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert hooks == {n: len(module._forward_pre_hooks) for n, module in model.named_modules()}
     tracker = state_of(model).tracker
-    assert tracker.active is None and tracker.observer is None
+    assert tracker.active is None and not tracker.observers
 
 
 def test_dropout_is_off() -> None:

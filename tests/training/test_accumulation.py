@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.adapters import methods
+from furina.errors import ConfigurationError
 from furina.inject import state_of
 from tests.helpers import perturb, small, tiny_qwen2, tokens
 from tests.training.helpers import gradients
@@ -73,3 +74,25 @@ def test_an_error_inside_leaves_no_gradient_and_nothing_shared() -> None:
     assert not gradients(model).keys() & {
         name for name in furina.adapter_parameters(model) if name.endswith("lora_Bt")
     }
+
+
+def test_a_backward_after_the_block_is_an_error_and_not_a_lost_gradient() -> None:
+    model = adapted("furina")
+    with furina.accumulating(model):
+        loss = model(**tokens()).loss
+    with pytest.raises(ConfigurationError, match=r"call it inside the block"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("activity", ["l2", "l1", "per_unit"])
+@pytest.mark.parametrize("outside", ["eval mode", "no gradients"])
+def test_the_mode_in_which_the_block_begins_does_not_matter(activity: str, outside: str) -> None:
+    model, batch = adapted("furina", activity=activity), tokens()
+    backward(model, batch)
+    expected = gradients(model)
+    model.zero_grad()
+    with torch.set_grad_enabled(outside != "no gradients"):
+        model.train(outside != "eval mode")
+        with furina.accumulating(model), torch.enable_grad():
+            backward(model.train(), batch)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
