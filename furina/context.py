@@ -124,7 +124,7 @@ class SharedOperands:
         if tensor.grad_fn is None:
             return tensor
         leaf = tensor.detach().requires_grad_()
-        leaf.register_hook(self._refuse_if_closed)
+        leaf.register_hook(self._refuse_if_closed)  # type: ignore[no-untyped-call]
         return leaf
 
     def _refuse_if_closed(self, gradient: Tensor) -> None:
