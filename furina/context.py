@@ -45,6 +45,8 @@ class Forward:
     training: bool = False
     """Whether the model was in training mode with gradients, so that an auxiliary loss may come."""
     records: dict[str, Record] = field(default_factory=dict)
+    recorded: set[str] = field(default_factory=set)
+    """Who has recorded, be the records there or gone."""
     has_loss: bool = False
     """Whether layers recorded for an auxiliary loss."""
     loss: Tensor | None = None
@@ -203,8 +205,9 @@ class ForwardTracker:
     def record(self, layer: str, *statistics: Tensor) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once."""
         assert self.active is not None
-        if layer in self.active.records:
+        if layer in self.active.recorded:
             return
+        self.active.recorded.add(layer)
         for observe in self.observers:
             observe(layer, tuple(tensor.detach() for tensor in statistics))
         if self.active.training:

@@ -352,6 +352,8 @@ def test_an_adapted_model_can_be_copied_after_a_forward(way: str) -> None:
 def test_a_recomputed_layer_is_not_recorded_a_second_time() -> None:
     model = adapted()
     enable_checkpointing(model)
+    total(model, tokens()).backward()
+    assert not state_of(model).tracker.last.records, "what the loss was made of is kept no longer"
     loss = task_loss(model, tokens())
     last = state_of(model).tracker.last
     assert last is not None
