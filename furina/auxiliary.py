@@ -61,7 +61,6 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     loss = state.config.auxiliary_loss(dict(zip(names, parts, strict=True)), tokens.clamp(min=1))
     if torch.is_grad_enabled():
         forward.loss = loss
-        forward.records.clear()  # large, and now part of the loss's graph
     return loss
 
 

@@ -45,12 +45,10 @@ class Forward:
     training: bool = False
     """Whether the model was in training mode with gradients, so that an auxiliary loss may come."""
     records: dict[str, Record] = field(default_factory=dict)
-    recorded: set[str] = field(default_factory=set)
-    """Who has recorded, be the records there or gone."""
     has_loss: bool = False
     """Whether layers recorded for an auxiliary loss."""
     loss: Tensor | None = None
-    """The auxiliary loss once somebody has asked for it; the records are gone then."""
+    """The auxiliary loss once somebody has asked for it."""
     was_read: bool = False
     """Whether somebody asked for it."""
 
@@ -205,9 +203,8 @@ class ForwardTracker:
     def record(self, layer: str, *statistics: Tensor) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once."""
         assert self.active is not None
-        if layer in self.active.recorded:
+        if layer in self.active.records:
             return
-        self.active.recorded.add(layer)
         for observe in self.observers:
             observe(layer, tuple(tensor.detach() for tensor in statistics))
         if self.active.training:
@@ -232,6 +229,8 @@ class ForwardTracker:
             leading = _leading_shape(model, args, kwargs)
             mask = _padding_mask(model, args, kwargs, leading)
             self.active = Forward(mask, leading.numel() if leading else 0, task_types, training)
+        if not training and self.last is not None and self.last.loss is not None:
+            self.last.records.clear()  # large, and the loss is there without them
         if training:
             self._warn_if_unread()
             self.last = self.active
