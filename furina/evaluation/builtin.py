@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from furina.data.cells import Row
 from furina.data.encoding import encode_pair
 from furina.data.items import Item, Question, chance_level
-from furina.data.rows import Row
 from furina.data.tasks import Task
 from furina.errors import ConfigurationError, DataError, nearest
 from furina.evaluation.bridge import live_model, quiet
