@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from furina.data.encoding import Encoder, check_vocabulary
 from furina.errors import ConfigurationError
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
 from furina.logits import logits_at
@@ -247,30 +248,68 @@ class Scorer:
             )
 
 
+Asked = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A request of lm-eval: the texts (None for a part of a rolling text), context and continuation."""
+
+
+@functools.cache
+def fitted_lm() -> type[Any]:
+    """Return the class `FittedLM`: lm-eval's HFLM, whose prompts keep their BOS when they are cut.
+
+    Made on first use, because lm-eval takes seconds to import.
+    """
+    import lm_eval.models.huggingface as huggingface
+
+    class FittedLM(huggingface.HFLM):  # type: ignore[misc]
+        """HFLM, with what its tokenizer adds known, and every token known to the model."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.encoder = Encoder(self.tokenizer)
+
+        def _loglikelihood_tokens(self, requests: list[Asked], *args: Any, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(self._fitted(requests), *args, **options)
+
+        def _fitted(self, requests: list[Asked]) -> list[Asked]:
+            fitted = []
+            for text, context, continuation in requests:
+                room = self.max_length + 1  # the last token is only predicted
+                if len(context) + len(continuation) > room > len(continuation):
+                    whole = self.encoder.cut([*context, *continuation], room, len(continuation))
+                    context = whole[: -len(continuation)]
+                fitted.append((text, context, continuation))
+            ids = (side for _, *sides in fitted for side in sides)
+            embeddings = len(self.model.get_input_embeddings().weight)
+            check_vocabulary(self.tokenizer, ids, embeddings)
+            return fitted
+
+    return FittedLM
+
+
 @functools.cache
 def shared_prefix_lm() -> type[Any]:
     """Return the class `SharedPrefixLM`: lm-eval's HFLM, scoring by this engine.
 
     Made on first use, because lm-eval takes seconds to import.
     """
-    import lm_eval.models.huggingface as huggingface
 
-    class SharedPrefixLM(huggingface.HFLM):  # type: ignore[misc]
+    class SharedPrefixLM(fitted_lm()):  # type: ignore[misc]
         """HFLM whose log-likelihoods come from a `Scorer`, question by question the same."""
 
         _scorer: Scorer | None = None
 
         def _loglikelihood_tokens(
             self,
-            requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+            requests: list[Asked],
             disable_tqdm: bool = False,
             override_bs: int | None = None,
         ) -> list[Answer]:
             if self.backend != "causal":
                 raise ConfigurationError("Shared prefixes need a causal language model.")
             answers: dict[int, Answer] = {}
+            fitted = [request[1:] for request in self._fitted(requests)]
             with self._precision():
-                for index, answer in self._scoring(override_bs).stream([r[1:] for r in requests]):
+                for index, answer in self._scoring(override_bs).stream(fitted):
                     answers[index] = answer
                     if (text := requests[index][0]) is not None:  # None: parts of a rolling text
                         self.cache_hook.add_partial("loglikelihood", text, answer)

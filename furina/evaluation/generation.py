@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from furina.data.encoding import Encoder, check_vocabulary
 from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.logits import contiguous_lm_head_input
@@ -62,8 +63,12 @@ def generate(
     if batch_size < 1:
         raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
     pad_id = _pad_id(tokenizer, decoding)
-    whole = [_encode(tokenizer, prompt) for prompt in prompts]
-    encoded = [_fitted(ids, tokenizer, _room(model, decoding)) for ids in whole]
+    encoder, room = Encoder(tokenizer), _room(model, decoding)
+    whole = [encoder.encode(prompt) for prompt in prompts]
+    if not all(whole):
+        raise ConfigurationError("A prompt is empty: there is nothing to continue.")
+    encoded = [encoder.cut(ids, room) for ids in whole]
+    check_vocabulary(tokenizer, [(pad_id,), *encoded], len(model.get_input_embeddings().weight))
     truncated = sum(len(ids) > len(cut) for ids, cut in zip(whole, encoded, strict=True))
     if truncated:
         warnings.warn(
@@ -100,20 +105,6 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> int:
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = list(tokenizer.encode(prompt))
-    if bos is not None and ids[:2] == [bos, bos]:  # the prompt brings its own
-        ids = ids[1:]
-    if ids and eos is not None and eos != bos and ids[-1] == eos:
-        raise ConfigurationError(
-            "The tokenizer appends EOS to a prompt: load it with add_eos_token=False."
-        )
-    if not ids:
-        raise ConfigurationError("A prompt is empty: there is nothing to continue.")
-    return ids
-
-
 def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
     """Return the longest prompt in tokens, None where the model knows no limit."""
     config = model.config.get_text_config(decoder=True)
@@ -127,13 +118,6 @@ def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
             "leaves none for a prompt."
         )
     return room
-
-
-def _fitted(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int | None) -> list[int]:
-    if room is None or len(ids) <= room:
-        return ids
-    bos = tokenizer.bos_token_id
-    return [ids[0], *ids[1 - room :]] if ids[0] == bos else ids[-room:]
 
 
 @contextmanager

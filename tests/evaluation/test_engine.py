@@ -271,7 +271,7 @@ def scored_by(model, tokenizer, engine, requests, batch_size=4):
 def test_shared_prefix_lm_is_hflm_request_by_request(tokenizer):
     model, requests = tiny_llama(), mixed_requests()
     name, theirs = scored_by(model, tokenizer, "lm_eval", requests)
-    assert name == "HFLM"
+    assert name == "FittedLM"
     name, ours = scored_by(model, tokenizer, "shared", requests)
     assert name == "SharedPrefixLM"
     assert_equal(ours, theirs, 1e-4)
