@@ -14,6 +14,7 @@ import torch
 from furina.errors import ConfigurationError, nearest
 from furina.evaluation.engine import fitted_lm, shared_prefix_lm
 from furina.evaluation.evaluation import Engine
+from furina.evaluation.independence import check_causal
 from furina.mode import evaluation_mode
 from furina.progress import advance
 
@@ -37,8 +38,8 @@ def live_model(
     `engine`); with "lm_eval" they are HFLM's own. Modes and Python's random state, from which
     lm-eval draws task ids, come back afterwards.
 
-    Raises ConfigurationError for an unknown engine, a batch size that is not positive, or a
-    tokenizer that adds what no prompt can go on behind.
+    Raises ConfigurationError for an unknown engine, a batch size that is not positive, a
+    model that is not causal, or a tokenizer that adds what no prompt can go on behind.
     """
     if engine not in get_args(Engine):
         raise ConfigurationError(
@@ -56,6 +57,7 @@ def live_model(
             softmax_dtype=SOFTMAX_DTYPE,
         )
         assert lm.batch_size == batch_size and not lm.model.training
+        check_causal(model)
         state = random.getstate()
         try:
             yield lm

@@ -14,6 +14,12 @@ from torch import Tensor
 from furina.data.encoding import Encoder, check_vocabulary
 from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
+from furina.evaluation.independence import (
+    check_causal,
+    forget_lengths,
+    original_length,
+    reads_padding,
+)
 from furina.logits import contiguous_lm_head_input
 from furina.mode import evaluation_mode
 from furina.progress import advance
@@ -52,16 +58,21 @@ def generate(
 
     A prompt is encoded as the tokenizer does by itself, with at most one BOS. One that leaves no
     room for `max_new_tokens` loses its beginning, not its BOS, and is counted and warned about.
-    Writing ends at any end-of-text token of the tokenizer or of the model's generation config,
-    of which nothing else is used. Model, tokenizer and config are left as they were.
+    Where a model would let one prompt change another's answer, a batch is one prompt; that is
+    warned about if padding is the reason. Writing ends at any end-of-text token of the tokenizer
+    or of the model's generation config, of which nothing else is used. Model, tokenizer and config
+    are left as they were.
 
     Raises:
         ConfigurationError: a bad batch size, an empty prompt, a tokenizer without padding token or
-            with misplaced special tokens, or an answer longer than the model's positions.
+            with misplaced special tokens, a model that is not causal, or an answer longer than
+            its positions.
         FurinaError: the model's outputs are not finite.
     """
     if batch_size < 1:
         raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
+    with evaluation_mode(model):
+        check_causal(model)
     pad_id = _pad_id(tokenizer, decoding)
     encoder, room = Encoder(tokenizer), _room(model, decoding)
     whole = [encoder.encode(prompt) for prompt in prompts]
@@ -87,9 +98,7 @@ def generate(
         contiguous_lm_head_input(model),
         torch.inference_mode(),
     ):
-        for start in range(0, len(order), batch_size):
-            advance(start, len(order), "answers")
-            indices = order[start : start + batch_size]
+        for indices in _batches(order, writer, [len(ids) for ids in encoded], batch_size):
             written = writer.write([encoded[index] for index in indices])
             for index, text in zip(indices, written, strict=True):
                 texts[index] = text
@@ -109,7 +118,7 @@ def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
     """Return the longest prompt in tokens, None where the model knows no limit."""
     config = model.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 0:
         return None
     room = int(positions) - decoding.max_new_tokens
     if room < 2:  # a BOS and one token more
@@ -118,6 +127,31 @@ def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
             "leaves none for a prompt."
         )
     return room
+
+
+def _batches(
+    order: Sequence[int], writer: _Writer, lengths: Sequence[int], batch_size: int
+) -> Iterator[Sequence[int]]:
+    """Yield what is written together: as many as asked for, where none changes another."""
+    model, decoding, start = writer.model, writer.decoding, 0
+    longest = original_length(model) if decoding.pass_mask else None
+    is_padded = decoding.pass_mask and min(batch_size, len(set(lengths))) > 1
+    if is_padded and reads_padding(model, writer.pad_id):
+        batch_size = 1
+        warnings.warn(
+            f"{type(model).__name__} reads padding as text, so prompts are continued one at a "
+            "time, which is slower.",
+            stacklevel=3,
+        )
+    while start < len(order):
+        advance(start, len(order), "answers")
+        size = batch_size
+        if longest is not None:
+            forget_lengths(model)
+            if lengths[order[start]] + decoding.max_new_tokens > longest:
+                size = 1  # its frequencies would be those of the whole batch
+        yield order[start : start + size]
+        start += size
 
 
 @contextmanager
