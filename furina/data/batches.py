@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from furina.data.encoding import encode_pair
+from furina.data.encoding import Encoder
 from furina.data.items import Item
 from furina.data.protocols import Protocol
 from furina.data.tasks import Task
@@ -52,21 +52,26 @@ def encode_examples(
 ) -> list[Example]:
     """Tokenise each item with its right answer as the protocol trains it, once.
 
-    An example longer than `max_length` loses the start of its context, never of its answer; one
-    whose answer alone is as long is left out. How many were is warned about.
+    An example longer than `max_length` loses the start of its context, never a BOS or a part of its
+    answer; one whose answer alone is as long is left out. How many were is warned about.
 
     Raises:
-        ConfigurationError: `max_length` leaves no room for any answer, or the protocol ends its
-            examples and the tokenizer has no end-of-text token.
+        ConfigurationError: `max_length` leaves no room for any answer, the protocol ends its
+            examples and the tokenizer has no end-of-text token, or that adds one by itself.
     """
     examples, truncated = [], 0
-    end = _end(tokenizer, protocol)
+    encoder, end = Encoder(tokenizer), _end(tokenizer, protocol)
     for item in items:
-        context, answer = encode_pair(tokenizer, *protocol.pair(task, item))
+        context, answer, _ = encoder.trained(*protocol.pair(task, item))
         answer = [*answer, *end]
+        if not answer:
+            raise ConfigurationError(
+                f"The tokenizer gives the answer of item {item.id!r} of {task.name} no token, so "
+                "there is nothing to train: use the model's own tokenizer."
+            )
         if len(answer) >= max_length:
             continue
-        ids = tuple((context + answer)[-max_length:])
+        ids = tuple(encoder.cut(context + answer, max_length, keep=len(answer)))
         truncated += len(context) + len(answer) > max_length
         trained = len(ids) if protocol.loss_on_prompt else len(answer)
         examples.append(Example(ids, trained, task_type))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from furina.errors import DataError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _check(name: str, field: str, text: object, may_be_blank: bool = False) -> None:
+    """Refuse what no model can read: other than text, nothing but spaces, half a character."""
+    if not isinstance(text, str):
+        raise DataError(f"Item {name!r} has a {field} that is {text!r} and no text.")
+    if not (may_be_blank or text.strip()):
+        raise DataError(f"Item {name!r} has a blank {field}: there is nothing to read or to score.")
+    if not text.isascii() and _SURROGATE.search(text):
+        raise DataError(f"Item {name!r} has a {field} with half of a surrogate pair in it.")
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,8 @@ class Question:
     `context` is what the stem is asked about (BoolQ's passage), empty where there is none.
 
     Raises:
-        DataError: fewer than two choices, or `answer` is not the index of one.
+        DataError: fewer than two choices, a blank or undecodable text, or `answer` is not the index
+            of a choice.
     """
 
     id: str
@@ -31,6 +45,11 @@ class Question:
 
     def __post_init__(self) -> None:
         """Refuse a question that cannot be asked or scored."""
+        _check(self.id, "id", self.id)
+        _check(self.id, "stem", self.stem)
+        _check(self.id, "context", self.context, may_be_blank=True)
+        for choice in self.choices:
+            _check(self.id, "choice", choice)
         count = len(self.choices)
         if not (2 <= count <= len(string.ascii_uppercase) and 0 <= self.answer < count):
             raise DataError(f"Question {self.id!r} has {count} choices and answer {self.answer}.")
@@ -64,6 +83,13 @@ class Problem:
     solution: str
     answer: str
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked or judged."""
+        _check(self.id, "id", self.id)
+        _check(self.id, "question", self.question)
+        _check(self.id, "solution", self.solution, may_be_blank=True)
+        _check(self.id, "answer", self.answer)
+
     @property
     def asked(self) -> str:
         """Return the text that is asked."""
@@ -88,6 +114,13 @@ class Program:
     tests: str
     solution: str
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked or run."""
+        for field in ("id", "prompt", "entry_point"):
+            _check(self.id, field, getattr(self, field))
+        for field in ("tests", "solution"):
+            _check(self.id, field, getattr(self, field), may_be_blank=True)
+
     @property
     def asked(self) -> str:
         """Return the text that is asked."""
@@ -107,6 +140,13 @@ class Instruction:
     instruction: str
     input: str
     output: str
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked."""
+        _check(self.id, "id", self.id)
+        _check(self.id, "instruction", self.instruction)
+        _check(self.id, "input", self.input, may_be_blank=True)
+        _check(self.id, "output", self.output, may_be_blank=True)
 
     @property
     def asked(self) -> str:
@@ -138,7 +178,7 @@ def data_hash(items: Iterable[Item]) -> str:
 
 def content_id(*fields: str) -> str:
     """Return an id for an item whose source gives none: the same wherever the item lies."""
-    return hashlib.sha256("\0".join(fields).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(fields).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def overlap(items: Iterable[ItemT], others: Iterable[Item]) -> list[ItemT]:

@@ -11,6 +11,7 @@ import lightning
 from torch.utils.data import DataLoader, Dataset
 
 from furina.data.batches import Example, StepBatches, collate, encode_examples
+from furina.data.encoding import check_vocabulary
 from furina.data.items import Item
 from furina.data.mixtures import Share, read_shares, repeat, take
 from furina.data.protocols import get_protocol
@@ -108,6 +109,17 @@ class TaskDataModule(lightning.LightningDataModule):
             encode = partial(self._encode, name, share)
             self._train += repeat(encode(self.train_items[name]), share.weight, self.seed, name)
             self._validation += encode(validation)
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        """Refuse tokens that the trainer's model has no embedding for, which would end in a crash.
+
+        A plain loop has no trainer, and is not known to have a model.
+        """
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if embeddings := getattr(model, "get_input_embeddings", None):
+            ids = [(self.pad_id,), *(row.input_ids for row in self._train + self._validation)]
+            check_vocabulary(self.tokenizer, ids, len(embeddings().weight))
 
     def _encode(self, name: str, share: Share, items: list[Item]) -> list[Example]:
         task_type = share.task_type if self.is_mixture else None

@@ -8,16 +8,18 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 from typing import IO, cast
 
-from furina.data.rows import Row
+from furina.data.cells import Row, cell, index
 from furina.errors import DataError
 
 Stream = IO[bytes] | gzip.GzipFile
-Read = Callable[[Stream, str], Iterator[Row]]
+Placed = tuple[str, Row]
+"""A row after its place in the file, such as "line 7"."""
+Read = Callable[[Stream, str], Iterator[Placed]]
 
 
 @contextmanager
@@ -29,10 +31,11 @@ def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterato
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
-def read_file(name: str, stream: IO[bytes], where: str) -> list[Row]:
+def read_file(name: str, stream: IO[bytes], where: str) -> list[Placed]:
     """Return all rows of a file: JSON lines, a JSON list, CSV or Arrow, gzipped if so named.
 
-    A CSV file's rows are `{"file": its name, "cells": [...]}`: there is no header.
+    Each stands behind its place. A CSV file's rows are `{"file": its name, "cells": [...]}`: there
+    is no header.
 
     Raises:
         DataError: it is damaged or of an unknown kind.
@@ -48,7 +51,7 @@ def read_file(name: str, stream: IO[bytes], where: str) -> list[Row]:
             return list(read(unzipped, plain.stem))
 
 
-def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Row]:
+def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Placed]:
     """Return the documents of a gzipped file of evaluation requests, in order, each once.
 
     There is one request a choice, and behind all documents a second, bare copy of each: those
@@ -61,32 +64,55 @@ def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Row]:
         count = json.loads(config).get("num_instances") or 0
         first: dict[int, Row] = {}
         with gzip.open(stream) as unzipped:
-            for request in _json_lines(unzipped, where):
-                if not count or request["doc_id"] < count:
-                    first.setdefault(request["doc_id"], request["doc"])
+            for _, request in _json_lines(unzipped, where):
+                number = index(request, "doc_id")
+                if not count or number < count:
+                    first.setdefault(number, cell(request, "doc"))
         if missing := sorted(set(range(count)) - set(first)):
             raise ValueError(f"document {missing[0]} of {count} is missing")
-    return [first[number] for number in sorted(first)]
+    return [(f"document {number}", first[number]) for number in sorted(first)]
 
 
-def _json_lines(stream: Stream, name: str) -> Iterator[Row]:
+def numbered(rows: Iterable[Row]) -> Iterator[Placed]:
+    """Yield every row behind its number, counted from 1."""
+    return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _json_lines(stream: Stream, name: str) -> Iterator[Placed]:
     # A binary file's lines end at newlines alone, not at the separators Unicode allows in a text.
-    return (json.loads(line) for line in stream if line.strip())
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON") from error
 
 
-def _json_list(stream: Stream, name: str) -> Iterator[Row]:
-    return iter(json.load(stream))
+def _json_list(stream: Stream, name: str) -> Iterator[Placed]:
+    rows = json.load(stream)
+    if not isinstance(rows, list):
+        raise ValueError("it holds no list")
+    return numbered(rows)
 
 
-def _cells(stream: Stream, name: str) -> Iterator[Row]:
-    text = io.TextIOWrapper(cast("IO[bytes]", stream), encoding="utf-8", newline="")
-    return ({"file": name, "cells": cells} for cells in csv.reader(text, strict=True) if cells)
+def _cells(stream: Stream, name: str) -> Iterator[Placed]:
+    # Excel begins a file with a byte order mark, behind which a quotation mark would quote nothing.
+    text = io.TextIOWrapper(cast("IO[bytes]", stream), encoding="utf-8-sig", newline="")
+    reader = csv.reader(text, strict=True)
+    line = 1  # of the row's beginning: a quoted cell may hold further ones
+    try:
+        for cells in reader:
+            if cells:
+                yield f"line {line}", {"file": name, "cells": cells}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line}: {error}") from error
 
 
-def _arrow_rows(stream: Stream, name: str) -> Iterator[Row]:
+def _arrow_rows(stream: Stream, name: str) -> Iterator[Placed]:
     import pyarrow
 
-    return iter(pyarrow.ipc.open_stream(stream.read()).read_all().to_pylist())
+    return numbered(pyarrow.ipc.open_stream(stream.read()).read_all().to_pylist())
 
 
 _READERS: dict[str, Read] = {

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
+from furina.data.cells import Row, cell, index, number_text, place, text, texts
 from furina.data.extraction import last_boxed
 from furina.data.items import Problem, Question, content_id
-
-Row = Mapping[str, Any]
 
 
 def labelled_row(row: Row, stem_field: str) -> Question:
@@ -17,22 +14,23 @@ def labelled_row(row: Row, stem_field: str) -> Question:
 
     Labels may be letters or digits; the answer is the position of `answerKey` among them.
     """
-    choices = row["choices"]
+    columns = cell(row, "choices")
+    labels = texts(columns, "label")
     return Question(
-        id=row["id"],
-        stem=row[stem_field],
-        choices=tuple(choices["text"]),
-        answer=list(choices["label"]).index(row["answerKey"]),
+        id=text(row, "id"),
+        stem=text(row, stem_field),
+        choices=texts(columns, "text", len(labels)),
+        answer=place(text(row, "answerKey"), labels),
     )
 
 
 def olmes_row(row: Row) -> Question:
     """Read a row of an evaluation request: `query` (prompt text), `choices` and `gold` index."""
     return Question(
-        id=row["id"],
-        stem=unframed(row["query"], "Question: "),
-        choices=tuple(row["choices"]),
-        answer=row["gold"],
+        id=text(row, "id"),
+        stem=unframed(text(row, "query"), "Question: "),
+        choices=texts(row, "choices"),
+        answer=index(row, "gold"),
     )
 
 
@@ -60,17 +58,6 @@ def labelled_columns(question: Question, stem_field: str) -> Row:
     }
 
 
-def number_text(value: object) -> str:
-    """Return a number as the text it is compared by: no thousands' commas, no trailing ".0".
-
-    Raises:
-        ValueError: it is no number.
-    """
-    text = re.sub(r"\.0+$", "", str(value).strip().replace(",", ""))
-    float(text)
-    return text
-
-
 def worked_problem(question: str, answer: str, solution: str = "") -> Problem:
     """Return a problem whose source gives no id: named by its text."""
     return Problem(content_id(question), question, solution, answer)
@@ -78,7 +65,7 @@ def worked_problem(question: str, answer: str, solution: str = "") -> Problem:
 
 def instruction_row(row: Row) -> Problem:
     """Read a row of LLM-Adapters' arithmetic sets; its `output` is a model's, not a solution."""
-    return worked_problem(row["instruction"], number_text(row["answer"]))
+    return worked_problem(text(row, "instruction"), number_text(cell(row, "answer")))
 
 
 def boxed_row(row: Row) -> Problem:
@@ -87,7 +74,8 @@ def boxed_row(row: Row) -> Problem:
     The `answer` that some sources add has lost spaces and commas ("3, 5, 7" as "357"), so it is
     not read.
     """
-    answer = last_boxed(row["solution"])
+    solution = text(row, "solution")
+    answer = last_boxed(solution)
     if answer is None:
-        raise ValueError(f"no \\boxed answer in {row['solution'][:40]!r}")
-    return worked_problem(row["problem"], answer, row["solution"])
+        raise ValueError(f"no \\boxed answer in {solution[:40]!r}")
+    return worked_problem(text(row, "problem"), answer, solution)

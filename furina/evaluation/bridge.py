@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from furina.errors import ConfigurationError, nearest
-from furina.evaluation.engine import shared_prefix_lm
+from furina.evaluation.engine import fitted_lm, shared_prefix_lm
 from furina.evaluation.evaluation import Engine
+from furina.evaluation.independence import check_causal
 from furina.mode import evaluation_mode
 from furina.progress import advance
 
@@ -37,7 +38,8 @@ def live_model(
     `engine`); with "lm_eval" they are HFLM's own. Modes and Python's random state, from which
     lm-eval draws task ids, come back afterwards.
 
-    Raises ConfigurationError for an unknown engine or a batch size that is not positive.
+    Raises ConfigurationError for an unknown engine, a batch size that is not positive, a
+    model that is not causal, or a tokenizer that adds what no prompt can go on behind.
     """
     if engine not in get_args(Engine):
         raise ConfigurationError(
@@ -46,23 +48,33 @@ def live_model(
     if batch_size < 1:
         raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
     with quiet(), evaluation_mode(model), torch.inference_mode():
-        from lm_eval.models.huggingface import HFLM
-
-        kind = shared_prefix_lm() if engine == "shared" else HFLM
-        # A copy, because HFLM gives a tokenizer without padding token one.
+        kind = shared_prefix_lm() if engine == "shared" else fitted_lm()
         lm = kind(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=_with_special_tokens(tokenizer),
             backend="causal",
             batch_size=batch_size,
             softmax_dtype=SOFTMAX_DTYPE,
         )
         assert lm.batch_size == batch_size and not lm.model.training
+        check_causal(model)
         state = random.getstate()
         try:
             yield lm
         finally:
             random.setstate(state)
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy that has the tokens without which HFLM ends in a TypeError; it is changed."""
+    own = copy.deepcopy(tokenizer)
+    if own.eos_token_id is None:
+        if own.pad_token_id is None and own.bos_token_id is None:
+            raise ConfigurationError(
+                "The tokenizer has neither a padding nor an end-of-text token: give it a pad_token."
+            )
+        own.eos_token = own.bos_token if own.pad_token_id is None else own.pad_token
+    return own
 
 
 @contextmanager

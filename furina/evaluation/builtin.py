@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from furina.data.encoding import encode_pair
+from furina.data.cells import Row
 from furina.data.items import Item, Question, chance_level
-from furina.data.rows import Row
 from furina.data.tasks import Task
 from furina.errors import ConfigurationError, DataError, nearest
 from furina.evaluation.bridge import live_model, quiet
@@ -147,8 +146,9 @@ def harness_prompt(task: Task, question: Item) -> tuple[str, str]:
 
 def _truncated(lm: Any, samples: Sequence[BuiltinSample]) -> int:
     pairs = (pair for s in samples for pair in zip(s.prompts, s.answers, strict=True))
-    lengths = (sum(map(len, encode_pair(lm.tokenizer, *pair))) for pair in pairs)
-    return sum(length > lm.max_length + 1 for length in lengths)  # the last is only predicted
+    encoded = (lm.encoder.pair(*pair) for pair in pairs)
+    window = lm.max_length + 1  # the last is only predicted
+    return sum(len(each.context) + len(each.continuation) > window for each in encoded)
 
 
 def _choice_sample(question: Question, sample: BuiltinSample) -> ChoiceSample:

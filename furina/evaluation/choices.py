@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from furina.data.encoding import encode_pair
 from furina.data.items import Question, chance_level
 from furina.data.protocols import ChoiceProtocol
 from furina.data.tasks import Task
-from furina.errors import ConfigurationError, FurinaError
+from furina.errors import FurinaError
 from furina.evaluation.bridge import live_model
 from furina.evaluation.evaluation import (
     Engine,
@@ -47,8 +46,9 @@ def score_choices(
     With engine "lm_eval" the score is lm-eval's own for the same model, task file and batch size;
     "shared" gives the same log-likelihoods up to rounding, faster.
 
-    Raises ConfigurationError for a tokenizer that puts special tokens where they do not belong,
-    and FurinaError if the model's outputs are not finite. Warns if prompts had to be cut.
+    Raises ConfigurationError for a tokenizer that puts special tokens where they do not belong or
+    does not part an answer from its prompt, and FurinaError if the model's outputs are not finite.
+    Warns if prompts had to be cut.
     """
     with live_model(model, tokenizer, batch_size, engine) as lm:
         first, truncated = _check_prompts(lm, task, questions, protocol)
@@ -83,36 +83,19 @@ def _check_prompts(
     for question in questions:
         context = protocol.context(task, question)
         for answer in protocol.answers(task, question):
-            ids = encode_pair(lm.tokenizer, context, answer)
-            truncated += len(ids[0]) + len(ids[1]) > window
-            _check_special_tokens(lm.tokenizer, *ids)
+            ids = lm.encoder.scored(context, answer)
+            truncated += len(ids.context) + len(ids.continuation) > window
     if truncated:
         warnings.warn(
             f"{truncated} prompts are longer than the model's {lm.max_length} tokens: their "
             "beginnings were cut.",
             stacklevel=4,
         )
-    return _first_prompt(lm, task, questions[0], protocol), truncated
-
-
-def _check_special_tokens(tokenizer: Any, context: Sequence[int], choice: Sequence[int]) -> None:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and list(context[:2]) == [bos, bos]:
-        raise ConfigurationError(
-            "The tokenizer puts two BOS tokens before a prompt: load it without one of them."
-        )
-    if eos is not None and eos != bos and eos in (context[-1], choice[-1]):
-        raise ConfigurationError(
-            "The tokenizer appends EOS to a prompt: load it with add_eos_token=False."
-        )
-
-
-def _first_prompt(lm: Any, task: Task, question: Question, protocol: ChoiceProtocol) -> FirstPrompt:
-    context, target = protocol.context(task, question), protocol.target(task, question)
-    ids = encode_pair(lm.tokenizer, context, target)
-    assert lm.tok_encode(context) == ids[0], "lm-eval and training encode prompts differently"
-    assert lm.tok_encode(context + target) == [*ids[0], *ids[1]]
-    return FirstPrompt(context, tuple(ids[0]))
+    first, target = protocol.pair(task, questions[0])
+    ids = lm.encoder.pair(first, target)
+    assert lm.tok_encode(first) == ids.context, "lm-eval and training encode prompts differently"
+    assert lm.tok_encode(first + target) == [*ids.context, *ids.continuation]
+    return FirstPrompt(first, tuple(ids.context)), truncated
 
 
 def _run(

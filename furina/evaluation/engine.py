@@ -12,12 +12,21 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from furina.data.encoding import Encoder, check_vocabulary
 from furina.errors import ConfigurationError
+from furina.evaluation.independence import (
+    check_causal,
+    differ,
+    forget_lengths,
+    original_length,
+    reads_padding,
+)
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
 from furina.logits import logits_at
 from furina.progress import advance
@@ -80,27 +89,29 @@ class Scorer:
         max_length: tokens that the model can read; what is longer loses its start.
         batch_size: rows of a batch, at most; None leaves that to the token budget.
 
-    Warns if the model cannot be packed.
+    Warns if the model cannot be packed. Raises ConfigurationError if it is not causal.
     """
 
     def __init__(
         self, model: PreTrainedModel, max_length: int, batch_size: int | None = None
     ) -> None:
         """Find out whether the model reads packed rows as it should."""
+        check_causal(model)
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
         embedding: Any = model.get_input_embeddings()
         self.vocabulary, width = embedding.num_embeddings, embedding.embedding_dim
         self.budget = budget_of(model.device)
         self.window = _window(model)
         longest = min(LONGEST_ROW, max_length, self.window or LONGEST_ROW)
-        self.packing = Packing(price=PAIRS_PER_WIDTH * width, longest=longest)
+        self.apart = original_length(model)
+        self.packing = Packing(PAIRS_PER_WIDTH * width, longest, self.apart)
         if reason := self._why_not_packed():
             warnings.warn(
                 f"{type(model).__name__} scores every choice in a row of its own, which is slower: "
                 f"{reason}.",
                 stacklevel=3,
             )
-            self.packing = PATHS
+            self.packing = replace(PATHS, apart=self.apart)
 
     def score(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
         """Return what `stream` yields, in the order of the requests."""
@@ -119,18 +130,20 @@ class Scorer:
                 read, or a model that does not compute its logits by its output embedding.
         """
         cut = [self._cut(context, continuation) for context, continuation in requests]
-        self._warn_of_window(cut)
+        self._warn_of_length(cut)
         rows = self.packing.rows([request.inputs for request in cut])
         reads = [len(request.targets) for request in cut]
         done = 0
         for batch in batches(rows, reads, self._limits()):
             advance(done, len(cut), "answers")
+            if self.apart is not None:
+                forget_lengths(self.model)
             yield from self._answers(batch, cut)
             done += sum(len(row.members) for row in batch)
 
     def _limits(self) -> Limits:
         tokens, padding, logits, _ = self.budget
-        return Limits(tokens, padding, logits // self.vocabulary, self.batch_size)
+        return Limits(tokens, padding, logits // self.vocabulary, self.batch_size, self.apart)
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
         if not context or not 0 < len(continuation) <= self.max_length:
@@ -196,10 +209,7 @@ class Scorer:
     def _why_not_packed(self) -> str | None:
         """Return None if a small group scores the same packed and plain, else what is in the way.
 
-        Both computations round every sublayer's output, of which there are 2 per layer: with
-        independent errors, log-probabilities differ by about eps·√(2L) of their spread. Norms,
-        softmax and logarithms round in fp32 whatever the dtype. Wrong positions cost half the
-        spread and more.
+        Wrong positions cost half the spread of log-probabilities and more, rounding much less.
         """
         attention = str(getattr(self.model.config, "_attn_implementation", ""))
         if attention.startswith(("flash", "flex", "paged")):
@@ -211,11 +221,8 @@ class Scorer:
             packed = self._probe(TREES)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             return f"it takes no tree of tokens ({type(error).__name__})"
-        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", 1)
-        eps = torch.finfo(self.model.dtype).eps * math.sqrt(2 * layers)
-        bound = 2 * eps * plain.std() + 8 * torch.finfo(torch.float32).eps * plain.abs().max()
-        difference = (packed - plain).square().mean().sqrt()
-        if difference <= bound:
+        difference = differ(self.model, packed, plain)
+        if difference is None:
             return None
         return f"packed, a small group's log-probabilities differ by {difference:.1e}"
 
@@ -238,7 +245,13 @@ class Scorer:
         values = [answers[index][0] for index in range(len(requests))]
         return torch.tensor(values, dtype=torch.float64)
 
-    def _warn_of_window(self, requests: Sequence[Request]) -> None:
+    def _warn_of_length(self, requests: Sequence[Request]) -> None:
+        if self.apart is not None and any(len(each.inputs) > self.apart for each in requests):
+            warnings.warn(
+                f"Prompts longer than {self.apart} tokens are scored one at a time, because the "
+                "model's rope scaling takes its frequencies from the longest of a batch.",
+                stacklevel=4,
+            )
         if self.window and any(len(request.inputs) > self.window for request in requests):
             warnings.warn(
                 f"Prompts longer than the model's attention window of {self.window} tokens are "
@@ -247,30 +260,90 @@ class Scorer:
             )
 
 
+Asked = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A request of lm-eval: the texts (None for a part of a rolling text), context and continuation."""
+
+
+@functools.cache
+def fitted_lm() -> type[Any]:
+    """Return the class `FittedLM`: lm-eval's HFLM, whose prompts keep their BOS when they are cut.
+
+    Made on first use, because lm-eval takes seconds to import.
+    """
+    import lm_eval.models.huggingface as huggingface
+
+    class FittedLM(huggingface.HFLM):  # type: ignore[misc]
+        """HFLM, with what its tokenizer adds known, and every token known to the model."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.encoder = Encoder(self.tokenizer)
+
+        def _loglikelihood_tokens(self, requests: list[Asked], *args: Any, **options: Any) -> Any:
+            fitted, apart = self._fitted(requests), original_length(self.model)
+            if apart is not None and any(len(c) + len(a) > apart + 1 for _, c, a in fitted):
+                raise ConfigurationError(
+                    f"Engine lm_eval scores several prompts together, and beyond {apart} tokens "
+                    "the longest changes what this model says of the others: use engine 'shared'."
+                )
+            return super()._loglikelihood_tokens(fitted, *args, **options)
+
+        def _fitted(self, requests: list[Asked]) -> list[Asked]:
+            fitted = []
+            for text, context, continuation in requests:
+                room = self.max_length + 1  # the last token is only predicted
+                if len(context) + len(continuation) > room > len(continuation):
+                    whole = self.encoder.cut([*context, *continuation], room, len(continuation))
+                    context = whole[: -len(continuation)]
+                fitted.append((text, context, continuation))
+            ids = (side for _, *sides in fitted for side in sides)
+            embeddings = len(self.model.get_input_embeddings().weight)
+            check_vocabulary(self.tokenizer, ids, embeddings)
+            return fitted
+
+        def generate_until(self, *args: Any, **options: Any) -> list[str]:
+            own, pad = self.batch_size_per_gpu, self.tokenizer.pad_token_id
+            apart = original_length(self.model) is not None
+            if own != 1 and (apart or reads_padding(self.model, pad)):
+                self.batch_size_per_gpu = 1
+                warnings.warn(
+                    f"{type(self.model).__name__} would let prompts of a batch change each other's "
+                    "answers, so they are continued one at a time, which is slower.",
+                    stacklevel=2,
+                )
+            try:
+                answers: list[str] = super().generate_until(*args, **options)
+            finally:
+                self.batch_size_per_gpu = own
+            return answers
+
+    return FittedLM
+
+
 @functools.cache
 def shared_prefix_lm() -> type[Any]:
     """Return the class `SharedPrefixLM`: lm-eval's HFLM, scoring by this engine.
 
     Made on first use, because lm-eval takes seconds to import.
     """
-    import lm_eval.models.huggingface as huggingface
 
-    class SharedPrefixLM(huggingface.HFLM):  # type: ignore[misc]
+    class SharedPrefixLM(fitted_lm()):  # type: ignore[misc]
         """HFLM whose log-likelihoods come from a `Scorer`, question by question the same."""
 
         _scorer: Scorer | None = None
 
         def _loglikelihood_tokens(
             self,
-            requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+            requests: list[Asked],
             disable_tqdm: bool = False,
             override_bs: int | None = None,
         ) -> list[Answer]:
             if self.backend != "causal":
                 raise ConfigurationError("Shared prefixes need a causal language model.")
             answers: dict[int, Answer] = {}
+            fitted = [request[1:] for request in self._fitted(requests)]
             with self._precision():
-                for index, answer in self._scoring(override_bs).stream([r[1:] for r in requests]):
+                for index, answer in self._scoring(override_bs).stream(fitted):
                     answers[index] = answer
                     if (text := requests[index][0]) is not None:  # None: parts of a rolling text
                         self.cache_hook.add_partial("loglikelihood", text, answer)

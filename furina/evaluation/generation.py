@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from furina.data.encoding import Encoder, check_vocabulary
 from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
+from furina.evaluation.independence import (
+    check_causal,
+    forget_lengths,
+    original_length,
+    reads_padding,
+)
 from furina.logits import contiguous_lm_head_input
 from furina.mode import evaluation_mode
 from furina.progress import advance
@@ -51,19 +58,28 @@ def generate(
 
     A prompt is encoded as the tokenizer does by itself, with at most one BOS. One that leaves no
     room for `max_new_tokens` loses its beginning, not its BOS, and is counted and warned about.
-    Writing ends at any end-of-text token of the tokenizer or of the model's generation config,
-    of which nothing else is used. Model, tokenizer and config are left as they were.
+    Where a model would let one prompt change another's answer, a batch is one prompt; that is
+    warned about if padding is the reason. Writing ends at any end-of-text token of the tokenizer
+    or of the model's generation config, of which nothing else is used. Model, tokenizer and config
+    are left as they were.
 
     Raises:
         ConfigurationError: a bad batch size, an empty prompt, a tokenizer without padding token or
-            with misplaced special tokens, or an answer longer than the model's positions.
+            with misplaced special tokens, a model that is not causal, or an answer longer than
+            its positions.
         FurinaError: the model's outputs are not finite.
     """
     if batch_size < 1:
         raise ConfigurationError(f"The batch size must be at least 1, not {batch_size}.")
+    with evaluation_mode(model):
+        check_causal(model)
     pad_id = _pad_id(tokenizer, decoding)
-    whole = [_encode(tokenizer, prompt) for prompt in prompts]
-    encoded = [_fitted(ids, tokenizer, _room(model, decoding)) for ids in whole]
+    encoder, room = Encoder(tokenizer), _room(model, decoding)
+    whole = [encoder.encode(prompt) for prompt in prompts]
+    if not all(whole):
+        raise ConfigurationError("A prompt is empty: there is nothing to continue.")
+    encoded = [encoder.cut(ids, room) for ids in whole]
+    check_vocabulary(tokenizer, [(pad_id,), *encoded], len(model.get_input_embeddings().weight))
     truncated = sum(len(ids) > len(cut) for ids, cut in zip(whole, encoded, strict=True))
     if truncated:
         warnings.warn(
@@ -82,9 +98,7 @@ def generate(
         contiguous_lm_head_input(model),
         torch.inference_mode(),
     ):
-        for start in range(0, len(order), batch_size):
-            advance(start, len(order), "answers")
-            indices = order[start : start + batch_size]
+        for indices in _batches(order, writer, [len(ids) for ids in encoded], batch_size):
             written = writer.write([encoded[index] for index in indices])
             for index, text in zip(indices, written, strict=True):
                 texts[index] = text
@@ -100,25 +114,11 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> int:
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = list(tokenizer.encode(prompt))
-    if bos is not None and ids[:2] == [bos, bos]:  # the prompt brings its own
-        ids = ids[1:]
-    if ids and eos is not None and eos != bos and ids[-1] == eos:
-        raise ConfigurationError(
-            "The tokenizer appends EOS to a prompt: load it with add_eos_token=False."
-        )
-    if not ids:
-        raise ConfigurationError("A prompt is empty: there is nothing to continue.")
-    return ids
-
-
 def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
     """Return the longest prompt in tokens, None where the model knows no limit."""
     config = model.config.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:
+    if positions is None or positions < 0:
         return None
     room = int(positions) - decoding.max_new_tokens
     if room < 2:  # a BOS and one token more
@@ -129,11 +129,29 @@ def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
     return room
 
 
-def _fitted(ids: list[int], tokenizer: PreTrainedTokenizerBase, room: int | None) -> list[int]:
-    if room is None or len(ids) <= room:
-        return ids
-    bos = tokenizer.bos_token_id
-    return [ids[0], *ids[1 - room :]] if ids[0] == bos else ids[-room:]
+def _batches(
+    order: Sequence[int], writer: _Writer, lengths: Sequence[int], batch_size: int
+) -> Iterator[Sequence[int]]:
+    """Yield what is written together: as many as asked for, where none changes another."""
+    model, decoding, start = writer.model, writer.decoding, 0
+    longest = original_length(model) if decoding.pass_mask else None
+    is_padded = decoding.pass_mask and min(batch_size, len(set(lengths))) > 1
+    if is_padded and reads_padding(model, writer.pad_id):
+        batch_size = 1
+        warnings.warn(
+            f"{type(model).__name__} reads padding as text, so prompts are continued one at a "
+            "time, which is slower.",
+            stacklevel=3,
+        )
+    while start < len(order):
+        advance(start, len(order), "answers")
+        size = batch_size
+        if longest is not None:
+            forget_lengths(model)
+            if lengths[order[start]] + decoding.max_new_tokens > longest:
+                size = 1  # its frequencies would be those of the whole batch
+        yield order[start : start + size]
+        start += size
 
 
 @contextmanager

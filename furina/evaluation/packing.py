@@ -57,10 +57,12 @@ class Packing:
     Args:
         price: how many query-key pairs cost as much as one more token.
         longest: nodes of a row that branches, at most; with 0 no row does.
+        apart: sequences longer than this share no row; None for no such length.
     """
 
     price: int
     longest: int
+    apart: int | None = None
 
     def rows(self, sequences: Sequence[Ids]) -> list[Row]:
         """Pack all sequences, whatever their order, into as few tokens as pays off.
@@ -81,6 +83,8 @@ class Packing:
         return rows
 
     def _joins(self, row: Row, last: Ids, ids: Ids, shared: int) -> bool:
+        if self.apart is not None and max(len(last), len(ids)) > self.apart:
+            return False
         if shared == len(last) and not row.branches:
             return True  # longer along the same path: an ordinary causal row
         size = len(row) + len(ids) - shared
@@ -105,12 +109,14 @@ class Limits:
         padding: padding; one more batch costs about as much.
         reads: predictions.
         rows: rows; None for no limit.
+        apart: rows longer than this share no batch; None for no such length.
     """
 
     tokens: int
     padding: int
     reads: int
     rows: int | None = None
+    apart: int | None = None
 
 
 def batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Iterator[list[Row]]:
@@ -135,6 +141,7 @@ def _batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Itera
             or padding > limits.padding
             or read > limits.reads
             or len(batch) == limits.rows
+            or (limits.apart is not None and width > limits.apart)
         )
         if batch and full:
             yield batch

@@ -120,7 +120,7 @@ def test_an_empty_file_is_one_sentence(data_dir, write_rows):
 @pytest.mark.parametrize("row", [{"id": "1"}, [1, 2], {"id": "1", "question": "?", "choices": 3}])
 def test_a_row_of_another_format_is_named_with_its_number(data_dir, write_rows, row):
     write_rows(data_dir / "arc_easy" / "train.jsonl.gz", [row])
-    with pytest.raises(DataError, match=r"Row 1 of .*train\.jsonl\.gz is not as expected"):
+    with pytest.raises(DataError, match=r"Line 1 of .*train\.jsonl\.gz is not as expected"):
         load_items("arc_easy", "train", "folder", data_dir)
 
 
@@ -204,7 +204,7 @@ def test_requests_without_a_count_are_all_read(tmp_path):
     lines = [json.dumps({"doc_id": n // 2, "doc": {"n": n // 2}}) for n in range(6)]
     data = gzip.compress("\n".join(lines).encode())
     rows = read_requests(b'{"num_instances": null}', io.BytesIO(data), "here")
-    assert rows == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert rows == [(f"document {n}", {"n": n}) for n in range(3)]
     with pytest.raises(DataError, match=r"here is damaged .*document 3 of 4 is missing"):
         read_requests(b'{"num_instances": 4}', io.BytesIO(data), "here")
 
@@ -216,7 +216,10 @@ def test_every_kind_of_file_gives_rows():
         "rows.json.gz": gzip.compress(b'[{"a": 1}, {"a": 2}]'),
     }
     for name, data in kinds.items():
-        assert read_file(name, io.BytesIO(data), name) == [{"a": 1}, {"a": 2}]
-    assert read_file("x.csv", io.BytesIO(b"a,b\n"), "x") == [{"file": "x", "cells": ["a", "b"]}]
+        (_, first), (place, second) = read_file(name, io.BytesIO(data), name)
+        assert (first, second) == ({"a": 1}, {"a": 2})
+        assert place == ("line 3" if name == "rows.jsonl" else "row 2")
+    (row,) = read_file("x.csv", io.BytesIO(b"a,b\n"), "x")
+    assert row == ("line 1", {"file": "x", "cells": ["a", "b"]})
     with pytest.raises(DataError, match=r"x\.txt is of an unknown kind: name one of \.jsonl"):
         read_file("x.txt", io.BytesIO(b""), "x.txt")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import warnings
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -12,7 +15,7 @@ from furina.data.items import overlap
 from furina.data.module import TaskDataModule
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task
-from furina.errors import ConfigurationError
+from furina.errors import ConfigurationError, DataError
 
 
 class Recorder(lightning.LightningModule):
@@ -224,3 +227,33 @@ def test_a_mixture_holds_each_tasks_rows_by_weight_and_cap(mixed):
 def test_a_mixture_that_cannot_be_sampled_is_refused(tokenizer, mixture, message):
     with pytest.raises(ConfigurationError, match=message):
         TaskDataModule(tokenizer, mixture)
+
+
+def test_tokens_beyond_the_models_embeddings_are_refused_before_the_first_step(data):
+    module, embedding = data(), torch.nn.Embedding(200, 2)
+    backbone = torch.nn.Module()
+    backbone.get_input_embeddings = lambda: embedding
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=backbone))
+    with pytest.raises(
+        ConfigurationError, match=r"is number \d+, and the model has 200 embeddings"
+    ):
+        module.setup("fit")
+    embedding.weight = torch.nn.Parameter(torch.zeros(512, 2))
+    module = data()
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=backbone))
+    module.setup("fit")
+    module = data()
+    module.pad_id = 512  # a padding token that was added, and has no row
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=backbone))
+    with pytest.raises(ConfigurationError, match="is number 512"):
+        module.setup("fit")
+
+
+@pytest.mark.parametrize("question", [None, " ", "half \ud800"])
+def test_a_spoilt_row_is_named_and_nothing_is_trained(rows, tokenizer, question):
+    row = {"id": "1", "question": question, "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    path = rows / "arc_easy" / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({**row, "answerKey": "A"}).encode()))
+    module = TaskDataModule(tokenizer, "arc_easy", batch_size=1, data_dir=rows, seed=0)
+    with pytest.raises(DataError, match=r"^Line 1 of .*train\.jsonl\.gz is not as expected"):
+        module.setup("fit")

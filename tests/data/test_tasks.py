@@ -9,8 +9,9 @@ import pytest
 
 import furina.data
 from furina.assets import ASSETS
+from furina.data.cells import number_text
 from furina.data.items import Question
-from furina.data.rows import boxed_row, labelled_row, number_text, olmes_row
+from furina.data.rows import boxed_row, labelled_row, olmes_row
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError
 
@@ -195,13 +196,13 @@ def test_hellaswag_is_cleaned_alike_in_every_form():
         "activity_label": "Home",
         "ctx_a": "How to  paint [title] Begin. [title] Stir it. [step]",
         "ctx_b": "THE tin",
-        "endings": ["[step] is open.  [title] Wait", "dries"],
+        "endings": ["[step] is open.  [title] Wait", "dries", "rusts", "[step] tips"],
         "label": "1",
     }
     cleaned = {
         "activity_label": "Home",
         "ctx": "How to paint. Begin. Stir it. The tin",
-        "endings": [" is open. . Wait", "dries"],
+        "endings": [" is open. . Wait", "dries", "rusts", " tips"],
         "label": 1,
     }
     request = {
@@ -292,7 +293,7 @@ def test_the_answer_is_the_place_of_its_label(labels, key, answer):
 
 def test_a_key_that_is_no_label_is_an_error():
     row = {"id": "1", "stem": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
-    with pytest.raises(ValueError, match="'1' is not in list"):
+    with pytest.raises(ValueError, match="'1' is none of the labels A, B"):
         labelled_row({**row, "answerKey": "1"}, "stem")
 
 

