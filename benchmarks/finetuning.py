@@ -193,7 +193,8 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> RunConfig:
 def run(name: str, number: int, options: argparse.Namespace) -> Outcome:
     """Run one arm of round `number`, counted from 1; round 0 is a single step to warm up."""
     seed = options.seed + number
-    config = replace(config_of(name, seed, options), steps=options.steps if number else 1)
+    config = config_of(name, seed, options)
+    config = config if number else replace(config, steps=1, warmup_steps=0)
     gc.collect()  # a trainer refers to itself, so the last arm's model may still be there
     if name not in (PLAIN, AGAIN):
         return ours(config)
