@@ -175,8 +175,8 @@ class RunConfig:
                     f"{name}={value} is a part of file names: leave out slashes and a leading dot."
                 )
 
-    def _check_idle(self) -> None:
-        """Refuse sizes that leave an option without effect."""
+    def check_sizes(self) -> None:
+        """Raise ConfigurationError for sizes of training that leave an option without effect."""
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ConfigurationError(
                 f"micro_batch_size={self.micro_batch_size} is more than batch_size="
@@ -195,14 +195,11 @@ class RunConfig:
             )
 
     def check_tasks(self) -> None:
-        """Refuse tasks, protocols and sizes that do not fit; a suite's defaults alone need not.
+        """Refuse tasks and protocols that do not fit; a suite's defaults alone need not.
 
         Raises ConfigurationError for an unknown one, with the nearest right one, for a task that
-        its protocol cannot ask, for training under a protocol that only evaluates, and for a size
-        that leaves an option without effect.
+        its protocol cannot ask, or for training under a protocol that only evaluates.
         """
-        if not self.is_base:
-            self._check_idle()
         if self.mixture and self.task in tasks():
             raise ConfigurationError(
                 f"task={self.task} names the mixture, and is itself a task: choose another name."

@@ -120,6 +120,7 @@ def _check(config: RunConfig) -> None:
     if config.is_base:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.check_tasks()
+    config.check_sizes()
     config.adapter_config()
     if config.compile:
         require_backend(config.compile)
