@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from operator import truediv
@@ -192,8 +192,8 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> RunConfig:
 
 def run(name: str, number: int, options: argparse.Namespace) -> Outcome:
     """Run one arm of round `number`, counted from 1; round 0 is a single step to warm up."""
-    seed = options.seed + number
-    config = replace(config_of(name, seed, options), steps=options.steps if number else 1)
+    seed, first = options.seed + number, {"steps": 1, "warmup_steps": 0}
+    config = config_of(name, seed, options).updated({} if number else first)
     gc.collect()  # a trainer refers to itself, so the last arm's model may still be there
     if name not in (PLAIN, AGAIN):
         return ours(config)

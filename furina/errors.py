@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class FurinaError(Exception):
@@ -40,3 +41,14 @@ def nearest(name: str, options: Iterable[str]) -> str:
     """Return " Did you mean 'x'? Known: a, b." for an unknown `name`."""
     known = sorted(options)
     return f"{suggestion(name, known)} Known: {', '.join(known) or '(none)'}."
+
+
+def require_same(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError naming each setting in which a checkpoint's `what` is another."""
+    different = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
+    if different:
+        pairs = (f"{key}={saved.get(key)!r} and not {own.get(key)!r}" for key in different)
+        raise ConfigurationError(
+            f"The checkpoint is of another {what}, with {', '.join(pairs)}: resume with the same "
+            "settings, or start without the checkpoint."
+        )

@@ -66,6 +66,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes}:{rest:02} min"
 
 
+def say(text: str) -> None:
+    """Say a line about the part under way, or about the whole where none is."""
+    display = _display.get()
+    if display is not None and display.part is not None:
+        display.part.say(text)
+    elif display is not None:
+        print(f"  {text}", file=display.stream, flush=True)
+
+
 class _Display:
     """Where parts are shown, and the one that is under way."""
 
@@ -104,7 +113,7 @@ class _Part:
                 self.bar.task_ids[0], total=total, completed=done, told=text, refresh=True
             )
         else:
-            self._say(text)
+            self.say(text)
 
     def close(self, is_done: bool) -> None:
         """Take the bar away, and say what it took if it is done."""
@@ -112,10 +121,15 @@ class _Part:
             self.bar.stop()
         took = self.clock() - self.began
         if is_done and took >= WORTH_A_LINE:
-            self._say(f"done in {duration(took)}")
+            self.say(f"done in {duration(took)}")
 
-    def _say(self, text: str) -> None:
-        print(f"  {self.name}: {text}", file=self.stream, flush=True)
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        line = f"  {self.name}: {text}"
+        if self.bar:
+            self.bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=self.stream, flush=True)
 
 
 def _bar(name: str, stream: TextIO) -> Progress | None:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from furina.progress import BAR, LINE, WORTH_A_LINE, advance, duration, part, shown
+from furina.progress import BAR, LINE, WORTH_A_LINE, advance, duration, part, say, shown
 
 
 class Clock:
@@ -183,3 +183,19 @@ def test_a_terminal_that_cannot_go_back_gets_lines(
 )
 def test_a_time_is_in_minutes_or_hours(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_word_is_said_of_the_part_under_way_or_of_the_whole(
+    clock: Clock, pipe: io.StringIO, capfd: pytest.CaptureFixture[str]
+) -> None:
+    say("to nobody")
+    terminal = Terminal()
+    for stream in (pipe, terminal):
+        with shown(stream, clock):
+            say("before")
+            with part("training"):
+                say("resumed at step 2 of 4")
+                work(clock, 60, first=2)
+    assert pipe.getvalue().splitlines()[:2] == ["  before", "  training: resumed at step 2 of 4"]
+    assert "training: resumed at step 2 of 4\n" in terminal.getvalue()
+    assert capfd.readouterr() == ("", "")

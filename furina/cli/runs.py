@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -87,7 +88,17 @@ def fit(options: Namespace) -> None:
     training = train(config, run_dir).training
     print(f"loss {training.final_loss:.4f} after {training.steps} steps, {training.seconds:.0f} s")
     print(f"{training.trainable:,} of {training.total:,} parameters were trained")
-    print(f"{run_dir / 'adapter'}: the adapter; next: furina evaluate --adapter-path")
+    print(f"{run_dir / 'adapter'}: the adapter; next: {_evaluation(config, run_dir)}")
+
+
+def _evaluation(config: RunConfig, run_dir: Path) -> str:
+    """Return the command that scores what was trained, as a shell takes it."""
+    words = ["furina", "evaluate", "--adapter-path", str(run_dir / "adapter")]
+    words += ["--task", *config.trained]
+    for name in ("backbone", "dtype", "protocol", "source", "data_dir"):
+        if getattr(config, name) != getattr(type(config), name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    return shlex.join(words)
 
 
 def _print_groups(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -126,6 +127,17 @@ class TaskDataModule(lightning.LightningDataModule):
         return encode_examples(
             self.tokenizer, get_task(name), items, self.protocol, self.max_length, task_type
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the train batches, as plain values: a resumed run must have the same."""
+        names = ("batch_size", "micro_batch_size", "bucket_steps", "seed", "max_length")
+        return {
+            "tasks": {name: asdict(share) for name, share in self.shares.items()},
+            "protocol": self.protocol.name,
+            **{name: getattr(self, name) for name in names},
+            "train_rows": len(self._train),
+        }
 
     def train_dataloader(self) -> StepBatches:
         """Return the windows of the epoch, from the trainer's global step on."""

@@ -175,6 +175,25 @@ class RunConfig:
                     f"{name}={value} is a part of file names: leave out slashes and a leading dot."
                 )
 
+    def check_sizes(self) -> None:
+        """Raise ConfigurationError for sizes of training that leave an option without effect."""
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ConfigurationError(
+                f"micro_batch_size={self.micro_batch_size} is more than batch_size="
+                f"{self.batch_size}, so nothing would be cut: lower it, or leave it out."
+            )
+        for name in ("warmup_steps", "validation_interval"):
+            value = getattr(self, name)
+            if self.steps is not None and value is not None and value > self.steps:
+                raise ConfigurationError(
+                    f"{name}={value} is more than the steps={self.steps} of the run: lower it."
+                )
+        if self.validation_interval is not None and not self.validation_size:
+            raise ConfigurationError(
+                f"validation_interval={self.validation_interval} has no effect without rows to "
+                "validate on: leave it out, or raise validation_size."
+            )
+
     def check_tasks(self) -> None:
         """Refuse tasks and protocols that do not fit; a suite's defaults alone need not.
 

@@ -19,7 +19,7 @@ from furina.experiment.process import adapted, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
 from furina.inject import load_adapter_state_dict
 from furina.processor import best_device
-from furina.progress import part
+from furina.progress import part, say
 from furina.records import Training, codec
 from furina.storage import write_json
 from furina.training import LossHistory
@@ -56,14 +56,17 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     finished = run_dir / "training.json"
     if not finished.exists() and config.world_size == 1:
         return _fit_alone(config, run_dir)
-    data = run_data(config)
-    if not finished.exists():
+    data, was_finished = run_data(config), finished.exists()
+    if not was_finished:
         if is_rank():
             fit_as_rank(config, run_dir)
         else:
             _fit_by_others(config, run_dir, data)
         _await(finished)
-    return _finished(config, run_dir, data)
+    fitted = _finished(config, run_dir, data)
+    if was_finished:
+        say(f"{run_dir} holds this run, finished before: nothing was trained")
+    return fitted
 
 
 def fit_as_rank(config: RunConfig, run_dir: Path) -> None:
@@ -117,6 +120,7 @@ def _check(config: RunConfig) -> None:
     if config.is_base:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.check_tasks()
+    config.check_sizes()
     config.adapter_config()
     if config.compile:
         require_backend(config.compile)

@@ -134,6 +134,8 @@ def _train(
     with warnings.catch_warnings():
         # Every process tokenised everything beforehand: there is nothing for workers to do.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        # That the logs start again: the checkpoint has the losses of the part before.
+        warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
         trainer = Trainer(
             devices=config.devices,
             num_nodes=config.num_nodes,

@@ -15,14 +15,15 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics.aggregation import RunningMean, SumMetric
 
 from furina.accumulation import accumulating
-from furina.adapters.sharding import whole
+from furina.adapters.sharding import whole, write
 from furina.auxiliary import after_step, auxiliary_loss
 from furina.compilation import CompiledDecoder
-from furina.errors import ConfigurationError
+from furina.data.module import TaskDataModule
+from furina.errors import ConfigurationError, require_same
 from furina.inject import (
     adapter_parameters,
     adapter_state_dict,
@@ -30,11 +31,13 @@ from furina.inject import (
     parameter_groups,
     state_of,
 )
-from furina.training.checkpointing import require_same
+from furina.training.beside import require_held, trained_beside
 from furina.training.divergence import DivergenceWatch
 from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers
 from furina.training.preconditions import (
+    refuse_callbacks,
     refuse_ignored_options,
+    refuse_other_uses,
     refuse_unsharded_options,
     require_trainable,
 )
@@ -57,6 +60,10 @@ class FinetuneModule(pl.LightningModule):
 
     with n answer tokens and t real tokens, so neither padding nor the cut into micro-batches
     changes a token's weight in the task loss. Dropout depends on `seed`, step and rank alone.
+
+    What else of the model requires a gradient when `fit` begins, such as an unfrozen head or new
+    embeddings, is trained beside the adapter, at `learning_rate` and without weight decay, and is
+    part of its checkpoints.
 
     ```python
     module = FinetuneModule(furina.adapt(model, "furina", rank=8), learning_rate=2e-4)
@@ -101,6 +108,7 @@ class FinetuneModule(pl.LightningModule):
         )
         self._watch = DivergenceWatch()
         self._resumed: dict[str, Any] = {}
+        self._beside: dict[str, nn.Parameter] = {}
         self._running_loss = RunningMean(RUNNING_WINDOW, nan_strategy="disable")
         self._running_loss.sync_on_compute = False
         self._running_loss.persistent(True)
@@ -109,19 +117,24 @@ class FinetuneModule(pl.LightningModule):
         self._validation_tokens = SumMetric(nan_strategy="disable")
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Refuse Trainer options that would be ignored or fail later; adds no callback."""
+        """Refuse what would be ignored, train wrongly or fail later; adds no callback."""
+        refuse_other_uses(self.trainer, compiled=self._compiler_ctx is not None)
+        refuse_callbacks(self.trainer)
         refuse_ignored_options(self.trainer)
         refuse_unsharded_options(self.trainer, compiled=self._compiled is not None)
         return []
 
     def configure_model(self) -> None:
         """Shard the model if the strategy does so."""
+        if self._trainer is None:  # as `load_from_checkpoint` calls it
+            return
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Silence Lightning's word that a hook of this module, not the data module's, is used."""
+        """Forget an earlier checkpoint; silence Lightning's word that one hook hides another."""
+        self._resumed = {}
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
 
     def on_fit_start(self) -> None:
@@ -140,9 +153,16 @@ class FinetuneModule(pl.LightningModule):
         self.model.train()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return AdamW over the adapter's groups, with its state in their dtype, and a schedule."""
+        """Return AdamW over the adapter's groups and what is trained beside it, and a schedule.
+
+        A subclass may return another optimiser, with a scheduler that is stepped after each step.
+        """
+        self._require_warmup_to_end()
         names = ("learning_rate", "weight_decay", "lora_plus_ratio")
         groups = parameter_groups(self.model, *(self.hparams[name] for name in names))
+        if beside := trained_beside(self.model):
+            own = {"params": list(beside.values()), "names": list(beside), "weight_decay": 0.0}
+            groups.append({**own, "lr": self.hparams["learning_rate"]})
         device = groups[0]["params"][0].device
         optimizer = AdamW(groups, fused=device.type in ("cpu", "cuda"))
         factor = functools.partial(
@@ -159,8 +179,11 @@ class FinetuneModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse to go on from a checkpoint of a run with other settings."""
+        self._beside = trained_beside(self.model)
         if self._resumed:
-            require_same("run", self._resumed, self._settings())
+            own = self._settings()
+            unsaid = own.keys() - self.hparams.keys() - self._resumed.keys()  # by older checkpoints
+            require_same("run", self._resumed, {key: own[key] for key in own.keys() - unsaid})
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Locate the answer tokens while the batch is still on the CPU."""
@@ -173,8 +196,7 @@ class FinetuneModule(pl.LightningModule):
         """
         done = self.trainer.global_step
         torch.manual_seed(step_seed(self.hparams["seed"], done, self.global_rank))
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LambdaLR)
+        optimizer, scheduler = self._optimisation()
         optimizer.zero_grad()
         window, parts = _located(batch), []
         with self._accumulation(len(window)), self._compilation():
@@ -192,8 +214,13 @@ class FinetuneModule(pl.LightningModule):
         scheduler.step()
         return {"loss": loss, "auxiliary": sums[2]}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a micro-batch to the token-weighted validation loss and accuracy."""
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums; here, as what inference mode made cannot be added to in training."""
+        for metric in (self._validation_loss, self._validation_hits, self._validation_tokens):
+            metric.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a micro-batch, of whichever loader, to the token-weighted loss and accuracy."""
         logits, targets = answer_logits(self.model, batch)
         self._validation_loss.update(mean_nll(logits, targets) * len(targets))
         self._validation_hits.update((logits.argmax(-1) == targets).sum())
@@ -207,8 +234,6 @@ class FinetuneModule(pl.LightningModule):
         )
         self.log("validation/loss", loss, prog_bar=True, sync_dist=True)
         self.log("validation/accuracy", accuracy, sync_dist=True)
-        for metric in (self._validation_loss, self._validation_hits, self._validation_tokens):
-            metric.reset()
 
     def on_train_end(self) -> None:
         """Report a divergence that no logging step has looked at."""
@@ -217,18 +242,25 @@ class FinetuneModule(pl.LightningModule):
     def state_dict(  # type: ignore[override]
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """Return the adapter's tensors only; the backbone is frozen and has a file of its own."""
+        """Return what is trained only; the frozen backbone has a file of its own."""
         state = {} if destination is None else destination
-        for name, tensor in adapter_state_dict(self.model).items():
+        beside = {name: whole(p.detach()) for name, p in trained_beside(self.model).items()}
+        for name, tensor in {**adapter_state_dict(self.model), **beside}.items():
             state[f"{prefix}model.{name}"] = tensor
         return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Copy the adapter's tensors, always strictly; raises ConfigurationError on a mismatch."""
+        """Copy what is trained, always strictly; raises ConfigurationError on a mismatch."""
         state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+        beside = trained_beside(self.model)
+        own = {name: state.pop(name) for name in beside if name in state}
+        require_held(beside, own)
         load_adapter_state_dict(self.model, state)
+        with torch.no_grad():
+            for name, parameter in beside.items():
+                write(parameter, own[name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings, the adapter's config and the running loss; never save NaN weights."""
@@ -289,22 +321,24 @@ class FinetuneModule(pl.LightningModule):
 
     def _clip(self) -> Tensor:
         """Clip the global gradient norm; returns the norm before that."""
-        parameters = list(adapter_parameters(self.model).values())
+        parameters = [*adapter_parameters(self.model).values(), *self._beside.values()]
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if self.hparams["gradient_clip"] is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.hparams["gradient_clip"], norm)
         return norm
 
-    def _log_step(self, sums: Tensor, norm: Tensor, scheduler: LambdaLR) -> Tensor:
+    def _log_step(self, sums: Tensor, norm: Tensor, scheduler: LRScheduler) -> Tensor:
         """Log the step's figures, over all ranks; returns the step's loss."""
         task, accuracy = self._sum_over_ranks(sums[:2]).unbind()
         loss = task + sums[2]
         self._running_loss.update(loss)
-        self.log("train/loss", loss, prog_bar=True)
+        # The bar shows the part that compares with the validation loss, and the other by its name.
+        self.log("train/loss_task", task, prog_bar=True)
+        pulls = state_of(self.model).config.has_auxiliary_loss
+        self.log("train/loss_auxiliary", sums[2], prog_bar=pulls)
         self.log_dict(
             {
-                "train/loss_task": task,
-                "train/loss_auxiliary": sums[2],
+                "train/loss": loss,
                 "train/loss_running": self._running_loss.compute(),
                 "train/accuracy": accuracy,
                 "train/gradient_norm": norm,
@@ -312,6 +346,28 @@ class FinetuneModule(pl.LightningModule):
             }
         )
         return loss
+
+    def _optimisation(self) -> tuple[LightningOptimizer, LRScheduler]:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        if (
+            isinstance(optimizer, LightningOptimizer)
+            and isinstance(scheduler, LRScheduler)
+            and scheduler.optimizer is optimizer.optimizer
+        ):
+            return optimizer, scheduler
+        raise ConfigurationError(
+            "FinetuneModule trains with one optimiser and its own scheduler: return both from "
+            "configure_optimizers of a subclass, and leave trainer.optimizers alone."
+        )
+
+    def _require_warmup_to_end(self) -> None:
+        warmup, total = self.hparams["warmup_steps"], self.hparams["total_steps"] or 0
+        steps = max(total, self.trainer.estimated_stepping_batches)
+        if warmup > steps and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                f"warmup_steps={warmup} is more than the {steps} steps of the training, which "
+                "would end before it has reached its learning rate: lower it."
+            )
 
     def _logs_now(self) -> bool:
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -321,7 +377,12 @@ class FinetuneModule(pl.LightningModule):
         """Return what a resumed run must have in common with the one that wrote the checkpoint."""
         own = dict(self.hparams)
         total = schedule_length(own["schedule"], own["total_steps"], self.trainer)
-        return {**own, "total_steps": total}
+        # Another batch size or other data show, mostly, in the number of batches.
+        own |= {"total_steps": total, "batches_per_epoch": self.trainer.num_training_batches}
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TaskDataModule):
+            own |= {f"data.{name}": value for name, value in data.settings.items()}
+        return own
 
 
 def _located(batch: Any) -> list[AnswerBatch]:
@@ -332,7 +393,9 @@ def _located(batch: Any) -> list[AnswerBatch]:
 
 def _adapter_config(model: nn.Module) -> dict[str, Any]:
     state = state_of(model)
-    return {"method": state.config.name, **state.config.to_dict(), "targets": list(state.targets)}
+    own = {"method": state.config.name, **state.config.to_dict(), "targets": list(state.targets)}
+    beside = list(trained_beside(model))
+    return {**own, "trained_beside": beside} if beside else own
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

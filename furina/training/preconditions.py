@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from furina.errors import ConfigurationError
 from furina.inject import state_of
 from furina.training.sharding import ShardedStrategy
+
+_REFUSED: dict[type[pl.Callback], str] = {
+    callbacks.StochasticWeightAveraging: "replaces the learning rate's schedule",
+    callbacks.WeightAveraging: "averages the frozen backbone too, which rounding then moves",
+    callbacks.ModelPruning: "prunes the frozen backbone, which no checkpoint holds",
+    callbacks.BaseFinetuning: "adds parameters during training, which its schedule does not know: "
+    "unfreeze them before fit",
+    callbacks.GradientAccumulationScheduler: "does not apply, as one batch is one optimiser step: "
+    "cut it with the data's micro_batch_size",
+    callbacks.LearningRateFinder: "gives all parameters one learning rate, where a method has "
+    "several: compare short runs with FinetuneModule(learning_rate=…)",
+}
+"""Callbacks of Lightning under which this module would train something else than it says."""
+
+
+def refuse_callbacks(trainer: pl.Trainer) -> None:
+    """Raise ConfigurationError for a callback that cannot work here, with the reason."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in _REFUSED.items():
+            if isinstance(callback, kind):
+                advice = "" if ":" in reason else ": leave it out"
+                name = type(callback).__name__
+                raise ConfigurationError(f"Lightning's callback {name} {reason}{advice}.")
+
+
+def refuse_other_uses(trainer: pl.Trainer, compiled: bool) -> None:
+    """Raise ConfigurationError for what a Trainer does and this module does not."""
+    if trainer.state.fn in ("test", "predict"):
+        raise ConfigurationError(
+            f"Trainer.{trainer.state.fn.value} has nothing to do here: use Trainer.validate for a "
+            "loss, model.generate for text, or furina.evaluation for the score of a task."
+        )
+    if compiled:
+        raise ConfigurationError(
+            "torch.compile(FinetuneModule(…)) would compile the optimiser step's bookkeeping: pass "
+            "FinetuneModule(compile_backend='inductor') instead."
+        )
 
 
 def refuse_ignored_options(trainer: pl.Trainer) -> None:

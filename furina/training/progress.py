@@ -6,11 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from furina.progress import advance
+from furina.progress import advance, say
 
 
 class StepProgress(pl.Callback):
     """Tell `furina.progress` of every optimiser step, and of every batch of a validation."""
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell that a run goes on, and from where."""
+        if trainer.state.fn == "fit":
+            say(f"resumed at step {checkpoint['global_step']} of {trainer.max_steps}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell of the steps that a resumed run has done before."""

@@ -162,3 +162,19 @@ def test_a_resolved_run_names_what_auto_stands_for(
     monkeypatch.setattr(processor, "automatic", lambda kind: Precision(dtype, "a test"))
     assert RunConfig().dtype == "auto" and RunConfig().resolved().dtype == dtype
     assert RunConfig(dtype="float16").resolved() == RunConfig(dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 17}, "micro_batch_size=17 is more than batch_size=16"),
+        ({"warmup_steps": 61}, "warmup_steps=61 is more than the steps=60"),
+        ({"validation_interval": 61}, "validation_interval=61 is more than the steps=60"),
+        ({"validation_interval": 5, "validation_size": 0}, "without rows to validate on"),
+    ],
+)
+def test_a_size_that_leaves_an_option_without_effect_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RunConfig().updated(changes).check_sizes()

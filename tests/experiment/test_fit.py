@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer
 
-from furina import adapter_state_dict, describe
+from furina import adapter_state_dict, cli, describe
+from furina.cli.runs import SCORING
 from furina.errors import ConfigurationError, DataError
 from furina.experiment import fit as fit_module
 from furina.experiment import process
 from furina.experiment.fit import fit
-from furina.training import LossHistory
+from furina.progress import shown
+from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint
 from tests.experiment.conftest import Finished
 from tests.experiment.helpers import tiny
 
@@ -40,6 +47,19 @@ def killed_after_step(step: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(LossHistory, "on_train_batch_end", die)
+        yield
+
+
+@contextmanager
+def killed_while_saving() -> Iterator[None]:
+    save = fit_module.save
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fit_module, "save", save_and_die)
         yield
 
 
@@ -154,17 +174,78 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_bytes(
     assert training.selection == finished.fitted.training.selection
 
 
-def test_a_run_killed_while_it_is_saved_trains_no_step_again(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_that_goes_on_says_from_where_and_nothing_else(
+    finished: Finished, tmp_path: Path, step: int
 ) -> None:
-    save = fit_module.save
+    with killed_after_step(step) if step < 6 else killed_while_saving():
+        fit(finished.config, tmp_path)
+    stream = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, shown(stream, lambda: 0.0):
+        warnings.simplefilter("always")
+        fit(finished.config, tmp_path)
+    assert stream.getvalue() == f"  training: resumed at step {step - step % 2} of 6\n"
+    assert not [str(w.message) for w in caught if "is not empty" in str(w.message)]
 
-    def save_and_die(*arguments: Any) -> None:
-        save(*arguments)
-        raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fit_module, "save", save_and_die)
+def test_a_finished_run_says_that_nothing_was_trained(finished: Finished) -> None:
+    stream = io.StringIO()
+    with shown(stream, lambda: 0.0):
+        fit(finished.config, finished.run_dir)
+    says = f"  {finished.run_dir} holds this run, finished before: nothing was trained\n"
+    assert stream.getvalue() == says
+
+
+def test_a_fresh_run_says_neither(data_dir: str, tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with shown(stream, lambda: 0.0):
+        fit(tiny(data_dir, "lora", steps=1), tmp_path)
+    assert stream.getvalue() == ""
+
+
+def test_the_command_that_fit_names_next_works_as_it_stands(
+    data_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(data_dir, "lora", steps=1).to_dict()
+    file, run_dir = tmp_path / "run.yaml", tmp_path / "a folder"
+    file.write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in SCORING}))
+    assert cli.main(["fit", "--config", str(file), "--run-dir", str(run_dir)]) == 0
+    program, *words = shlex.split(capsys.readouterr().out.partition("next: ")[2])
+    assert program == "furina"
+    assert cli.main(words) == 0
+    assert "arc_easy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"batch_size": 8}, r"data\.batch_size=4 and not 8"),
+        ({"micro_batch_size": 1}, r"data\.micro_batch_size=2 and not 1"),
+        ({"validation_size": 5}, r"data\.train_rows=26 and not 25"),
+    ],
+)
+def test_a_trainer_that_goes_on_with_other_batches_is_an_error(
+    data_dir: str, tmp_path: Path, changes: dict[str, Any], difference: str
+) -> None:
+    saver = ResumeCheckpoint(tmp_path / "last.ckpt", 1)
+    for steps, config in ((1, tiny(data_dir)), (2, tiny(data_dir, **changes))):
+        module = FinetuneModule(process.adapted(config, "cpu"), 1e-3, schedule="constant")
+        trainer = Trainer(
+            accelerator="cpu", max_steps=steps, callbacks=[saver], logger=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        data = process.run_data(config)
+        if steps == 1:
+            trainer.fit(module, data)
+            continue
+        with pytest.raises(ConfigurationError, match=difference):
+            trainer.fit(module, data, ckpt_path=saver.latest())
+
+
+def test_a_run_killed_while_it_is_saved_trains_no_step_again(
+    finished: Finished, tmp_path: Path
+) -> None:
+    with killed_while_saving():
         fit(finished.config, tmp_path)
     with trained_steps() as steps:
         training = fit(finished.config, tmp_path).training

@@ -109,6 +109,7 @@ def test_fit_evaluate_and_run_need_only_the_hub(hub: Hub, call: Call, tmp_path: 
     shared = ["--backbone", MODEL, "--source", "hub", "--task", "openbookqa", "--dtype", "float32"]
     run = str(tmp_path / "run")
     options = ["--method", "lora", "--steps", "2", "--batch-size", "4", "--validation-size", "4"]
+    options += ["--warmup-steps", "1"]
     assert _done(call("command", "fit", *shared, *options, "--run-dir", run))
     scored = ["--adapter-path", f"{run}/adapter", "--output", str(tmp_path / "scores")]
     assert _done(call("command", "evaluate", *shared, *scored))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,46 @@ def test_damaged_or_foreign_checkpoints_are_never_unpickled(content: bytes, tmp_
     path = tmp_path / "last.ckpt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged or was not written"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def plain(value: Any) -> Any:
+    """Return a checkpoint with every tensor as its numbers."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def test_a_changed_bit_is_refused_wherever_it_changes_a_value(
+    trained: FinetuneModule, tmp_path: Path
+) -> None:
+    path, whole = tmp_path / "last.ckpt", (tmp_path / "last.ckpt").read_bytes()
+    draw, refused = random.Random(0), 0
+    expected = AtomicCheckpointIO().load_checkpoint(path)
+    for _ in range(60):
+        place = draw.randrange(len(whole))
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :]
+        )
+        try:
+            loaded = AtomicCheckpointIO().load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert plain(loaded) == plain(expected)  # the bit lay between the archive's entries
+    assert refused > 45
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.999])
+def test_a_checkpoint_that_is_cut_short_is_refused(
+    trained: FinetuneModule, tmp_path: Path, kept: float
+) -> None:
+    path = tmp_path / "last.ckpt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(CheckpointError, match="is damaged"):
         AtomicCheckpointIO().load_checkpoint(path)
 
 

@@ -223,7 +223,9 @@ def test_training_reduces_the_loss_and_the_figures_are_logged(tmp_path: Path) ->
         parts = float(row["train/loss_task"]) + float(row["train/loss_auxiliary"])
         assert parts == pytest.approx(loss, rel=1e-5)
     assert [step for step, _ in history.validation] == [10, 20]
-    assert "train/loss" in run.progress_bar_metrics
+    shown = run.progress_bar_metrics
+    assert shown.keys() == {"train/loss_task", "train/loss_auxiliary", "validation/loss"}
+    assert shown["train/loss_task"] == pytest.approx(float(rows[-1]["train/loss_task"]))
 
 
 def test_validation_loss_is_the_token_weighted_mean(tmp_path: Path) -> None:
@@ -315,6 +317,13 @@ def test_schedule_that_ends_before_training_is_an_error(tmp_path: Path) -> None:
 def test_schedule_without_an_end_is_an_error_unless_constant(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="needs an end"):
         fit(FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=-1, max_time={"seconds": 0})
+
+
+def test_warm_up_longer_than_training_is_an_error_but_in_a_trial_run(tmp_path: Path) -> None:
+    module = FinetuneModule(tiny(), 1e-3, warmup_steps=7, schedule="constant")
+    with pytest.raises(ConfigurationError, match="warmup_steps=7 is more than the 6 steps"):
+        fit(module, tmp_path, max_steps=6)
+    assert fit(module, tmp_path, fast_dev_run=2).global_step == 2
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
