@@ -124,6 +124,11 @@ def _check(state: AdaptedState) -> MergeReport:
     largest, delta_square, weight_square = 0.0, 0.0, 0.0
     for name, layer in state.layers.items():
         weight = layer.pristine_weight  # refuses a shard
+        if layer.base.weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise ConfigurationError(
+                f"The weight of {name} was made in torch.inference_mode and can be written to in "
+                "it alone: merge in it too, or load the backbone outside."
+            )
         delta = layer.delta()
         _check_finite(name, layer.merged_weight(delta))
         largest = max(largest, delta.abs().max().item())

@@ -32,6 +32,9 @@ _WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel",
     "FullyShardedDataParallel": "FullyShardedDataParallel",
     "DeepSpeedEngine": "DeepSpeed",
+    "_FabricModule": "Fabric",
+    "AveragedModel": "AveragedModel",
+    "PeftModel": "peft",
     "CheckpointWrapper": "a checkpoint wrapper",
     "OffloadWrapper": "an offload wrapper",
 }
@@ -85,6 +88,7 @@ class _Survey:
         self._module_uses = Counter(map(id, self.modules.values()))
         parameters = model.named_parameters(remove_duplicate=False)
         self._weight_uses = Counter(_memory(parameter) for _, parameter in parameters)
+        self._reads = cache(_read_past_the_forward)  # its own: a class may be patched meanwhile
         self._is_dispatched = any(hasattr(module, "_hf_hook") for module in self.modules.values())
 
     def patterns(self, targets: Sequence[str] | None) -> tuple[str, ...]:
@@ -203,9 +207,9 @@ class _Survey:
             )
         for outer in _outer(name):
             holder = self.modules[outer]
-            kind: Any = type(holder)
+            kind = type(holder)
             reads = getattr(holder, "slow_but_exact", True)  # BLOOM's do so with this option alone
-            if reads and _leaf(name) in _read_past_the_forward(kind):
+            if reads and _leaf(name) in self._reads(kind):
                 return (
                     f"{kind.__name__} reads the weight of {name} itself, past any adapter: leave "
                     "it out of the targets."
@@ -267,7 +271,6 @@ def _has_own_forward(linear: nn.Linear) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward
 
 
-@cache
 def _read_past_the_forward(kind: Any) -> frozenset[str]:
     """Return the names under which a module's forward reads what a layer around a linear hides.
 

@@ -82,6 +82,18 @@ def test_a_hook_that_only_listens_lets_a_linear_merge(dtype: torch.dtype) -> Non
     assert furina.merge(model).num_merged == 2 and heard == ["before", "after"]
 
 
+def test_a_backbone_made_in_inference_mode_is_merged_there_and_refused_elsewhere() -> None:
+    with torch.inference_mode():
+        model = adapted()
+        expected = logits(model)
+    before = fingerprint(model)
+    refused(lambda: furina.merge(model), "made in torch.inference_mode.*merge in it too")
+    assert fingerprint(model) == before and not furina.is_merged(model)
+    with torch.inference_mode():
+        furina.merge(model)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_merging_draws_no_random_numbers() -> None:
     model = adapted()
     before = torch.get_rng_state()

@@ -141,11 +141,23 @@ def test_a_patched_linear_below_accelerates_hook_is_refused() -> None:
 @pytest.mark.parametrize("targets", [None, ["model.layers.0.*.q_proj"], ["q_proj"]])
 @pytest.mark.parametrize(
     ("wrap", "kind"),
-    [(torch.compile, "torch.compile"), (nn.DataParallel, "DataParallel")],
+    [
+        (torch.compile, "torch.compile"),
+        (nn.DataParallel, "DataParallel"),
+        (torch.optim.swa_utils.AveragedModel, "AveragedModel"),
+    ],
 )
 def test_a_wrapped_model_is_refused_with_what_to_do(wrap: Any, kind: str, targets: Any) -> None:
     message = refusal(wrap(tiny_llama()), targets)
     assert f"wrapped by {kind}" in message and "adapt the model first, then wrap it" in message
+
+
+def test_a_model_of_peft_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    inner = tiny_llama()
+    message = refusal(peft.get_peft_model(inner, peft.LoraConfig(target_modules=["v_proj"])))
+    assert "wrapped by peft" in message
+    assert "v_proj is a Linear, not a plain" in refusal(inner)
 
 
 def test_a_wrapped_part_of_a_model_is_named() -> None:
