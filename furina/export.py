@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.inject import state_of
-from furina.merging import is_merged, merge, unmerge
+from furina.merging import is_merged, merge, require_unchanged, unmerge
 from furina.storage import atomic_directory, write_json
+from furina.targets import wrapper
 
 
 class Saveable(Protocol):
@@ -36,12 +37,15 @@ def export_merged(
     was loaded with dtype "auto", else in the model's own. W + ΔW is rounded to it once. The model
     is left as it was, merged or not.
 
-    Raises NotMergeableError, ConfigurationError if `path` is the folder the backbone came from or
-    a weight overflows `dtype`, or FurinaError if other files would be lost.
+    Raises NotMergeableError, ConfigurationError if `path` is the folder the backbone came from, a
+    weight overflows `dtype`, a part of the model is wrapped or a merged one was changed since, or
+    FurinaError if other files would be lost.
     """
     source = Path(str(model.config._name_or_path))
     if source.is_dir() and source.resolve() == Path(path).resolve():
         raise ConfigurationError(f"{path} holds the backbone itself: name a new folder.")
+    _require_own_names(model)
+    require_unchanged(model)
     was_merged = is_merged(model)
     written = dtype or getattr(model, "checkpoint_dtype", None) or model.dtype
     if not was_merged:
@@ -58,6 +62,18 @@ def export_merged(
     finally:
         if not was_merged:
             unmerge(model)
+
+
+def _require_own_names(model: nn.Module) -> None:
+    """Refuse a model of which a part was wrapped after `adapt`: its file's names would be wrong."""
+    state_of(model)
+    for name, module in model.named_modules():
+        kind = wrapper(module)
+        if kind is not None:
+            raise ConfigurationError(
+                f"{name} is wrapped by {kind}, so the file would have names that no backbone has: "
+                "put the module inside back in its place first."
+            )
 
 
 @torch.no_grad()

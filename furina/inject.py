@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -17,11 +15,10 @@ from furina.adapters.sharding import whole, write
 from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
 from furina.overrides import override
+from furina.targets import DEFAULT_TARGETS as DEFAULT_TARGETS
+from furina.targets import matching_linears, wrapper
 
 logger = logging.getLogger("furina")
-
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The seven linears of a Llama-like block (MixLoRA's and the paper's setting)."""
 
 _STATE = "_furina"
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -37,6 +34,15 @@ class AdaptedState:
     tracker: ForwardTracker
     handles: list[Any] = field(default_factory=list)
     trainable_before: frozenset[str] = frozenset()
+    guards: list[Any] = field(default_factory=list)
+    """Handles of the hooks that refuse other weights while the model is merged."""
+    seals: dict[str, tuple[torch.dtype, str, str]] = field(default_factory=dict)
+    """Of each merged linear its dtype and checksums of its weight and its adapter's tensors."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the update is in the weights for good: merged with keep_base=False."""
+        return not all(layer.has_pristine_weight for layer in self.layers.values())
 
 
 class AdapterSummary(NamedTuple):
@@ -62,21 +68,25 @@ def adapt(
 
     `targets` are module names, their last parts ("q_proj") or globs ("model.layers.[0-3].*_proj");
     default: the seven linears of a Llama-like block. `seed` makes the initial adapter a function
-    of itself and leaves the global generator alone. `options` go to the method's config.
+    of itself and leaves the global generator alone. `options` go to the method's config. A model
+    that was merged with keep_base=False is a plain one, and is adapted anew.
 
     Raises ConfigurationError for an unknown method or option, a target that matches nothing, or a
-    match that cannot be adapted: not an nn.Linear, tied, used twice, or in an adapted model.
+    match that cannot be adapted: no plain nn.Linear, tied, used twice, wrapped, offloaded, with a
+    weight or forward that is not its own, or in an adapted model. Warns where the model has fused
+    experts, which stay as they are.
     """
     config = _config(method, options)
-    _require_bare(model)
-    patterns = _patterns(targets)
-    names = _matching_linears(model, patterns)
+    require_adaptable(model)
+    patterns, names = matching_linears(model, targets)
     config = config.resolve(names)
     tracker = ForwardTracker()
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         layers = _build(config, model, names, tracker)
+    if is_adapted(model):
+        _forget(model)
     _attach(model, AdaptedState(config, patterns, layers, tracker))
     summary = describe(model)
     logger.info(
@@ -98,18 +108,27 @@ def remove(model: ModelT) -> ModelT:
 def detach(model: nn.Module) -> AdaptedState:
     """Do what `remove` does, and return what `reattach` needs to put the adapter in again."""
     state = state_of(model)
+    require_way_back(state)
     for name, layer in state.layers.items():
         if layer.merged:
             layer.unmerge()
         layer.restore_base()
         model.set_submodule(name, layer.base)
-    for handle in state.handles:
+    _forget(model)
+    return state
+
+
+def _forget(model: nn.Module) -> None:
+    """Take the hooks and the state off the model, whose linears are its own again."""
+    state = state_of(model)
+    for handle in (*state.handles, *state.guards):
         handle.remove()
+    state.guards.clear()
+    state.seals.clear()
     state.tracker.detach(model)
     del model.__dict__[_STATE]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
-    return state
 
 
 def reattach(model: nn.Module, state: AdaptedState) -> None:
@@ -118,7 +137,8 @@ def reattach(model: nn.Module, state: AdaptedState) -> None:
     Raises ConfigurationError, and changes nothing, if the model is adapted or one of the linears
     was replaced in the meantime.
     """
-    _require_bare(model)
+    if is_adapted(model):
+        raise ConfigurationError(_has_adapter(model))
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in state.layers.items():
         if modules.get(name) is not layer.base:
@@ -150,6 +170,11 @@ def is_adapted(model: nn.Module) -> bool:
 def state_of(model: nn.Module) -> AdaptedState:
     """Return what `adapt` left on `model`; raises ConfigurationError if it is not adapted."""
     if not is_adapted(model):
+        kind = wrapper(model)
+        if kind is not None:
+            raise ConfigurationError(
+                f"The model is wrapped by {kind}: pass the adapted model that is inside."
+            )
         raise ConfigurationError(
             "The model has no adapter: call furina.adapt or furina.load first."
         )
@@ -197,9 +222,15 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into the adapter, strictly: names and shapes must be the adapter's own.
 
-    Raises ConfigurationError naming what is missing, unexpected or of another shape; the adapter
-    is then unchanged.
+    Raises ConfigurationError naming what is missing, unexpected, of another shape or not finite,
+    or if the adapter is merged; it is then unchanged.
     """
+    if any(layer.merged for layer in state_of(model).layers.values()):
+        require_way_back(state_of(model))
+        raise ConfigurationError(
+            "The adapter is merged, and the weights would keep the old one: call furina.unmerge "
+            "first."
+        )
     own = _adapter_tensors(model)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:
@@ -213,6 +244,8 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
                 f"{name} has shape {tuple(state[name].shape)} but this adapter's is "
                 f"{tuple(tensor.shape)}: adapt the model with the same options."
             )
+        if not state[name].isfinite().all():
+            raise ConfigurationError(f"{name} has NaN or infinite entries: nothing was loaded.")
     with torch.no_grad():
         for name, tensor in own.items():
             write(tensor, state[name])
@@ -248,33 +281,39 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _require_bare(model: nn.Module) -> None:
-    if is_adapted(model):
+def require_adaptable(model: nn.Module) -> None:
+    """Raise ConfigurationError if `model` has an adapter that can still be taken out."""
+    if is_adapted(model) and not state_of(model).is_final:
+        raise ConfigurationError(_has_adapter(model))
+
+
+def require_way_back(state: AdaptedState) -> None:
+    """Raise ConfigurationError if the update is in the weights for good."""
+    if state.is_final:
         raise ConfigurationError(
-            f"The model already has a {state_of(model).config.name} adapter: call furina.remove "
-            "first."
+            "The adapter was merged with keep_base=False, so W is gone: go on with the merged "
+            "model, which furina.adapt adapts anew, or load the backbone again."
         )
+
+
+def _has_adapter(model: nn.Module) -> str:
+    name = state_of(model).config.name
+    return f"The model already has a {name} adapter: call furina.remove first."
 
 
 def _config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConfig:
     if isinstance(method, str):
         return configure(method, options)
+    if not isinstance(method, AdapterConfig):
+        raise ConfigurationError(
+            f"method must be the name of a method or a config of furina's, not a "
+            f"{type(method).__name__}."
+        )
     if options:
         raise ConfigurationError(
             f"Options {sorted(options)} would be ignored: set them in the {method.name} config."
         )
     return method
-
-
-def _patterns(targets: Sequence[str] | None) -> tuple[str, ...]:
-    if targets is None:
-        return DEFAULT_TARGETS
-    named = not isinstance(targets, str) and all(isinstance(name, str) for name in targets)
-    if not targets or not named:
-        raise ConfigurationError(
-            f'targets must be a list of module names such as ["q_proj", "v_proj"], not {targets!r}.'
-        )
-    return tuple(targets)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -298,53 +337,6 @@ def _build(
             layer.restore_base()
         raise
     return layers
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target) or fnmatch.fnmatchcase(name, target)
-
-
-def _matching_linears(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    could = f"linears that could match end in: {', '.join(_linear_suffixes(modules))}."
-    for target in targets:
-        if not any(_matches(name, target) for name in modules):
-            raise ConfigurationError(f"Target {target!r} matches no module; {could}")
-    matched = [name for name in modules if any(_matches(name, target) for target in targets)]
-    module_uses = Counter(id(module) for module in modules.values())
-    weight_uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name in matched:
-        _check_linear(name, modules[name], module_uses, weight_uses, could)
-    return matched
-
-
-def _check_linear(
-    name: str,
-    module: nn.Module,
-    module_uses: Counter[int],
-    weight_uses: Counter[int],
-    could: str,
-) -> None:
-    if type(module) is not nn.Linear:
-        raise ConfigurationError(
-            f"{name or 'The model itself'} is a {type(module).__name__}, not a plain nn.Linear, so "
-            f"it cannot be adapted; {could}"
-        )
-    if module_uses[id(module)] > 1:
-        raise ConfigurationError(
-            f"{name} is used in more than one place of the model, so an update would act twice: "
-            "leave it out of the targets."
-        )
-    if weight_uses[id(module.weight)] > 1:
-        raise ConfigurationError(
-            f"The weight of {name} is tied to another module's, which merging would change too: "
-            "leave it out of the targets."
-        )
-
-
-def _linear_suffixes(modules: dict[str, nn.Module]) -> list[str]:
-    linears = [name for name, module in modules.items() if type(module) is nn.Linear]
-    return sorted({name.rpartition(".")[2] for name in linears}) or ["(no nn.Linear at all)"]
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ def test_a_target_that_matches_nothing_lists_what_could(backbone: str, target: s
 
 
 def test_default_targets_that_are_not_there_are_an_error() -> None:
-    refused(Chain(), "'q_proj' matches no module", "first, second", targets=None)
-    refused(nn.Sequential(nn.ReLU()), "(no nn.Linear at all)", targets=["q_proj"])
+    refused(Chain(), "has no q_proj", "name targets", "first, second", targets=None)
+    refused(nn.Sequential(nn.ReLU()), "none of its linears can be adapted", targets=["q_proj"])
 
 
 @pytest.mark.parametrize("targets", [[], (), "q_proj", [1]])
@@ -298,7 +298,7 @@ def test_a_state_dict_goes_out_and_in(method: str) -> None:
     assert all(copied[name].data_ptr() != tensor.data_ptr() for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape"])
+@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape", "nan", "inf"])
 def test_a_state_dict_that_does_not_fit_changes_nothing(wrong: str) -> None:
     model = chain(small("lora"))
     state = {name: tensor + 1 for name, tensor in furina.adapter_state_dict(model).items()}
@@ -306,6 +306,8 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(wrong: str) -> None:
         del state["second.lora_B"]
     elif wrong == "unexpected":
         state["third.lora_A"] = torch.zeros(1)
+    elif wrong in ("nan", "inf"):
+        state["second.lora_B"][1, 1] = float(wrong)
     else:
         state["second.lora_B"] = torch.zeros(5, 4)
     before = fingerprint(model)

@@ -10,10 +10,9 @@ from furina.adapters.base import (
     AdapterLinear,
     Mergeability,
     ParameterCount,
-    configure,
-    methods,
     register,
 )
+from furina.adapters.registry import configure, methods
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

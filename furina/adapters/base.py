@@ -13,9 +13,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
-from types import NoneType
 from typing import (
     Any,
     ClassVar,
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from furina.adapters.sharding import is_sharded
 from furina.context import ForwardTracker, Operands, Record
-from furina.errors import ConfigurationError, nearest
+from furina.errors import ConfigurationError
 
 _REGISTRY: dict[str, type[AdapterConfig]] = {}
 
@@ -352,15 +351,18 @@ class AdapterLinear(nn.Module, ABC):
         return (weight.to(torch.float64) + delta).to(self.base.weight.dtype)
 
     @torch.no_grad()
-    def merge(self, keep_base: bool = True) -> None:
+    def merge(self) -> None:
         """Write the merged weight into the base; a copy of W on the CPU makes it undoable."""
         if self._merged:
             raise ConfigurationError(f"{self.name} is merged already.")
         merged = self.merged_weight()
-        if keep_base:
-            self._pristine = self.base.weight.detach().to("cpu", copy=True)
+        self._pristine = self.base.weight.detach().to("cpu", copy=True)
+        self._merged = True  # before the first byte is written: `unmerge` undoes a part as well
         self.base.weight.copy_(merged)
-        self._merged = True
+
+    def give_up_base(self) -> None:
+        """Forget W for good: the merged base is what is left."""
+        self._pristine = None
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -399,52 +401,20 @@ def zeros(*shape: int, like: AdapterLinear) -> nn.Parameter:
 
 
 def register(name: str) -> Callable[[type[C]], type[C]]:
-    """Register a config class as method `name`; a second one of that name is an error."""
+    """Register a config class as method `name`; another class of that name is an error.
+
+    The same class defined again, as by a notebook's cell that runs twice, replaces the old one.
+    """
 
     def add(config: type[C]) -> type[C]:
-        if name in _REGISTRY:
-            raise ConfigurationError(f"Method {name!r} is registered twice.")
+        old = _REGISTRY.get(name, config)
+        if (old.__module__, old.__qualname__) != (config.__module__, config.__qualname__):
+            raise ConfigurationError(
+                f"Method {name!r} is registered twice, by {old.__qualname__} and "
+                f"{config.__qualname__}: give one of them another name."
+            )
         config.name = name
         _REGISTRY[name] = config
         return config
 
     return add
-
-
-def methods() -> dict[str, type[AdapterConfig]]:
-    """Return every registered method, by name."""
-    return dict(sorted(_REGISTRY.items()))
-
-
-def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
-    """Make `method`'s config from plain options, checking names, types and values.
-
-    Raises ConfigurationError for an unknown method or option (with the nearest right one) and for
-    a value of the wrong type.
-    """
-    if method not in _REGISTRY:
-        raise ConfigurationError(f"Unknown method {method!r}.{nearest(method, _REGISTRY)}")
-    config = _REGISTRY[method]
-    known = [field.name for field in fields(config)]
-    for option in options:
-        if option not in known:
-            raise ConfigurationError(
-                f"Method {method} has no option {option!r}.{nearest(option, known)}"
-            )
-    return _typed(config, options)
-
-
-def _typed(config: type[C], options: Mapping[str, Any]) -> C:
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    for option, hint in get_type_hints(config).items():
-        if option in options and options[option] is None and NoneType not in get_args(hint):
-            raise ConfigurationError(f"Method {config.name}: {option} cannot be empty (null).")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(config, "options")
-    try:
-        parsed = parser.parse_object({"options": dict(options)})
-    except ArgumentError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"Method {config.name}: {reason}") from error
-    return config(**parsed.options.as_dict())

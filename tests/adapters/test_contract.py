@@ -7,11 +7,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import furina
-from furina.adapters import AdapterConfig, AdapterLinear, configure, methods
-from furina.context import ForwardTracker
+from furina.adapters import AdapterLinear, configure, methods
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.inject import state_of
 from tests.helpers import (
@@ -400,20 +399,6 @@ def test_held_gradients_do_not_change_an_answer(method: str, tokens: int) -> Non
             for parameter in layer.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             assert torch.equal(layer(x), kept), config
-
-
-def test_two_methods_of_one_name_are_an_error() -> None:
-    from furina.adapters import register
-
-    with pytest.raises(ConfigurationError, match="registered twice"):
-        register("lora")(type("Another", (AdapterConfig,), {}))
-
-
-def test_every_file_of_the_folder_registers_what_it_defines() -> None:
-    assert {"furina", "lora"} <= set(methods())
-    assert all(issubclass(config, AdapterConfig) for config in methods().values())
-    built = methods()["lora"]().build(nn.Linear(3, 2), "x", ForwardTracker())
-    assert isinstance(built, AdapterLinear)
 
 
 def test_flylora_on_llama_3_1_8b_has_the_published_number_of_parameters() -> None:

@@ -1,0 +1,60 @@
+"""The registered methods by name, and their configs made from plain options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from furina.adapters.base import _REGISTRY, AdapterConfig, C
+from furina.errors import ConfigurationError, nearest, suggestion
+
+_PEFT_NAMES = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+}
+"""What peft calls an option, and what it is called here."""
+
+
+def methods() -> dict[str, type[AdapterConfig]]:
+    """Return every registered method, by name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
+    """Make `method`'s config from plain options, checking names, types and values.
+
+    Raises ConfigurationError for an unknown method or option (with the nearest right one) and for
+    a value of the wrong type.
+    """
+    if method not in _REGISTRY:
+        raise ConfigurationError(f"Unknown method {method!r}.{nearest(method, _REGISTRY)}")
+    config = _REGISTRY[method]
+    known = [field.name for field in fields(config)]
+    for option in options:
+        if option not in known:
+            near = suggestion(_PEFT_NAMES.get(option, option), [*known, "targets"])
+            raise ConfigurationError(
+                f"Method {method} has no option {option!r}.{near} "
+                f"Known: {', '.join(sorted(known))}."
+            )
+    return _typed(config, options)
+
+
+def _typed(config: type[C], options: Mapping[str, Any]) -> C:
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    for option, hint in get_type_hints(config).items():
+        if option in options and options[option] is None and NoneType not in get_args(hint):
+            raise ConfigurationError(f"Method {config.name}: {option} cannot be empty (null).")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config, "options")
+    try:
+        parsed = parser.parse_object({"options": dict(options)})
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"Method {config.name}: {reason}") from error
+    return config(**parsed.options.as_dict())
