@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "modules": _module_shapes(model),
         "backbone": _backbone(model),
     }
-    with atomic_directory(Path(path)) as folder:
+    with atomic_directory(Path(path), last=CONFIG_FILE) as folder:
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, config)
 

@@ -120,7 +120,7 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
                 "cpu", torch.float32
             ).contiguous()
         ranks[name] = parts["lora_A.weight"].shape[0]
-    with atomic_directory(Path(path)) as folder:
+    with atomic_directory(Path(path), last="adapter_config.json") as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", _peft_config(model, ranks))
     return max(ranks.values())
