@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from furina.architectures import ARCHITECTURES
 from furina.assets import ASSETS, is_offline, locate
 from furina.assets.convert import quiet_transformers
 from furina.errors import ConfigurationError, nearest, suggestion
+from furina.fingerprint import published_name
 from furina.hub import cached_file, cached_model, reason, refusal
 from furina.processor import AUTO, resolve_dtype
 
@@ -48,8 +49,9 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
-    Loaded with "auto" it remembers as `model.checkpoint_dtype` what its weights were stored in,
-    which `furina.export_merged` writes.
+    It remembers as `model.backbone_name` what loads it again, from whatever folder that is said,
+    which `furina.save` notes. Loaded with "auto" it remembers as `model.checkpoint_dtype` what its
+    weights were stored in, which `furina.export_merged` writes.
 
     Args:
         name: an asset of `furina assets`, "tiny-llama" or "tiny-qwen2" (random weights), a local
@@ -89,6 +91,8 @@ def load_backbone(
                 model.checkpoint_dtype = stored
         except (OSError, ValueError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
+    again: Any = name if name in TINY or name in ASSETS else published_name(model)
+    model.backbone_name = again
     torch.nn.Module.to(model, device or "cpu")
     torch.nn.Module.eval(model)
     return model

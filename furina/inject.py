@@ -36,6 +36,8 @@ class AdaptedState:
     tracker: ForwardTracker
     handles: list[Any] = field(default_factory=list)
     trainable_before: frozenset[str] = frozenset()
+    backbone: Any = None
+    """What `backbone_entry` said, kept where a merge gives up the backbone's own weights."""
 
 
 class AdapterSummary(NamedTuple):
