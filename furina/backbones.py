@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from furina.architectures import ARCHITECTURES
-from furina.assets import ASSETS, is_offline, locate
+from furina.assets import ASSETS, intact, is_offline
 from furina.assets.convert import quiet_transformers
 from furina.checkpoint import CONFIG_FILE
 from furina.errors import ConfigurationError, nearest, suggestion
@@ -78,9 +78,9 @@ def load_backbone(
         except ValueError as error:
             raise ConfigurationError(_no_such(name, error)) from error
     else:
-        source = _source(name)
+        source = _source(name, weights=True)
         try:
-            with quiet_transformers():  # its table of odd weights is an error here
+            with quiet_transformers(errors_only=True):  # its table of odd weights is an error here
                 stored = AutoConfig.from_pretrained(source).dtype
                 model, weights = AutoModelForCausalLM.from_pretrained(
                     source,
@@ -162,10 +162,13 @@ def backbone_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _source(name: str) -> str:
-    """Return the folder or hub name to load; a path that holds no model is refused here."""
+def _source(name: str, weights: bool = False) -> str:
+    """Return the folder or hub name to load; a path that holds no model is refused here.
+
+    So is an asset whose files, with `weights` the weights too, are not as they were made.
+    """
     if name in ASSETS and ASSETS[name].kind == "model":
-        return str(locate(name))
+        return str(intact(name, weights))
     folder = Path(name).expanduser()
     _refuse_adapters(name, folder)
     if (folder / "config.json").is_file():

@@ -23,6 +23,7 @@ from furina.adapters.sharding import write
 from furina.errors import AdapterFileError, ConfigurationError
 from furina.fingerprint import SAMPLES, backbone_entry, backbone_weights, difference
 from furina.inject import (
+    AdaptedState,
     ModelT,
     adapt,
     adapter_state_dict,
@@ -63,11 +64,13 @@ class _Borrowed(NamedTuple):
     name: str
     weight: Tensor
     own: Tensor
+    state: AdaptedState
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put the backbone's own values back."""
-        write(self.weight, self.own)
+        """Put the backbone's own values back, unless a merge has given up the backbone."""
+        if all(layer.has_pristine_weight for layer in self.state.layers.values()):
+            write(self.weight, self.own)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -175,11 +178,11 @@ def _load(model: ModelT, path: Path, check_backbone: bool) -> ModelT:
 @torch.no_grad()
 def _borrow(model: nn.Module, others: Mapping[str, Tensor]) -> None:
     """Put weights that were trained beside the adapter into the model, trainable as they were."""
-    own = backbone_weights(model)
+    own, state = backbone_weights(model), state_of(model)
     for name, value in others.items():
         weight = own[name]
         before = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
-        state_of(model).handles.append(_Borrowed(name, weight, before))
+        state.handles.append(_Borrowed(name, weight, before, state))
         write(weight, value)
         weight.requires_grad_(True)
 

@@ -189,3 +189,31 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CHECKSUMS = "furina_checksums.json"
+
+
+def write_checksums(folder: Path) -> None:
+    """Note the sha256 of every file in `folder`, for `damaged_file`."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    write_json(folder / CHECKSUMS, {file.name: sha256_file(file) for file in files})
+
+
+def damaged_file(folder: Path, weights: bool = True) -> Path | None:
+    """Return a file that is not what `write_checksums` noted; only with `weights` are those read.
+
+    Where nothing was noted, as in folders of older versions, none is.
+    """
+    try:
+        noted = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, digest in noted.items():
+            file = folder / name
+            if (weights or file.suffix != ".safetensors") and sha256_file(file) != digest:
+                return file
+    except FileNotFoundError as error:
+        missing = Path(error.filename)
+        return None if missing.name == CHECKSUMS else missing
+    except (ValueError, AttributeError):
+        return folder / CHECKSUMS
+    return None

@@ -78,6 +78,16 @@ def test_what_was_trained_beside_the_adapter_comes_back_with_it(
     assert {name: raw(tensor) for name, tensor in twin.state_dict().items()} == before
 
 
+def test_a_loaded_head_stays_where_the_merge_gave_up_the_backbone(tmp_path: Path) -> None:
+    furina.save(train(BACKBONES["llama"](), "lm_head.weight"), tmp_path / "a")
+    twin = furina.load(BACKBONES["llama"](), tmp_path / "a")
+    expected = logits(twin)
+    furina.merge(twin, keep_base=False)
+    for handle in state_of(twin).handles:
+        handle.remove()
+    torch.testing.assert_close(logits(twin), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_loaded_head_is_saved_again_even_if_it_was_frozen(tmp_path: Path) -> None:
     furina.save(train(BACKBONES["llama"](), "lm_head.weight"), tmp_path / "a")
     twin = furina.load(BACKBONES["llama"](), tmp_path / "a")

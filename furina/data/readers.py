@@ -18,6 +18,10 @@ from furina.errors import DataError
 
 Stream = IO[bytes] | gzip.GzipFile
 Read = Callable[[Stream, str], Iterator[Row]]
+DAMAGE = (
+    *(OSError, EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile),
+    *(KeyError, RuntimeError),  # a name in an archive, and what of it is encrypted or unknown
+)
 
 
 @contextmanager
@@ -25,7 +29,7 @@ def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterato
     """Raise DataError where what is read inside cannot be decoded."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError) as error:
+    except DAMAGE as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
