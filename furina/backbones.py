@@ -82,13 +82,14 @@ def load_backbone(
         try:
             with quiet_transformers(errors_only=True):  # its table of odd weights is an error here
                 stored = AutoConfig.from_pretrained(source).dtype
-                model, weights = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source,
                     dtype=number_format or "auto",
                     attn_implementation=attention,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )
+                model, weights = loaded
                 if stored is None:  # older files do not say it, and the weights are asked
                     stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
             if dtype == AUTO:
@@ -174,8 +175,8 @@ def _source(name: str, weights: bool = False) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.exists() or _is_local(name):
-        why = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
-        raise ConfigurationError(f"{name} is no model folder: {why}.")
+        held = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
+        raise ConfigurationError(f"{name} is no model folder: {held}.")
     if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
         raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
     why = refusal(name, "model")

@@ -62,19 +62,18 @@ def refusal(name: str, kind: Kind) -> str | None:
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
+    file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
     try:
-        validate_repo_id(name)
+        url = hf_hub_url(name, file, repo_type=repo_type)
     except HFValidationError as error:
         return reason(error, name, kind)
     if is_offline():
         return f"The {kind} {name} is not in the cache, and offline it cannot be fetched."
-    file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
     pauses = iter(PAUSES)
     while True:
         try:
-            get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type))
+            get_hf_file_metadata(url)
             return None
         except EntryNotFoundError:  # the repository is there, and data need no card
             missing = (

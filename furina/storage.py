@@ -206,7 +206,7 @@ def damaged_file(folder: Path, weights: bool = True) -> Path | None:
     Where nothing was noted, as in folders of older versions, none is.
     """
     try:
-        noted = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        noted: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name, digest in noted.items():
             file = folder / name
             if (weights or file.suffix != ".safetensors") and sha256_file(file) != digest:

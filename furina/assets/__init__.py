@@ -116,7 +116,7 @@ def locate(name: str, cache_dir: Path | str | None = None) -> Path:
     return path
 
 
-def intact(name: str, weights: bool = True, cache_dir: Path | str | None = None) -> Path:
+def intact(name: str, weights: bool = True) -> Path:
     """Return a model's folder as `locate` does, once its files are as they were made.
 
     Hashing the weights takes 2 s per GB, and only who reads them needs it. Data are checked as they
@@ -125,7 +125,7 @@ def intact(name: str, weights: bool = True, cache_dir: Path | str | None = None)
     Raises:
         AssetError: as `locate`, and where a file has changed.
     """
-    folder = locate(name, cache_dir)
+    folder = locate(name)
     damaged = damaged_file(folder, weights)
     if damaged is not None:
         raise AssetError(
