@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from furina.adapters import AdapterConfig
-from furina.checkpoint import load
+from furina.checkpoint import load, read_adapter_config
 from furina.combination import Combination, combined_factors, lora_of
 from furina.errors import ConfigurationError, nearest
 from furina.inject import (
@@ -83,9 +83,15 @@ class AdapterSet:
     def load(self, name: str, folder: str | Path, check_backbone: bool = True) -> None:
         """Add the adapter that `furina.save` wrote to `folder`.
 
-        Raises ConfigurationError if the name is taken, AdapterFileError as `furina.load` does; the
-        set is then unchanged.
+        Raises ConfigurationError if the name is taken or other weights were trained beside the
+        adapter, AdapterFileError as `furina.load` does; the set is then unchanged.
         """
+        others = read_adapter_config(folder)["also_trained"]
+        if others:
+            raise ConfigurationError(
+                f"The adapter in {folder} was trained together with {others[0]}, which the others "
+                "of a set would share: load it alone with furina.load."
+            )
         self._add(name, lambda: load(folder, self.model, check_backbone))
 
     def add(

@@ -6,15 +6,17 @@ import difflib
 import hashlib
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from furina.architectures import ARCHITECTURES
-from furina.assets import ASSETS, is_offline, locate
+from furina.assets import ASSETS, intact, is_offline
 from furina.assets.convert import quiet_transformers
+from furina.checkpoint import CONFIG_FILE
 from furina.errors import ConfigurationError, nearest, suggestion
+from furina.fingerprint import published_name
 from furina.hub import cached_file, cached_model, reason, refusal
 from furina.processor import AUTO, resolve_dtype
 
@@ -48,8 +50,9 @@ def load_backbone(
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
-    Loaded with "auto" it remembers as `model.checkpoint_dtype` what its weights were stored in,
-    which `furina.export_merged` writes.
+    It remembers as `model.backbone_name` what loads it again, from whatever folder that is said,
+    which `furina.save` notes. Loaded with "auto" it remembers as `model.checkpoint_dtype` what its
+    weights were stored in, which `furina.export_merged` writes.
 
     Args:
         name: an asset of `furina assets`, "tiny-llama" or "tiny-qwen2" (random weights), a local
@@ -61,7 +64,8 @@ def load_backbone(
         attention: transformers' `attn_implementation`; None for its default.
 
     Raises:
-        ConfigurationError: the name leads to no model, or the dtype is unknown.
+        ConfigurationError: the name leads to no model or to an adapter, its weights are not those
+            of its architecture, or the dtype is unknown.
         AssetError: the asset is not cached.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,21 +78,27 @@ def load_backbone(
         except ValueError as error:
             raise ConfigurationError(_no_such(name, error)) from error
     else:
-        source = _source(name)
+        source = _source(name, weights=True)
         try:
-            with quiet_transformers(errors_only=False):
+            with quiet_transformers(errors_only=True):  # its table of odd weights is an error here
                 stored = AutoConfig.from_pretrained(source).dtype
-                model = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     source,
                     dtype=number_format or "auto",
                     attn_implementation=attention,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
+                model, weights = loaded
                 if stored is None:  # older files do not say it, and the weights are asked
                     stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
             if dtype == AUTO:
                 model.checkpoint_dtype = stored
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
+        _require_whole(name, model, weights)
+    again: Any = name if name in TINY or name in ASSETS else published_name(model)
+    model.backbone_name = again
     torch.nn.Module.to(model, device or "cpu")
     torch.nn.Module.eval(model)
     return model
@@ -153,17 +163,20 @@ def backbone_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _source(name: str) -> str:
-    """Return the folder or hub name to load; a path that holds no model is refused here."""
+def _source(name: str, weights: bool = False) -> str:
+    """Return the folder or hub name to load; a path that holds no model is refused here.
+
+    So is an asset whose files, with `weights` the weights too, are not as they were made.
+    """
     if name in ASSETS and ASSETS[name].kind == "model":
-        return str(locate(name))
+        return str(intact(name, weights))
     folder = Path(name).expanduser()
+    _refuse_adapters(name, folder)
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.exists() or _is_local(name):
-        raise ConfigurationError(
-            f"{name} is no model folder: a Hugging Face folder holds a config.json."
-        )
+        held = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
+        raise ConfigurationError(f"{name} is no model folder: {held}.")
     if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
         raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
     why = refusal(name, "model")
@@ -172,10 +185,52 @@ def _source(name: str) -> str:
     # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
     snapshot = cached_model(name)
     if snapshot is None:
-        raise ConfigurationError(f"{why}{_hint(name)}")
+        raise ConfigurationError(f"{why} There is no folder {name} either.{_hint(name)}")
     if not is_offline():
         warnings.warn(f"{why} Its copy in the hub's cache is used.", stacklevel=3)
     return str(snapshot)
+
+
+def _refuse_adapters(name: str, folder: Path) -> None:
+    if (folder / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"{name} is a furina adapter folder and no backbone: name the model it was trained on, "
+            "and give this folder as the adapter."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"{name} holds a PEFT adapter and is no backbone: merge it into its model with peft, "
+            "and name a folder of the merged model alone."
+        )
+
+
+def _require_whole(name: str, model: PreTrainedModel, weights: dict[str, Any]) -> None:
+    """Raise ConfigurationError unless a checkpoint held the model's weights and no others.
+
+    transformers would draw what is missing at random; it has left out by now what a model ties,
+    makes itself or declares to be of no use.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigurationError(f"{name} holds a PEFT adapter: name the model it was trained on.")
+    made = dict(model.named_buffers())  # what older versions stored and the model makes now
+    held = sorted(weights["unexpected_keys"])
+    excess = [key for key in held if key not in made and not key.endswith(".masked_bias")]
+    wrong = [
+        text.format(f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}")
+        for text, keys in (
+            ("lacks {}", sorted(weights["missing_keys"])),
+            ("holds {} in another shape", sorted(key for key, *_ in weights["mismatched_keys"])),
+            ("holds {}, which such a model has not", excess),
+        )
+        if keys
+    ]
+    if wrong:
+        advice = "check its config.json, or get its weights again"
+        if any(".base." in key for key in excess):
+            advice = "an adapted model was saved there, which furina.export_merged does rightly"
+        raise ConfigurationError(
+            f"{name} is no whole {type(model).__name__}: it {'; it '.join(wrong)}; {advice}."
+        )
 
 
 def _dtype(name: str) -> torch.dtype | None:
@@ -191,12 +246,13 @@ def _shape(name: str) -> Path:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     folder = Path(_source(name)) if _is_local(name) else Path(name).expanduser()
+    _refuse_adapters(name, folder)
     if (folder / "config.json").is_file():
         return folder / "config.json"
     cached = cached_file(name, "config.json")
     if cached is None:
         absent = FileNotFoundError(
-            "its config.json is not at hand, and the hub is not asked; "
+            "there is no such folder; its config.json is not at hand, and the hub is not asked; "
             f"`hf download {name} config.json` fetches it"
         )
         raise ConfigurationError(_no_such(name, absent, _shaped()))

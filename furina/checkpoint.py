@@ -1,21 +1,29 @@
-"""An adapter on disk: `furina_config.json` and `furina_adapter.safetensors`, strict both ways."""
+"""An adapter on disk: `furina_config.json` and `furina_adapter.safetensors`, strict both ways.
+
+The tensors are the adapter's and, whole, whatever else of the model was trained beside it; the
+file's metadata hold the fingerprint of the rest. The config has the checksum of both files. Version
+1 had neither checksums nor trained weights, and fingerprinted the adapted linears alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from furina.adapters import AdapterConfig, configure
+from furina.adapters.sharding import write
 from furina.errors import AdapterFileError, ConfigurationError
+from furina.fingerprint import SAMPLES, backbone_entry, backbone_weights, difference
 from furina.inject import (
+    AdaptedState,
     ModelT,
     adapt,
     adapter_state_dict,
@@ -24,12 +32,14 @@ from furina.inject import (
     remove,
     state_of,
 )
-from furina.storage import atomic_directory, write_json
+from furina.storage import atomic_directory, sha256_file, write_json
 
 CONFIG_FILE = "furina_config.json"
 TENSOR_FILE = "furina_adapter.safetensors"
 FORMAT = "furina-adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""The versions of adapter folders that `load` reads."""
 
 _KEYS = {
     "format": str,
@@ -39,20 +49,48 @@ _KEYS = {
     "targets": list,
     "modules": dict,
     "backbone": dict,
+    "also_trained": list,
+    "tensors_sha256": str,
+    "sha256": str,
 }
-_SAMPLES = 256
+_NEW_IN_2 = {"also_trained", "tensors_sha256", "sha256"}
+_FINGERPRINT = "backbone_weights"
+"""The fingerprint's key in the tensor file's metadata."""
+
+
+class _Borrowed(NamedTuple):
+    """A weight that came with the adapter, and the backbone's own, which `remove` puts back."""
+
+    name: str
+    weight: Tensor
+    own: Tensor
+    state: AdaptedState
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Put the backbone's own values back, unless a merge has given up the backbone."""
+        if all(layer.has_pristine_weight for layer in self.state.layers.values()):
+            write(self.weight, self.own)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model`, merged or not, to the folder `path`, whole or not at all.
 
-    Raises ConfigurationError if a tensor is not finite, FurinaError if the disk is full.
+    Other parameters that are trainable now, such as an unfrozen head, are saved with it.
+
+    Raises ConfigurationError if a tensor is not finite or the weight of an adapted linear is
+    trainable itself, FurinaError if the disk is full.
     """
     state = state_of(model)
-    tensors = {name: t.cpu().contiguous() for name, t in adapter_state_dict(model).items()}
+    backbone = state.backbone or backbone_entry(model)
+    others = also_trained(model)
+    tensors = adapter_state_dict(model) | {name: weight.detach() for name, weight in others.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ConfigurationError(f"{name} has NaN or infinite entries: it was not saved.")
+    weights = {name: one for name, one in backbone.weights.items() if name not in others}
+    metadata = {_FINGERPRINT: json.dumps(weights)}  # one: of several the order is not fixed
     config = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -60,29 +98,68 @@ def save(model: nn.Module, path: str | Path) -> None:
         "options": state.config.to_dict(),
         "targets": list(state.targets),
         "modules": _module_shapes(model),
-        "backbone": _backbone(model),
+        "backbone": backbone.entry,
+        "also_trained": list(others),
     }
-    with atomic_directory(Path(path)) as folder:
-        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, config)
+    with atomic_directory(Path(path), last=CONFIG_FILE) as folder:
+        save_file(tensors, folder / TENSOR_FILE, metadata=metadata)
+        config["tensors_sha256"] = sha256_file(folder / TENSOR_FILE)
+        write_json(folder / CONFIG_FILE, {**config, "sha256": config_checksum(config)})
 
 
-def load(path: str | Path, model: ModelT, check_backbone: bool = True) -> ModelT:
-    """Adapt `model` with the adapter saved in `path`; returns the same model.
+def also_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return what an adapter's folder holds beside it: other trainable weights, and loaded ones.
+
+    Raises ConfigurationError if the weight of an adapted linear is among them.
+    """
+    state = state_of(model)
+    borrowed = {handle.name for handle in state.handles if isinstance(handle, _Borrowed)}
+    weights = backbone_weights(model)
+    others = {n: weight for n, weight in weights.items() if weight.requires_grad or n in borrowed}
+    for name in state.layers:
+        if f"{name}.weight" in others:
+            raise ConfigurationError(
+                f"{name} has an adapter and a trainable weight: freeze the weight, or leave the "
+                "linear out of the targets."
+            )
+    return others
+
+
+@overload
+def load(model: ModelT, path: str | Path, check_backbone: bool = True) -> ModelT: ...
+@overload
+def load(path: str | Path, model: ModelT, check_backbone: bool = True) -> ModelT: ...
+def load(*given: Any, **named: Any) -> Any:
+    """Adapt `model` with the adapter saved in `path`, in either order; returns the same model.
 
     Only JSON and safetensors are read, nothing is unpickled. With `check_backbone` a model whose
-    weights are not those the adapter was trained on is refused.
+    weights are not those the adapter was trained on is refused; see `furina.fingerprint` for the
+    tolerance. Weights that were trained beside the adapter take the place of the model's, which
+    `furina.remove` puts back.
 
     Raises AdapterFileError if the folder is missing, damaged, foreign or for another backbone; the
     model is then unchanged.
     """
-    path = Path(path)
+    check_backbone = named.pop("check_backbone", given[2] if len(given) == 3 else True)
+    values = [*given[:2], *named.values()]
+    models = [value for value in values if isinstance(value, nn.Module)]
+    folders = [value for value in values if isinstance(value, str | Path)]
+    known = len(given) <= 3 and named.keys() <= {"model", "path"}
+    if not known or len(values) != 2 or len(models) != 1 or len(folders) != 1:
+        raise ConfigurationError("Call furina.load with a model and the folder of an adapter.")
+    return _load(models[0], Path(folders[0]), check_backbone)
+
+
+def _load(model: ModelT, path: Path, check_backbone: bool) -> ModelT:
     if is_adapted(model):
         raise ConfigurationError("The model already has an adapter: call furina.remove first.")
     saved = read_adapter_config(path)
     config = adapter_config(saved, path)
-    tensors = _read_tensors(path)
-    _check_same_backbone(path, saved, model, check_backbone)
+    tensors, fingerprint = _read_tensors(path, saved)
+    others = {name: tensors.pop(name) for name in saved["also_trained"]}
+    _check_shapes(path, saved, model, others)
+    if check_backbone:
+        _check_weights(path, saved, model, fingerprint)
     try:
         adapt(model, config, targets=saved["targets"], seed=0)
     except ConfigurationError as error:
@@ -94,7 +171,20 @@ def load(path: str | Path, model: ModelT, check_backbone: bool = True) -> ModelT
     except ConfigurationError as error:
         remove(model)
         raise AdapterFileError(f"The adapter in {path} does not fit this model: {error}") from error
+    _borrow(model, others)
     return model
+
+
+@torch.no_grad()
+def _borrow(model: nn.Module, others: Mapping[str, Tensor]) -> None:
+    """Put weights that were trained beside the adapter into the model, trainable as they were."""
+    own, state = backbone_weights(model), state_of(model)
+    for name, value in others.items():
+        weight = own[name]
+        before = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
+        state.handles.append(_Borrowed(name, weight, before, state))
+        write(weight, value)
+        weight.requires_grad_(True)
 
 
 def read_adapter_config(path: str | Path) -> dict[str, Any]:
@@ -102,8 +192,9 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise AdapterFileError(
-            f"{path} is not a furina adapter folder: it has no {CONFIG_FILE}; pass a folder that "
-            "furina.save wrote."
+            f"{path} is not a furina adapter folder: "
+            f"{f'it has no {CONFIG_FILE}' if Path(path).exists() else 'there is no such folder'}; "
+            "pass a folder that furina.save wrote."
         )
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -111,18 +202,30 @@ def read_adapter_config(path: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{file} is damaged ({error}): save the adapter again.") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise AdapterFileError(f"{file} is not the config of a furina adapter: check the path.")
-    if saved.get("version") != FORMAT_VERSION:
+    version = saved.get("version")
+    if isinstance(version, bool) or version not in READABLE:
         raise AdapterFileError(
-            f"{file} has format version {saved.get('version')!r}, and this furina reads version "
-            f"{FORMAT_VERSION}: use the furina that wrote it."
+            f"{file} has format version {version!r}, and this furina reads versions "
+            f"{' and '.join(map(str, READABLE))}: use the furina that wrote it."
         )
-    wrong = sorted(saved.keys() ^ _KEYS.keys())
-    wrong = wrong or [key for key, kind in _KEYS.items() if not isinstance(saved[key], kind)]
+    expected = _KEYS.keys() if version == 2 else _KEYS.keys() - _NEW_IN_2
+    wrong = sorted(saved.keys() ^ expected)
+    wrong = wrong or [key for key in expected if not isinstance(saved[key], _KEYS[key])]
     if wrong:
         raise AdapterFileError(
             f"{file} has missing, unknown or mistyped keys {wrong}: save the adapter again."
         )
-    return saved
+    if version == 2 and saved["sha256"] != config_checksum(saved):
+        raise AdapterFileError(
+            f"{file} is not as furina.save wrote it, by its checksum: copy or save it again."
+        )
+    return {"also_trained": []} | saved
+
+
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """Return the sha256 of a config's content, whatever its layout, but for the checksum itself."""
+    content = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def adapter_config(saved: dict[str, Any], path: str | Path) -> AdapterConfig:
@@ -133,36 +236,33 @@ def adapter_config(saved: dict[str, Any], path: str | Path) -> AdapterConfig:
         raise AdapterFileError(f"{Path(path) / CONFIG_FILE}: {error}") from error
 
 
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Return a sha256 over the names, shapes and a fixed sample of the entries of `weights`.
-
-    Samples are rounded to bf16, so that loading the same backbone in fp32 or bf16 agrees.
-    """
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Return the tensors and the backbone's fingerprint; raises AdapterFileError."""
     file = path / TENSOR_FILE
     if not file.is_file():
         raise AdapterFileError(f"{path} has no {TENSOR_FILE}: save the adapter again.")
     try:
         tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            fingerprint = json.loads((opened.metadata() or {}).get(_FINGERPRINT, "{}"))
+        changed = "tensors_sha256" in saved and sha256_file(file) != saved["tensors_sha256"]
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
             f"{file} is truncated or not a safetensors file ({error}): save or download it again."
         ) from error
+    if changed:
+        raise AdapterFileError(
+            f"{file} is not as furina.save wrote it, by its checksum: copy or download it again."
+        )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise AdapterFileError(
                 f"{file}: {name} holds NaN, infinite or integer entries: save the adapter again."
             )
-    return tensors
+    absent = [name for name in saved["also_trained"] if name not in tensors]
+    if absent:
+        raise AdapterFileError(f"{file} lacks {absent[0]}: save the adapter again.")
+    return tensors, fingerprint
 
 
 def _module_shapes(model: nn.Module) -> dict[str, list[int]]:
@@ -170,26 +270,11 @@ def _module_shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(layer.base.weight.shape) for name, layer in layers.items()}
 
 
-def _backbone(model: nn.Module) -> dict[str, str]:
-    state = state_of(model)
-    config = getattr(model, "config", None)
-    layer = next(iter(state.layers.values()))
-    return {
-        "model_type": str(getattr(config, "model_type", type(model).__name__)),
-        "name": str(getattr(config, "_name_or_path", "")),
-        "dtype": str(layer.base.weight.dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(
-            {name: layer.pristine_weight for name, layer in state.layers.items()}
-        ),
-    }
-
-
-def _check_same_backbone(
-    path: Path, saved: dict[str, Any], model: nn.Module, check_weights: bool
+def _check_shapes(
+    path: Path, saved: Mapping[str, Any], model: nn.Module, others: Mapping[str, Tensor]
 ) -> None:
-    modules: dict[str, list[int]] = saved["modules"]
     own = dict(model.named_parameters(remove_duplicate=False))
-    for name, shape in modules.items():
+    for name, shape in saved["modules"].items():
         weight = own.get(f"{name}.weight")
         if weight is None or list(weight.shape) != shape:
             found = "no such linear" if weight is None else f"shape {list(weight.shape)}"
@@ -197,15 +282,59 @@ def _check_same_backbone(
                 f"The adapter in {path} is for another backbone ({_backbone_name(saved)}): {name} "
                 f"should have shape {shape}, and this model has {found}; load that backbone."
             )
-    weights = {name: own[f"{name}.weight"] for name in modules}
-    if check_weights and fingerprint(weights) != saved["backbone"].get("fingerprint"):
+    weights = backbone_weights(model)
+    for name, value in others.items():
+        if name not in weights or weights[name].shape != value.shape:
+            found = f"shape {list(own[name].shape)}" if name in own else "none of its own"
+            raise AdapterFileError(
+                f"The adapter in {path} was trained together with {name} of shape "
+                f"{list(value.shape)}, and this model has {found}: give it that shape first, as "
+                "model.resize_token_embeddings does."
+            )
+
+
+def _check_weights(
+    path: Path, saved: Mapping[str, Any], model: nn.Module, fingerprint: Any
+) -> None:
+    try:
+        if saved["version"] == 1:
+            found = _first_fingerprint(model, saved["modules"])
+            same = found == saved["backbone"].get("fingerprint")
+            why = None if same else "an adapted linear has other entries"
+        else:
+            why = difference(fingerprint, model, saved["also_trained"])
+    except ConfigurationError as error:
+        raise AdapterFileError(
+            f"Whether the adapter in {path} is for this model cannot be said: {error} Load its "
+            "weights first, or pass check_backbone=False."
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path / TENSOR_FILE} has a damaged fingerprint ({error}): save the adapter again."
+        ) from error
+    if why is not None:
         raise AdapterFileError(
             f"The adapter in {path} was trained on other weights than this model's "
-            f"({_backbone_name(saved)}): load that backbone (from "
-            "Python, check_backbone=False loads it all the same)."
+            f"({_backbone_name(saved)}), {why}: load that backbone (from Python, "
+            "check_backbone=False loads it all the same)."
         )
 
 
-def _backbone_name(saved: dict[str, Any]) -> str:
+def _first_fingerprint(model: nn.Module, linears: Iterable[str]) -> str:
+    """Return the sha256 that version 1 compared: of evenly spaced entries of adapted linears."""
+    digest = hashlib.sha256()
+    for name in linears:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        if weight.is_meta:
+            raise ConfigurationError(f"{name} is on the meta device, without its values.")
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _backbone_name(saved: Mapping[str, Any]) -> str:
     backbone = saved["backbone"]
     return f"{backbone.get('model_type')} {backbone.get('name') or ''}".rstrip()

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from furina.checkpoint import also_trained
 from furina.errors import ConfigurationError, NotMergeableError
+from furina.fingerprint import published_name
 from furina.inject import state_of
 from furina.merging import is_merged, merge, require_unchanged, unmerge
 from furina.storage import atomic_directory, write_json
@@ -111,8 +113,11 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
     """Write the adapter as one PEFT LoRA for `PeftModel.from_pretrained`; returns its rank.
 
     The factors are in fp32 with scale 1: B̃ (k, R) and A (R, d), R = N·r for FURINA, and DoRA's
-    magnitude beside them. Where linears have several ranks the largest is returned. Raises
-    NotMergeableError if the method has no fixed update, or one that peft cannot hold.
+    magnitude beside them. Where linears have several ranks the largest is returned. Weights that
+    were trained beside the adapter are peft's `modules_to_save`. The base model is named as on the
+    hub where it came from there, else by its folder on this machine: so is an asset's, since no
+    published model has its weights. Raises NotMergeableError if the method has no fixed update, or
+    one that peft cannot hold, and ConfigurationError if peft cannot hold what else was trained.
     """
     state = state_of(model)
     mergeable = state.config.mergeability()
@@ -136,10 +141,33 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
                 "cpu", torch.float32
             ).contiguous()
         ranks[name] = parts["lora_A.weight"].shape[0]
-    with atomic_directory(Path(path)) as folder:
+    modules = _modules_to_save(model)
+    for name in modules:
+        for part, tensor in model.get_submodule(name).state_dict().items():
+            tensors[f"base_model.model.{name}.{part}"] = tensor.to("cpu", copy=True).contiguous()
+    config = _peft_config(model, ranks) | ({"modules_to_save": modules} if modules else {})
+    with atomic_directory(Path(path), last="adapter_config.json") as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(folder / "adapter_config.json", _peft_config(model, ranks))
+        write_json(folder / "adapter_config.json", config)
     return max(ranks.values())
+
+
+def _modules_to_save(model: nn.Module) -> list[str]:
+    """Return the modules, of tied ones each, whose own weights were trained beside the adapter."""
+    trained = {id(weight): name for name, weight in also_trained(model).items()}
+    layers = state_of(model).layers
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = [trained[id(p)] for p in module.parameters(recurse=False) if id(p) in trained]
+        linear = name.removesuffix(".base")
+        if own and (linear in layers or not name or [*module.children()]):
+            raise ConfigurationError(
+                f"{own[0]} was trained beside the adapter, and peft saves whole modules without "
+                "adapters only: export the merged model."
+            )
+        if own:
+            found.append(name)
+    return found
 
 
 def _peft_config(model: nn.Module, ranks: dict[str, int]) -> dict[str, object]:
@@ -148,7 +176,7 @@ def _peft_config(model: nn.Module, ranks: dict[str, int]) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", ""),
+        "base_model_name_or_path": published_name(model),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,

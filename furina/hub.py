@@ -61,15 +61,19 @@ def refusal(name: str, kind: Kind) -> str | None:
     The libraries that load from it would try for a minute, and not tell the reasons apart.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+    file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
+    try:
+        url = hf_hub_url(name, file, repo_type=repo_type)
+    except HFValidationError as error:
+        return reason(error, name, kind)
     if is_offline():
         return f"The {kind} {name} is not in the cache, and offline it cannot be fetched."
-    file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
     pauses = iter(PAUSES)
     while True:
         try:
-            get_hf_file_metadata(hf_hub_url(name, file, repo_type=repo_type))
+            get_hf_file_metadata(url)
             return None
         except EntryNotFoundError:  # the repository is there, and data need no card
             missing = (

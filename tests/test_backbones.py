@@ -7,8 +7,11 @@ import socket
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import furina
 from furina import processor
 from furina.assets import is_cached
 from furina.backbones import (
@@ -16,6 +19,7 @@ from furina.backbones import (
     backbone_hash,
     load_backbone,
     load_tokenizer,
+    meta_backbone,
     tiny_tokenizer,
 )
 from furina.errors import AssetError, ConfigurationError
@@ -221,3 +225,125 @@ def test_a_checkpoint_that_does_not_say_its_dtype_is_asked_for_it(tmp_path, monk
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_backbone(str(tmp_path))
     assert (model.dtype, model.checkpoint_dtype) == (torch.bfloat16, torch.float32)
+
+
+def _drop(weights):
+    del weights["model.layers.0.mlp.up_proj.weight"], weights["model.layers.1.mlp.up_proj.weight"]
+
+
+def _wrap(weights):
+    for name in [name for name in weights if "q_proj" in name]:
+        weights[name.replace("q_proj.", "q_proj.base.")] = weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_drop, "it lacks model.layers.0.mlp.up_proj.weight and 1 more; check its config.json"),
+        (lambda w: w.update(extra=torch.ones(2)), "it holds extra, which such a model has not;"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(3)}),
+            "it holds model.norm.weight in another shape;",
+        ),
+        (_wrap, "q_proj.bias and 3 more; it holds model.layers.0.self_attn.q_proj.base.bias and 3"),
+        (_wrap, "an adapted model was saved there, which furina.export_merged does rightly."),
+        (
+            lambda w: w.pop("lm_head.weight"),
+            "is no whole Qwen2ForCausalLM: it lacks lm_head.weight;",
+        ),
+    ],
+)
+def test_a_folder_without_all_and_only_the_models_weights_is_refused(tmp_path, change, words):
+    load_backbone("tiny-qwen2", "float32").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for dtype in ("float32", "auto"):
+        with pytest.raises(ConfigurationError) as caught:
+            load_backbone(str(tmp_path), dtype)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _in_its_own_words(weights):
+    """Store a tied head, frequencies and no prefix, as older checkpoints do."""
+    for name in list(weights):
+        weights[name.removeprefix("model.")] = weights.pop(name)
+    weights["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weights["layers.0.self_attn.masked_bias"] = torch.tensor(-1e4)
+    weights["rotary_emb.inv_freq"] = torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: None,
+        lambda weights: weights.update(
+            {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        ),
+        _in_its_own_words,
+    ],
+)
+def test_a_tied_head_and_buffers_that_a_model_makes_itself_may_be_there_or_not(tmp_path, change):
+    model = load_backbone("tiny-llama", "float32")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert backbone_hash(load_backbone(str(tmp_path), "float32")) == backbone_hash(model)
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", "GPT2", "GPTNeoX", "Mixtral", "Falcon", "OPT"])
+def test_what_an_architecture_declares_to_be_of_no_use_is_not_missed(tmp_path, name):
+    configuration = getattr(transformers, f"{name}Config")(
+        **{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 24, "num_key_value_heads": 2, "ffn_dim": 24},
+        **{"word_embed_proj_dim": 32, "moe_intermediate_size": 8, "n_routed_experts": 8},
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "max_position_embeddings": 32},
+    )
+    AutoModelForCausalLM.from_config(configuration).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    ignored = {
+        "DeepseekV3": "model.layers.61.eh_proj.weight",
+        "GPT2": "transformer.h.0.attn.bias",
+        "GPTNeoX": "gpt_neox.layers.0.attention.masked_bias",
+    }
+    if name in ignored:
+        weights[ignored[name]] = torch.ones(1)
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert type(load_backbone(str(tmp_path), "float32")).__name__.startswith(name)
+
+
+def test_an_adapters_folder_is_called_one(tmp_path):
+    adapter = furina.adapt(load_backbone("tiny-llama", "float32"), "lora")
+    furina.save(adapter, tmp_path / "furina")
+    furina.export_peft(adapter, tmp_path / "peft")
+    load_backbone("tiny-llama", "float32").save_pretrained(tmp_path / "both")
+    for file in (tmp_path / "peft").iterdir():
+        (tmp_path / "both" / file.name).write_bytes(file.read_bytes())
+    for folder, words in (
+        ("furina", "is a furina adapter folder and no backbone: name the model"),
+        ("peft", "holds a PEFT adapter and is no backbone: merge it"),
+        ("both", "holds a PEFT adapter and is no backbone: merge it"),
+    ):
+        for load in (load_backbone, meta_backbone, load_tokenizer):
+            with pytest.raises(ConfigurationError, match=words):
+                load(str(tmp_path / folder))
+
+
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch, no_network):
+    monkeypatch.delenv("FURINA_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("./x", "../x", "/x", "~/x/y", "runs/x/adapter", "runs/", "runs\\x", "my model"):
+        for load in (load_backbone, load_tokenizer):
+            with pytest.raises(ConfigurationError, match=r"is not there|There is no folder"):
+                load(name)
+
+
+def test_a_name_that_may_be_the_hubs_or_a_folders_is_said_to_be_neither(offline, tmp_path):
+    for name in ("runs/x", "some-model-of-mine"):
+        with pytest.raises(ConfigurationError, match=rf"There is no folder {name} either\."):
+            load_backbone(name)
+        with pytest.raises(ConfigurationError, match=r"no such folder; its config\.json"):
+            meta_backbone(name)

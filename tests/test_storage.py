@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_an_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_while_a_folder_is_finished_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -119,22 +120,96 @@ def test_a_full_disk_while_a_folder_is_finished_leaves_the_old_one(
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failing_move", range(1, 7))
+def test_the_old_files_come_back_if_the_new_ones_cannot_take_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_move: int
 ) -> None:
-    fill(tmp_path / "x", a="old")
-    rename, calls = os.rename, []
+    fill(tmp_path / "x", a="old", b="old", config="old")
+    replace, moves = os.replace, count(1)
 
-    def second_fails(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) == 2:
+    def one_fails(source: Path, target: Path) -> None:
+        if next(moves) == failing_move:
             raise OSError(errno.EIO, "gone")
-        rename(source, target)
+        replace(source, target)
 
-    monkeypatch.setattr(storage.os, "rename", second_fails)
+    monkeypatch.setattr(storage.os, "replace", one_fails)
     with pytest.raises(FurinaError, match="input/output"):
-        fill(tmp_path / "x", a="new")
-    assert contents(tmp_path) == {"x/a": b"old"}
+        fill(tmp_path / "x", a="new", b="new", config="new")
+    assert contents(tmp_path) == {"x/a": b"old", "x/b": b"old", "x/config": b"old"}
+    assert next(moves) > failing_move
+
+
+def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path, monkeypatch) -> None:
+    """As a mount point must, whose parent is another file system or cannot be written."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir(mode=0o750)
+    (mounted / "lost+found").mkdir()
+    before = mounted.stat()
+
+    def busy(source: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(storage.os, "rename", busy)
+    for text in ("1", "2"):
+        with atomic_directory(mounted) as folder:
+            assert mounted in folder.parents
+            (folder / "deep").mkdir()
+            (folder / "deep" / "a").write_text(text)
+        assert contents(mounted) == {"deep/a": text.encode()}
+        assert (mounted.stat().st_ino, mounted.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_read_only_mount_is_said_to_be_read_only(tmp_path: Path, monkeypatch) -> None:
+    make = storage.tempfile.mkdtemp
+
+    def mkdtemp(dir: Path, prefix: str) -> str:
+        return failing(errno.EROFS)() if dir == tmp_path / "mounted" else make(dir=dir)
+
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(storage.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(storage.os, "rename", failing(errno.EBUSY))
+    with pytest.raises(FurinaError, match="the file system is read-only"):
+        fill(tmp_path / "mounted", a="1")
+
+
+def test_the_current_folder_is_not_taken_from_under_ones_feet(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(Path("."), a="1")
+    assert os.listdir() == ["a"]
+
+
+def test_a_path_that_is_a_mount_point_itself_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(storage.os, "replace", failing(errno.EBUSY))
+    with pytest.raises(FurinaError, match="mount point or in use"):
+        write_text(tmp_path / "x", "new")
+
+
+def killed_while_it_writes(path: Path, names: tuple[str, ...], moves: int) -> None:
+    """Write new files in a process that dies after that many of them were moved."""
+    if (child := os.fork()) == 0:
+        replace, left = os.replace, count(moves, -1)
+        os.replace = lambda *files: replace(*files) if next(left) else os._exit(1)
+        try:
+            with atomic_directory(path, last="config") as folder:
+                for name in names:
+                    (folder / name).write_text("new")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_a_killed_write_leaves_no_mixture_under_its_last_file(tmp_path: Path) -> None:
+    names, states = ("a", "b", "config", "z"), set()
+    for moves in range(2 * len(names)):
+        path = tmp_path / str(moves)
+        fill(path, **dict.fromkeys(names, "old"))
+        killed_while_it_writes(path, names, moves)
+        found = {name: (path / name).read_text() for name in names if (path / name).exists()}
+        assert "config" not in found or found == dict.fromkeys(names, "old")
+        states.add(tuple(found.values()))
+        fill(path, **dict.fromkeys(names, "again"))  # what was left is in nobody's way
+        assert (path / "config").read_text() == "again"
+    assert len(states) == 2 * len(names)
 
 
 def test_the_tensor_writers_own_error_is_one_sentence_too(tmp_path: Path) -> None:

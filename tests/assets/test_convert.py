@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 
 import gguf
@@ -12,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from furina.assets import ASSETS, convert, is_cached, locate
-from furina.backbones import tiny_tokenizer
-from furina.errors import FurinaError
+from furina.assets import ASSETS, Asset, convert, intact, is_cached, locate
+from furina.backbones import load_backbone, load_tokenizer, tiny_tokenizer
+from furina.errors import AssetError, FurinaError
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
 SHAPES = {
@@ -125,6 +126,32 @@ def test_the_tokenizer_adds_no_bos_and_keeps_its_pad_token(folder):
 def test_nothing_else_is_left_and_everyone_can_read_it(folder):
     assert [item.name for item in folder.parent.iterdir()] == [folder.name]
     assert all(file.stat().st_mode & 0o044 == 0o044 for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_flipped_bit_in_the_cache_is_refused_where_the_file_is_read(
+    folder, tmp_path, monkeypatch, file
+):
+    asset = Asset("sample", "model", "p", "1.0", "w", "0", "MIT", "a sample")
+    monkeypatch.setitem(ASSETS, "sample", asset)
+    monkeypatch.setenv("FURINA_CACHE_DIR", str(tmp_path))
+    shutil.copytree(folder, tmp_path / "sample-1.0")
+    load_backbone("sample")
+    load_tokenizer("sample")
+    data = bytearray((tmp_path / "sample-1.0" / file).read_bytes())
+    data[-9] ^= 1
+    (tmp_path / "sample-1.0" / file).write_bytes(data)
+    for load in (load_backbone, load_tokenizer):
+        if load is load_tokenizer and file == "model.safetensors":
+            load("sample")  # which takes no part in it
+            continue
+        with pytest.raises(AssetError, match=rf"{file} is not as .* delete .*sample-1\.0"):
+            load("sample")
+    (tmp_path / "sample-1.0" / file).unlink()
+    with pytest.raises(AssetError, match=rf"{file} is not as"):
+        load_backbone("sample")
+    (tmp_path / "sample-1.0" / "furina_checksums.json").unlink()  # as of an older version
+    assert intact("sample") == tmp_path / "sample-1.0"
 
 
 def test_a_failed_conversion_leaves_nothing_and_clears_what_a_killed_one_left(

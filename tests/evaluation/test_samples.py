@@ -98,3 +98,18 @@ def test_acc_norm_divides_by_the_choices_length():
 def test_an_unknown_metric_is_an_error():
     with pytest.raises(ConfigurationError, match="Did you mean 'acc_norm'"):
         predict((-1.0,), (1,), "acc_nrm")
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    path = tmp_path / "samples.jsonl.gz"
+    write_samples(path, SAMPLES)
+    good, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(good), 7):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            assert read_samples(path) == SAMPLES  # such as where the file's time is
+        except DataError:
+            refused += 1
+    assert refused > len(good)

@@ -193,7 +193,7 @@ def test_a_misspelt_name_is_told_of_a_known_one_only_if_that_is_near(hub: Hub, c
 def test_what_a_repository_lacks_is_not_laid_to_the_hub(hub: Hub, call: Call) -> None:
     hub.repositories["org/bare"] = {"README.md": b""}
     said = f"org/bare holds no model that transformers loads: at {hub.url} it has no config.json."
-    assert call("backbone", "org/bare")["error"] == said
+    assert call("backbone", "org/bare")["error"] == f"{said} There is no folder org/bare either."
     whole = hub.repositories[MODEL]
     hub.repositories["org/bare"] = {path: whole[path] for path in whole if path != WEIGHTS}
     assert re.search(rf"org/bare.*{WEIGHTS}", call("backbone", "org/bare")["error"])
