@@ -75,7 +75,7 @@ def test_what_a_file_says_wins_over_the_sweep_of_defaults_and_leaves_no_duplicat
         ({}, lora(sweep={"adapter.rnk": [3]}), "a", "'rnk'. Did you mean 'rank'"),
         ({}, {"method": "lorra"}, "a", "'lorra'. Did you mean 'lora'"),
         ({}, lora(task="arc_esy"), "a", "'arc_esy'. Did you mean 'arc_easy'"),
-        ({}, lora(learning_rate="5e-4"), "a", "learning_rate must be float"),
+        ({}, lora(learning_rate="5e-4"), "a", "learning_rate must be a number"),
         ({}, lora(steps=0), "a", "steps=0 must be at least 1"),
         ({}, lora(learning_rate="1e-3"), "a", "write 1.0e-3"),
         ({}, lora(row="a/b"), "a", "leave out slashes"),
