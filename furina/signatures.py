@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 FOLDER = Path(__file__).with_name("adapters")
 
@@ -22,6 +24,30 @@ class Option(NamedTuple):
     hint: Any
     default: Any
     help: str
+
+
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "null",
+}
+
+
+def in_words(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
+    """Say what a value of type `hint` is, without Python's names; `words` has those of scalars."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(in_words(each, words) for each in arguments)
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if kind in (list, tuple, Sequence):
+        return "a list such as [a, b]"
+    if kind in (dict, Mapping):
+        return "a mapping such as {a: 1}"
+    return words.get(kind, str(kind))
 
 
 def method_names() -> list[str]:

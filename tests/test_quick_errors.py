@@ -1,4 +1,4 @@
-"""Wrong commands, options, names and paths are told before torch is imported, which takes seconds."""
+"""Wrong commands, options, names and paths are told before torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ WRONG = {
     "fit --protocol txt": "Did you mean 'text'?",
     "fit --config nowhere.yaml": "nowhere.yaml: no such file or folder",
     "fit --backbone ./nowhere": "./nowhere is no model folder",
+    "fit --backbone smollm2-135m-instuct": "Did you mean 'smollm2-135m-instruct'?",
     "fit --backbone tiny-llama --data-dir nowhere": "no data folder nowhere: correct --data-dir",
     "fit --run-dir README.md/x --backbone tiny-llama": "README.md is a file, not a folder",
     "evaluate --task arc_esy": "Did you mean 'arc_easy'?",

@@ -128,9 +128,11 @@ def _items(options: Namespace, task: str) -> list[Item]:
 
 def _require_model(options: Namespace) -> None:
     """Refuse a backbone or an adapter folder that is not there."""
-    if options.adapter_path is not None:
+    if options.adapter_path is None:
+        require_backbone(options.backbone or DEFAULT_BACKBONE)
+    else:
         require_adapter(options.adapter_path)
-    require_backbone(options.backbone or (DEFAULT_BACKBONE if options.adapter_path is None else None))
+        require_backbone(options.backbone)
 
 
 def _model(options: Namespace) -> tuple[PreTrainedModel, str]:
@@ -292,7 +294,8 @@ def report(options: Namespace) -> None:
     """Print the tables and write (or check) every generated file."""
     if not options.results.is_dir():
         raise ConfigurationError(
-            f"There is no folder {options.results}: `furina run` fills it, or name one with --results."
+            f"There is no folder {options.results}: name the one that `furina run` filled with "
+            "--results."
         )
     from furina.reporting import print_tables
     from furina.reporting import report as make

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from furina.errors import AdapterFileError, ConfigurationError, FurinaError
+from furina.errors import AdapterFileError, ConfigurationError, FurinaError, nearest, suggestion
 from furina.storage import require_writable
 
 DEFAULT_BACKBONE = "smollm2-135m-instruct"
@@ -95,9 +95,12 @@ def require_backbone(name: str | None) -> None:
 
     if name is None:
         return
-    if name in ASSETS and ASSETS[name].kind == "model":
+    models = [asset.name for asset in ASSETS.values() if asset.kind == "model"]
+    if name in models:
         locate(name)
         return
+    if "/" not in name and suggestion(name, models, cutoff=0.8):
+        raise ConfigurationError(f"There is no backbone {name!r}.{nearest(name, models)}")
     folder = Path(name).expanduser()
     is_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_local and not (folder / "config.json").is_file():

@@ -13,16 +13,11 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from furina.errors import nearest
+from furina.signatures import WORDS, in_words
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
+_LIMITED = {
     PositiveInt: "a whole number of at least 1",
     NonNegativeInt: "a whole number of at least 0",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    type(None): "null",
 }
 _METAVARS: dict[Any, str] = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}
 _WRONG_VALUE = re.compile(
@@ -30,7 +25,7 @@ _WRONG_VALUE = re.compile(
 )
 _WRONG_NUMBER = re.compile(
     r'Parser key "(?P<key>[^"]+)": Not of type \w+: '
-    r"(?:invalid literal for int\(\) with base 10: '(?P<text>.*)'|(?P<number>.*) does not conform.*)$"
+    r"(?:invalid literal for int\(\) with base 10: '(?P<text>.*)'$|(?P<number>.*) does not conform)"
 )
 
 
@@ -77,7 +72,7 @@ def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
     kind = _without_none(hint)
     if get_origin(kind) is Literal:
         return f"{option} cannot be {value!r}.{nearest(value, map(str, get_args(kind)))}"
-    return f"{option} must be {_in_words(hint)}, not {value!r}."
+    return f"{option} must be {in_words(hint, {**WORDS, **_LIMITED})}, not {value!r}."
 
 
 def _action(parser: ArgumentParser, key: str) -> argparse.Action | None:
@@ -91,13 +86,3 @@ def _is_union(hint: Any) -> bool:
 def _without_none(hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else []
     return kinds[0] if len(kinds) == 1 else hint
-
-
-def _in_words(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(map(_in_words, get_args(hint)))
-    if get_origin(hint) in (list, tuple, Sequence):
-        return "a list such as [a, b]"
-    if get_origin(hint) is dict:
-        return "a mapping such as {a: 1}"
-    return _WORDS.get(hint, str(hint))

@@ -272,13 +272,13 @@ class RunConfig:
         if self.is_base:
             return None
         if self.method not in method_names():
-            names = [*method_names(), "base"]
-            raise ConfigurationError(f"Unknown method {self.method!r}.{nearest(self.method, names)}")
-        known = method_options(self.method)
+            known = nearest(self.method, [*method_names(), "base"])
+            raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
+        options = method_options(self.method)
         for option in self.adapter:
-            if option not in known:
+            if option not in options:
                 raise ConfigurationError(
-                    f"Method {self.method} has no option {option!r}.{nearest(option, known)}"
+                    f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
                 )
         from furina.adapters import methods
         from furina.control import has_router

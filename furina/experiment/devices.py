@@ -8,7 +8,6 @@ for models of some billion parameters without fused kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING
 
 from furina.errors import ConfigurationError, nearest

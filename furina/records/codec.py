@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from furina.errors import FurinaError, nearest
+from furina.signatures import in_words
 from furina.storage import write_text
 
 T = TypeVar("T")
@@ -136,16 +137,6 @@ def _decode_tuple(arguments: tuple[Any, ...], value: list[Any], where: str) -> t
     return tuple(decode(kind, item, f"{where}[{i}]") for i, (kind, item) in pairs)
 
 
-_IN_WORDS: dict[Any, str] = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    tuple: "a list",
-    dict: "a mapping",
-}
-
-
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise RecordError(f"{where} is {value}; a record holds finite numbers or null.")
@@ -155,5 +146,4 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if kind in (str, int, float, bool) and type(value) is kind:
         return value
-    words = _IN_WORDS[typing.get_origin(kind) or kind]
-    raise RecordError(f"{where} must be {words}, not {value!r}.")
+    raise RecordError(f"{where} must be {in_words(kind)}, not {value!r}.")

@@ -102,8 +102,10 @@ def _folder(path: Path | str) -> Path:
     """Return the suite's folder, which may be given by its name in experiments/."""
     path = Path(path)
     places = [folder for folder in (EXPERIMENTS, SHIPPED) if folder.is_dir()]
-    known = path if path.exists() else next(
-        (folder / path for folder in places if (folder / path).is_dir()), path
+    known = (
+        path
+        if path.exists()
+        else next((folder / path for folder in places if (folder / path).is_dir()), path)
     )
     if (known / DEFAULTS).is_file():
         return known
