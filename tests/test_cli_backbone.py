@@ -52,10 +52,7 @@ def words_of(name: str, made: Path, out: Path) -> list[str]:
 READERS = [
     name
     for name in COMMANDS
-    if any(
-        a.dest in ("adapter_dir", "adapter_dirs", "adapter_path")
-        for a in COMMANDS[name].parser([])._actions
-    )
+    if any(action.dest.startswith("adapter_") for action in COMMANDS[name].parser([])._actions)
 ]
 
 

@@ -370,7 +370,7 @@ def test_a_row_is_asked_for_by_what_its_file_calls_it(tmp_path: Path) -> None:
     folder = write_suite(tmp_path / "s", {}, ranks=lora(sweep=sweep), x=lora(row="y"), z=lora())
     assert read_suite(folder, rows=["r4"]).rows == ["r4"]
     assert read_suite(folder, rows=["y", "z"]).rows == ["y", "z"]
-    with pytest.raises(ConfigurationError, match="no runs of row 'x'.*Known: all, r2, r4, y, z"):
+    with pytest.raises(ConfigurationError, match=r"no runs of row 'x'.*Known: all, r2, r4, y, z"):
         read_suite(folder, rows=["x"])
 
 
