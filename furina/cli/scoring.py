@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from furina.data.items import Item
+    from furina.data.protocols import Protocol
     from furina.evaluation.evaluation import Evaluation
     from furina.records import Spread, Variant
 
@@ -91,14 +92,17 @@ def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Score every task and variant, print the table, write the outputs if asked to."""
-    from furina.data.protocols import get_protocol
+    from furina.data.protocols import GenerationProtocol, get_protocol
     from furina.data.tasks import get_task
 
     require_new(options.output)
-    if options.seed is not None and options.size is None:
-        raise ConfigurationError("--seed has no effect without --size: all items are scored.")
-    for task in options.task:
-        get_protocol(options.protocol).require(get_task(task))
+    protocol = get_protocol(options.protocol)
+    for name in options.task:
+        task = get_task(name)
+        protocol.require(task)
+        if isinstance(protocol, GenerationProtocol):
+            protocol.require_consent(task, options.execute_code)
+    _refuse_idle(options, protocol)
     _require_model(options)
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
     model, backbone = _model(options)
@@ -124,6 +128,23 @@ def _items(options: Namespace, task: str) -> list[Item]:
 
     rows = load_items(task, options.split, options.source, options.data_dir)
     return test_subset(rows, options.size, options.seed or 0)[1]
+
+
+def _refuse_idle(options: Namespace, protocol: Protocol) -> None:
+    """Refuse options that would change nothing."""
+    from furina.data.protocols import GenerationProtocol
+
+    generates = isinstance(protocol, GenerationProtocol)
+    if options.seed is not None and options.size is None:
+        raise ConfigurationError("--seed has no effect without --size: all items are scored.")
+    if options.engine != "shared" and generates:
+        raise ConfigurationError(
+            f"--engine has no effect with protocol {protocol.name}: the model writes its answers."
+        )
+    if options.execute_code and not getattr(protocol, "runs_code", False):
+        raise ConfigurationError(
+            f"--execute-code has no effect with protocol {protocol.name}: it runs no programs."
+        )
 
 
 def _require_model(options: Namespace) -> None:
