@@ -56,10 +56,12 @@ def method_names() -> list[str]:
     return sorted({*_registered(), *getattr(loaded, "_REGISTRY", ())})
 
 
-def method_options(method: str) -> dict[str, Option]:
-    """Return the options of a method, by name in the order of its config's fields."""
-    options = _options(_registered()[method]) if method in _registered() else None
-    return _imported(method) if options is None else options
+def method_options(method: str) -> dict[str, Option] | None:
+    """Return a method's options by name in the order of its config's fields.
+
+    None where the file does not write them plainly, or there is none: its class must be asked.
+    """
+    return _options(_registered()[method]) if method in _registered() else None
 
 
 @cache
@@ -98,20 +100,6 @@ def _options(node: ast.ClassDef) -> dict[str, Option] | None:
         except (NameError, ValueError):
             return None
         text = following.value if isinstance(following, ast.Expr) else None
-        lines = text.value.split() if isinstance(text, ast.Constant) else []
+        lines = str(text.value).split() if isinstance(text, ast.Constant) else []
         options[ast.unparse(field.target)] = Option(hint, default, " ".join(lines))
     return options
-
-
-def _imported(method: str) -> dict[str, Option]:
-    """Return a method's options from its class."""
-    from dataclasses import fields
-    from typing import get_type_hints
-
-    from furina.adapters import methods
-
-    hints = get_type_hints(methods()[method])
-    return {
-        field.name: Option(hints[field.name], field.default, "")
-        for field in fields(methods()[method])
-    }

@@ -13,10 +13,12 @@ from typing import get_type_hints
 import pytest
 
 from furina.adapters import methods
+from furina.cli import main
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import _field_docstrings
 from furina.cli.shared import ADAPTER_CONFIG, require_adapter
-from furina.errors import AdapterFileError
+from furina.errors import AdapterFileError, ConfigurationError
+from furina.experiment.config import RunConfig
 from furina.signatures import method_names, method_options
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +153,21 @@ def test_the_options_read_as_text_are_those_of_the_class(method: str) -> None:
         (field.name, hints[field.name], field.default, " ".join(texts[field.name].split()))
         for field in fields(config)
     ]
-    assert [(name, *option) for name, option in method_options(method).items()] == expected
+    found = method_options(method)
+    assert found is not None, "its options are not written plainly, and told only after torch"
+    assert [(name, *option) for name, option in found.items()] == expected
+
+
+def test_options_that_are_not_written_plainly_are_asked_of_the_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("furina.cli.runs.method_options", lambda method: None)
+    monkeypatch.setattr("furina.experiment.config.method_options", lambda method: None)
+    for words, expected in (("--adapter.rnak 8", "adapter.rank"), ("--adapter.rank x", "whole")):
+        assert main(["fit", "--method", "lora", *words.split()]) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="Did you mean 'rank'"):
+        RunConfig(method="lora", adapter={"rnak": 8}).adapter_config()
 
 
 def test_a_folder_without_an_adapter_is_told_in_the_words_of_its_reader(tmp_path: Path) -> None:

@@ -75,7 +75,13 @@ def _add_method_options(parser: ArgumentParser, method: str) -> None:
     if method not in method_names():
         known = nearest(method, [*method_names(), "base"])
         raise ConfigurationError(f"Unknown method {method!r}.{known}")
-    add_options(parser, method_options(method), "adapter.", f"options of method {method}")
+    prefix, title, options = "adapter.", f"options of method {method}", method_options(method)
+    if options is not None:
+        add_options(parser, options, prefix, title)
+        return
+    from furina.adapters import methods
+
+    add_fields(parser, methods()[method], prefix, title=title)
 
 
 def fit(options: Namespace) -> None:

@@ -276,7 +276,7 @@ class RunConfig:
             raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
         options = method_options(self.method)
         for option in self.adapter:
-            if option not in options:
+            if options is not None and option not in options:
                 raise ConfigurationError(
                     f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
                 )
