@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from furina import cli
 from furina.adapters import methods
 from furina.cli.commands import COMMANDS
+from furina.errors import ConfigurationError
+from furina.experiment.config import RunConfig
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -192,6 +194,34 @@ def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) 
         parsed = parse(COMMANDS["fit"].parser(words), words)
         assert (parsed.steps, parsed.adapter.rank, parsed.method) == (5, 8, "lora")
         assert parsed.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs"),
+    [
+        ([], 60, None),
+        (["--epochs", "2"], None, 2),
+        (["--steps", "7"], 7, None),
+        (["--steps", "null", "--epochs", "3"], None, 3),
+        (["--config", "epochs.yaml"], None, 4),
+    ],
+)
+def test_epochs_stand_in_place_of_steps(
+    words: list[str],
+    steps: int | None,
+    epochs: int | None,
+    furina: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(config: RunConfig, _: Path) -> None:
+        raise ConfigurationError(f"steps {config.steps}, epochs {config.epochs}")
+
+    monkeypatch.setattr("furina.experiment.fit.fit", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "epochs.yaml").write_text("epochs: 4\n")
+    result = furina("fit", "--backbone", "tiny-llama", *words)
+    assert fails_in_one_sentence(result, f"steps {steps}, epochs {epochs}")
 
 
 def test_dashes_and_underscores_in_option_names_are_alike() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import types
@@ -35,12 +36,9 @@ def method() -> Iterator[str]:
 
 
 def test_the_example_keeps_the_contract(method: str) -> None:
-    contract.test_the_parameter_count_is_the_closed_form_for_every_switch(method)
-    contract.test_a_method_says_what_it_is(method)
-    contract.test_every_start_is_the_base_layer_for_every_switch(method)
-    contract.test_every_slice_and_entry_gets_a_gradient_from_the_task_alone_for_every_switch(method)
-    contract.test_a_method_is_additive_in_its_input_exactly_when_it_says_that_it_merges(method)
-    contract.test_merged_equals_unmerged_to_1e_12_per_linear_for_every_switch(method)
+    for name, test in vars(contract).items():
+        if name.startswith("test_") and [*inspect.signature(test).parameters] == ["method"]:
+            test(method)
     model_contract.test_padding_changes_no_output_loss_or_gradient(method)
     model_contract.test_two_evaluations_are_identical_and_keep_nothing(method)
 

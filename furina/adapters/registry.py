@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from types import NoneType
@@ -9,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from furina.adapters.base import _REGISTRY, AdapterConfig, C
 from furina.errors import ConfigurationError, nearest, suggestion
+from furina.signatures import in_words
 
 _PEFT_NAMES = {
     "r": "rank",
@@ -56,5 +58,8 @@ def _typed(config: type[C], options: Mapping[str, Any]) -> C:
         parsed = parser.parse_object({"options": dict(options)})
     except ArgumentError as error:
         reason = " ".join(str(error).split())
+        if wrong := re.match(r'Parser key "options\.(\w+)"', reason):
+            hint, value = get_type_hints(config)[wrong[1]], options[wrong[1]]
+            reason = f"{wrong[1]} must be {in_words(hint)}, not {value!r}."
         raise ConfigurationError(f"Method {config.name}: {reason}") from error
     return config(**parsed.options.as_dict())

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Column, Table
 
-from furina.cli.shared import add_backbone, console, require_new
+from furina.cli.shared import (
+    add_backbone,
+    backbone_of,
+    console,
+    require_adapter,
+    require_backbone,
+    require_new,
+)
 from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -107,12 +114,14 @@ def assets(options: Namespace) -> None:
     """Fetch models and data into the cache, or list them."""
     from furina.assets import ASSETS, fetch, is_cached
 
+    for name in options.names:
+        is_cached(name, options.cache_dir)  # before anything is fetched: a name may be misspelt
     if not options.list:
         for name in options.names or [asset.name for asset in ASSETS.values() if asset.default]:
             print(f"{name}: {fetch(name, options.cache_dir)}")
         return
     table = Table(Column("name", no_wrap=True), "kind", "cached", "licence", "what it is")
-    for asset in ASSETS.values():
+    for asset in [ASSETS[name] for name in options.names or ASSETS]:
         cached = "yes" if is_cached(asset.name, options.cache_dir) else "no"
         kind = asset.kind if asset.default else f"{asset.kind}, optional"
         table.add_row(asset.name, kind, cached, asset.licence, asset.description)
@@ -154,17 +163,21 @@ def export(options: Namespace) -> None:
 
 
 def _export(options: Namespace, form: str) -> None:
-    from furina.checkpoint import load, read_adapter_config
-
-    read_adapter_config(options.adapter_dir)
+    require_adapter(options.adapter_dir)
     require_new(options.out_dir)
+    require_backbone(options.backbone)
+    backbone = backbone_of(options.backbone, options.adapter_dir)
     from furina.backbones import load_backbone, load_tokenizer
+    from furina.checkpoint import load
     from furina.export import export_merged, export_peft
+    from furina.processor import use_cores
 
-    model = load(options.adapter_dir, load_backbone(options.backbone, options.dtype))
+    use_cores()
+    model = load(options.adapter_dir, load_backbone(backbone, options.dtype))
     if form == "merged":
-        export_merged(model, options.out_dir, load_tokenizer(options.backbone))
-        print(f"{options.out_dir}: a plain Hugging Face folder")
+        export_merged(model, options.out_dir, load_tokenizer(backbone))
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(f"{options.out_dir}: a plain Hugging Face folder in {dtype}")
     else:
         rank = export_peft(model, options.out_dir)
         print(f"{options.out_dir}: one PEFT LoRA of rank {rank}")
@@ -191,34 +204,40 @@ def combine_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--power",
-        type=float,
-        default=2.0,
-        help="from: exponent of an update's Frobenius norm in its weight; 0 is linear",
+        type=float | None,
+        default=None,
+        help="from: exponent of an update's Frobenius norm in its weight, 2 if none; 0 is linear",
     )
     add_backbone(parser, writes=True)
 
 
 def combine(options: Namespace) -> None:
     """Write several adapters of one backbone as one LoRA adapter folder."""
-    from furina.checkpoint import read_adapter_config, save
-
     folders: list[Path] = options.adapter_dirs
     weights = options.weights or [1 / len(folders)] * len(folders)
     if len(weights) != len(folders):
         raise ConfigurationError(
             f"--weights needs {len(folders)} numbers, one for each adapter, not {len(weights)}."
         )
+    if options.power is not None and options.method != "from":
+        raise ConfigurationError("--power has no effect without --method from.")
     for folder in folders:
-        read_adapter_config(folder)
+        require_adapter(folder)
     require_new(options.out_dir)
+    require_backbone(options.backbone)
+    backbone = backbone_of(options.backbone, *folders)
     from furina.adapter_sets import AdapterSet
     from furina.backbones import load_backbone
+    from furina.checkpoint import save
+    from furina.processor import use_cores
 
-    adapters = AdapterSet(load_backbone(options.backbone, options.dtype))
+    use_cores()
+    adapters = AdapterSet(load_backbone(backbone, options.dtype))
     for folder in folders:
         adapters.load(str(folder), folder)
     chosen = dict(zip(adapters.names, weights, strict=True))
-    adapters.combine("combined", chosen, options.method, options.power)
+    power = {} if options.power is None else {"power": options.power}
+    adapters.combine("combined", chosen, options.method, **power)
     adapters.use("combined")
     save(adapters.model, options.out_dir)
     print(f"{options.out_dir}: one LoRA adapter out of {len(folders)}")

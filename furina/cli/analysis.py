@@ -9,9 +9,17 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from furina.cli.shared import add_backbone, add_data_source, console
+from furina.cli.shared import (
+    add_backbone,
+    add_data_source,
+    backbone_of,
+    console,
+    require_adapter,
+    require_backbone,
+)
 from furina.errors import ConfigurationError
 from furina.progress import part
+from furina.storage import require_writable
 
 
 def analyse_options(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -52,24 +60,26 @@ def analyse_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def analyse(options: Namespace) -> None:
     """Read the tasks, write the record and its maps, and print the numbers."""
-    from furina.analysis import TaskItems
-    from furina.analysis import analyse as look
-    from furina.backbones import backbone_hash, load_backbone, load_tokenizer
-    from furina.checkpoint import load, read_adapter_config
     from furina.data.protocols import get_protocol
     from furina.data.sources import load_items
     from furina.data.tasks import get_task
-    from furina.processor import best_device, resolve_dtype
-    from furina.records import Backbone
 
     _check(options)
-    options.dtype = resolve_dtype(options.dtype).dtype  # the record's command names it
-    read_adapter_config(options.adapter_dir)
     for task in options.task:
         get_protocol(options.protocol).require(get_task(task))
     tasks = {
         task: load_items(task, "test", options.source, options.data_dir) for task in options.task
     }
+    options.backbone = backbone_of(options.backbone, options.adapter_dir)
+    from furina.analysis import TaskItems
+    from furina.analysis import analyse as look
+    from furina.backbones import backbone_hash, load_backbone, load_tokenizer
+    from furina.checkpoint import load
+    from furina.processor import best_device, resolve_dtype, use_cores
+    from furina.records import Backbone
+
+    use_cores()
+    options.dtype = resolve_dtype(options.dtype).dtype  # the record's command names it
     model = load_backbone(options.backbone, options.dtype, device=best_device())
     backbone = Backbone(options.backbone, backbone_hash(model))
     load(options.adapter_dir, model)
@@ -97,6 +107,9 @@ def _check(options: Namespace) -> None:
             raise ConfigurationError(f"--{option}={options[name]} must be at least {least}.")
     if options.out.exists():
         raise ConfigurationError(f"{options.out} exists already: name a new file.")
+    require_writable(options.out.parent)
+    require_adapter(options.adapter_dir)
+    require_backbone(options.backbone)
 
 
 def _command(options: Namespace) -> str:

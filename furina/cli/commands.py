@@ -35,7 +35,6 @@ COMMANDS = {
             "furina fit --method furina --task arc_easy --steps 60 --adapter.rank 16",
             runs.fit_options,
             runs.fit,
-            computes=True,
         ),
         Command(
             "evaluate",
@@ -43,7 +42,6 @@ COMMANDS = {
             "furina evaluate --adapter-path runs/demo/adapter --task arc_easy",
             scoring.evaluate_options,
             scoring.evaluate,
-            computes=True,
         ),
         Command(
             "merge",
@@ -51,7 +49,6 @@ COMMANDS = {
             "furina merge runs/demo/adapter merged",
             adapters.merge_options,
             adapters.merge,
-            computes=True,
         ),
         Command(
             "export",
@@ -59,7 +56,6 @@ COMMANDS = {
             "furina export --format peft runs/demo/adapter lora",
             adapters.export_options,
             adapters.export,
-            computes=True,
         ),
         Command(
             "combine",
@@ -67,7 +63,6 @@ COMMANDS = {
             "furina combine runs/maths/adapter runs/science/adapter both --weights 0.5 0.5",
             adapters.combine_options,
             adapters.combine,
-            computes=True,
         ),
         Command(
             "latency",
@@ -75,7 +70,6 @@ COMMANDS = {
             "furina latency --adapter-path runs/demo/adapter --rounds 10",
             scoring.latency_options,
             scoring.latency,
-            computes=True,
         ),
         Command(
             "analyse",
@@ -83,7 +77,6 @@ COMMANDS = {
             "furina analyse runs/demo/adapter --task arc_easy openbookqa --out activity.json",
             analysis.analyse_options,
             analysis.analyse,
-            computes=True,
         ),
         Command(
             "report",
@@ -98,7 +91,6 @@ COMMANDS = {
             "furina run main --scale cpu --rows furina lora",
             runs.run_options,
             runs.run,
-            computes=True,
         ),
     )
 }

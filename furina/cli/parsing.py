@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from furina.cli.wording import HelpFormatter, metavar, sentence
 from furina.errors import ConfigurationError, nearest
+from furina.signatures import Option
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,6 @@ class Command:
     example: str
     options: Callable[[ArgumentParser, Sequence[str]], None]
     run: Callable[[Namespace], None]
-    computes: bool = False
-    """Whether it runs a model: it then takes the cores that it may use."""
 
     def parser(self, words: Sequence[str]) -> ArgumentParser:
         """Build the parser; `words` may decide which options there are (`--method`)."""
@@ -43,12 +42,7 @@ class Command:
 
     def call(self, words: Sequence[str]) -> None:
         """Parse `words` and run; raises ConfigurationError for an unknown or mistyped option."""
-        options = parse(self.parser(words), words)
-        if self.computes:
-            from furina.processor import use_cores
-
-            use_cores()
-        self.run(options)
+        self.run(parse(self.parser(words), words))
 
 
 def add_fields(
@@ -59,17 +53,28 @@ def add_fields(
     title: str = "fields of a config file",
 ) -> None:
     """Add one option per field of the dataclass `config`, with its docstring and default."""
-    group = parser.add_argument_group(title)
     hints, help_texts = get_type_hints(config), _field_docstrings(config)
-    for field in fields(config):
-        if field.name not in skip:
-            group.add_argument(
-                f"--{prefix}{field.name.replace('_', '-')}",
-                type=hints[field.name],
-                default=_default(field),
-                metavar=metavar(hints[field.name]),
-                help=help_texts[field.name],
-            )
+    options = {
+        field.name: Option(hints[field.name], _default(field), help_texts[field.name])
+        for field in fields(config)
+        if field.name not in skip
+    }
+    add_options(parser, options, prefix, title)
+
+
+def add_options(
+    parser: ArgumentParser, options: Mapping[str, Option], prefix: str, title: str
+) -> None:
+    """Add a group of options, each `--PREFIXNAME`."""
+    group = parser.add_argument_group(title)
+    for name, option in options.items():
+        group.add_argument(
+            f"--{prefix}{name.replace('_', '-')}",
+            type=option.hint,
+            default=option.default,
+            metavar=metavar(option.hint),
+            help=option.help.replace("%", "%%"),
+        )
 
 
 def _default(field: Field[Any]) -> Any:
@@ -83,7 +88,7 @@ def _field_docstrings(config: type) -> dict[str, str]:
     texts = {}
     for ancestor in reversed(config.__mro__[:-1]):
         for parameter in parse_from_object(ancestor).params:
-            texts[parameter.arg_name] = (parameter.description or "").replace("%", "%%")
+            texts[parameter.arg_name] = parameter.description or ""
     return texts
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from furina.cli.parsing import add_fields, option_values, read_yaml
-from furina.cli.shared import MAIN_SUITE, console, default_readme
+from furina.cli.parsing import add_fields, add_options, option_values, read_yaml
+from furina.cli.shared import MAIN_SUITE, console, own_readme, require_backbone
+from furina.data.sources import resolve_source
 from furina.errors import ConfigurationError, nearest
+from furina.signatures import method_names, method_options
 
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
@@ -51,7 +53,13 @@ def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         action="store_true",
         help="only print every trained parameter with its learning rate and weight decay",
     )
-    add_fields(parser, RunConfig, skip={"adapter", *SCORING})
+    parser.add_argument(
+        "--steps",
+        type=int | None,
+        default=None,
+        help=f"optimiser steps; {RunConfig.steps} if epochs is none too",
+    )
+    add_fields(parser, RunConfig, skip={"adapter", "steps", *SCORING})
     _add_method_options(parser, _method(words, RunConfig.method))
 
 
@@ -63,28 +71,44 @@ def _method(words: Sequence[str], default: str) -> str:
 
 
 def _add_method_options(parser: ArgumentParser, method: str) -> None:
-    from furina.adapters import methods
-
     if method == "base":
         return
-    if method not in methods():
-        known = nearest(method, [*methods(), "base"])
+    if method not in method_names():
+        known = nearest(method, [*method_names(), "base"])
         raise ConfigurationError(f"Unknown method {method!r}.{known}")
-    add_fields(parser, methods()[method], prefix="adapter.", title=f"options of method {method}")
+    prefix, title, options = "adapter.", f"options of method {method}", method_options(method)
+    if options is not None:
+        add_options(parser, options, prefix, title)
+        return
+    from furina.adapters import methods
+
+    add_fields(parser, methods()[method], prefix, title=title)
 
 
 def fit(options: Namespace) -> None:
     """Fine-tune, or go on where a killed run was, and say what came out."""
     from furina.experiment.config import RunConfig
-    from furina.experiment.fit import fit as train
+    from furina.storage import require_writable
 
     given = options.as_dict()
+    if given["steps"] is None and given["epochs"] is None:
+        given["steps"] = RunConfig.steps
     own = ("config", "run_dir", "show_groups")
     config = RunConfig(**{key: given[key] for key in given if key not in own})
+    config.check_tasks()
+    require_backbone(config.backbone)
+    run_dir = options.run_dir or Path("runs") / config.name
+    require_writable(run_dir)
+    resolve_source(config.source, config.data_dir)
+    config.adapter_config()
+    from furina.processor import use_cores
+
+    use_cores()
     if options.show_groups:
         _print_groups(config)
         return
-    run_dir = options.run_dir or Path("runs") / config.name
+    from furina.experiment.fit import fit as train
+
     training = train(config, run_dir).training
     print(f"loss {training.final_loss:.4f} after {training.steps} steps, {training.seconds:.0f} s")
     print(f"{training.trainable:,} of {training.total:,} parameters were trained")
@@ -106,7 +130,6 @@ def _print_groups(config: RunConfig) -> None:
     from furina.backbones import load_backbone
     from furina.inject import adapt, parameter_groups
 
-    config.adapter_config()
     model = load_backbone(config.backbone, config.dtype)
     adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
     rates = config.learning_rate, config.weight_decay, config.lora_plus_ratio
@@ -193,22 +216,30 @@ def run(options: Namespace) -> None:
 
     The runs that succeeded are reported even if others failed.
     """
+    from furina.experiment.devices import device
     from furina.records import RecordError
     from furina.runner import FailedRunsError, Places, read_suite, run_suite
     from furina.runner.jobs import run_jobs
     from furina.storage import require_writable
 
-    suite = read_suite(options.suite, options.scale).chosen(
-        options.rows, options.tasks, options.seeds, options.full
-    )
     places, slurm = Places(options.results, options.runs), _slurm(options)
     for folder in (places.results, places.runs):
         require_writable(folder)
+    if options.device and not options.dry_run:
+        raise ConfigurationError("--device has no effect without --dry-run.")
+    if options.device:
+        device(options.device)
+    suite = read_suite(
+        options.suite, options.scale, options.rows, options.tasks, options.seeds, options.full
+    )
+    for backbone in {run.backbone for run in suite.runs} if not options.dry_run else ():
+        require_backbone(backbone)
+    from furina.processor import use_cores
+
+    use_cores()
     if options.dry_run:
         _print_plan(suite, options, slurm)
         return
-    if options.device:
-        raise ConfigurationError("--device has no effect without --dry-run.")
     try:
         if options.jobs == 1 and slurm is None:
             run_suite(suite, places)
@@ -255,7 +286,7 @@ def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
 def _report(suite: Suite, results: Path, fill_readme: bool) -> None:
     from furina.reporting import print_tables, report
 
-    readme = default_readme() if fill_readme and suite.name == MAIN_SUITE else None
+    readme = own_readme(results) if fill_readme and suite.name == MAIN_SUITE else None
     made = report(results, suite=suite.name if readme else None, readme=readme)
     names = dict.fromkeys(run.suite for run in suite.runs)
     own = [table for table in made.tables if table.title.partition(": ")[0] in names]

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from furina.cli.shared import (
+    DEFAULT_BACKBONE,
     MAIN_SUITE,
     add_backbone,
     add_data_source,
+    backbone_of,
     console,
-    default_readme,
+    own_readme,
+    require_adapter,
+    require_backbone,
     require_new,
 )
 from furina.errors import ConfigurationError
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from furina.data.items import Item
+    from furina.data.protocols import Protocol
     from furina.evaluation.evaluation import Evaluation
     from furina.records import Spread, Variant
 
@@ -59,7 +64,9 @@ def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         default=None,
         help="score a fixed random subset of this size",
     )
-    parser.add_argument("--seed", type=int, default=0, help="which subset --size takes")
+    parser.add_argument(
+        "--seed", type=int | None, default=None, help="which subset --size takes; 0 if none"
+    )
     parser.add_argument(
         "--batch-size", type=PositiveInt, default=16, help="rows scored or generated at once"
     )
@@ -85,24 +92,24 @@ def evaluate_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def evaluate(options: Namespace) -> None:
     """Score every task and variant, print the table, write the outputs if asked to."""
-    from furina.backbones import load_backbone, load_tokenizer
-    from furina.checkpoint import load
-    from furina.data.protocols import get_protocol
+    from furina.data.protocols import GenerationProtocol, get_protocol
     from furina.data.tasks import get_task
-    from furina.evaluation.harness import evaluate as score
-    from furina.processor import best_device
-    from furina.storage import require_writable
 
     require_new(options.output)
-    if options.output is not None:
-        require_writable(options.output)
-    for task in options.task:
-        get_protocol(options.protocol).require(get_task(task))
+    protocol = get_protocol(options.protocol)
+    for name in options.task:
+        task = get_task(name)
+        protocol.require(task)
+        if isinstance(protocol, GenerationProtocol):
+            protocol.require_consent(task, options.execute_code)
+    _refuse_idle(options, protocol)
+    _require_model(options)
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
-    model = load_backbone(options.backbone, options.dtype, device=best_device())
-    if options.adapter_path is not None:
-        load(options.adapter_path, model)
-    tokenizer = load_tokenizer(options.backbone)
+    model, backbone = _model(options)
+    from furina.backbones import load_tokenizer
+    from furina.evaluation.harness import evaluate as score
+
+    tokenizer = load_tokenizer(backbone)
     settings = {key: options[key] for key in ("batch_size", "engine", "execute_code")}
     done = []
     for variant in _variants(model):
@@ -120,7 +127,48 @@ def _items(options: Namespace, task: str) -> list[Item]:
     from furina.data.splits import test_subset
 
     rows = load_items(task, options.split, options.source, options.data_dir)
-    return test_subset(rows, options.size, options.seed)[1]
+    return test_subset(rows, options.size, options.seed or 0)[1]
+
+
+def _refuse_idle(options: Namespace, protocol: Protocol) -> None:
+    """Refuse options that would change nothing."""
+    from furina.data.protocols import GenerationProtocol
+
+    generates = isinstance(protocol, GenerationProtocol)
+    if options.seed is not None and options.size is None:
+        raise ConfigurationError("--seed has no effect without --size: all items are scored.")
+    if options.engine != "shared" and generates:
+        raise ConfigurationError(
+            f"--engine has no effect with protocol {protocol.name}: the model writes its answers."
+        )
+    if options.execute_code and not getattr(protocol, "runs_code", False):
+        raise ConfigurationError(
+            f"--execute-code has no effect with protocol {protocol.name}: it runs no programs."
+        )
+
+
+def _require_model(options: Namespace) -> None:
+    """Refuse a backbone or an adapter folder that is not there."""
+    if options.adapter_path is None:
+        require_backbone(options.backbone or DEFAULT_BACKBONE)
+    else:
+        require_adapter(options.adapter_path)
+        require_backbone(options.backbone)
+
+
+def _model(options: Namespace) -> tuple[PreTrainedModel, str]:
+    """Load backbone and adapter, if one is named, onto the best device; return backbone's name."""
+    adapters = [] if options.adapter_path is None else [options.adapter_path]
+    backbone = backbone_of(options.backbone, *adapters)
+    from furina.backbones import load_backbone
+    from furina.checkpoint import load
+    from furina.processor import best_device, use_cores
+
+    use_cores()
+    model = load_backbone(backbone, options.dtype, device=best_device())
+    for folder in adapters:
+        load(folder, model)
+    return model, backbone
 
 
 def _variants(model: PreTrainedModel) -> Iterator[Variant]:
@@ -186,27 +234,25 @@ def latency_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         help="adapter folder, timed beside the base: unmerged and, where its method merges, merged",
     )
     add_backbone(parser)
-    for name, default, text in (
-        ("--prompt-tokens", 100, "tokens of the prompt"),
-        ("--new-tokens", 100, "tokens to generate; generation never stops early"),
-        ("--batch-size", 1, "rows of the prompt"),
-        ("--rounds", 20, "rounds; each times every variant once, in random order"),
-        ("--warmup", 2, "untimed rounds before"),
-        ("--seed", 0, "decides the prompts and the order"),
+    for name, kind, default, text in (
+        ("--prompt-tokens", PositiveInt, 100, "tokens of the prompt"),
+        ("--new-tokens", PositiveInt, 100, "tokens to generate; generation never stops early"),
+        ("--batch-size", PositiveInt, 1, "rows of the prompt"),
+        ("--rounds", PositiveInt, 20, "rounds; each times every variant once, in random order"),
+        ("--warmup", NonNegativeInt, 2, "untimed rounds before"),
+        ("--seed", int, 0, "decides the prompts and the order"),
     ):
-        parser.add_argument(name, type=int, default=default, help=text)
+        parser.add_argument(name, type=kind, default=default, help=text)
 
 
 def latency(options: Namespace) -> None:
     """Time the variants side by side and print medians, quartiles and ratios to the base."""
-    from furina.backbones import load_backbone
-    from furina.checkpoint import load
+    if options.new_tokens < 2:
+        raise ConfigurationError("--new-tokens 1 leaves no token after the first: time 2 or more.")
+    _require_model(options)
+    model, _ = _model(options)
     from furina.latency import measure_latency
-    from furina.processor import best_device
 
-    model = load_backbone(options.backbone, options.dtype, device=best_device())
-    if options.adapter_path is not None:
-        load(options.adapter_path, model)
     with part("timing"):
         results = measure_latency(
             model,
@@ -245,10 +291,14 @@ def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         "--readme",
         type=Path | None,
         default=None,
-        help="file whose marked block takes the main table; README.md, if there is one",
+        help="file whose marked block takes the main table; if none README.md, where it has such a "
+        "block and --results is the results/ beside it",
     )
     parser.add_argument(
-        "--suite", type=str, default=MAIN_SUITE, help="suite whose table that block takes"
+        "--suite",
+        type=str | None,
+        default=None,
+        help=f"suite whose table that block takes; {MAIN_SUITE} if none",
     )
     parser.add_argument(
         "--metric",
@@ -263,20 +313,32 @@ def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def report(options: Namespace) -> None:
     """Print the tables and write (or check) every generated file."""
+    if not options.results.is_dir():
+        raise ConfigurationError(
+            f"There is no folder {options.results}: name the one that `furina run` filled with "
+            "--results."
+        )
     from furina.reporting import print_tables
     from furina.reporting import report as make
 
+    readme = options.readme or own_readme(options.results)
+    if options.suite and readme is None:
+        raise ConfigurationError(
+            f"--suite {options.suite} has no effect: it chooses the table of a README, and none "
+            "takes one; name it with --readme."
+        )
     if options.check and options.metric:
         raise ConfigurationError(
             "--check compares what `furina report` writes by default: leave out --metric."
         )
     made = make(
         options.results,
-        suite=options.suite,
-        readme=options.readme or default_readme(),
+        suite=(options.suite or MAIN_SUITE) if readme else None,
+        readme=readme,
         metric=options.metric,
         check=options.check,
     )
     print_tables(made.tables, console())
     state = "are what the records give" if options.check else "are up to date"
-    print(f"{len(made.files)} generated files {state}")
+    with_readme = f", the table in {readme} among them" if readme else ""
+    print(f"{len(made.files)} generated files {state}{with_readme}")

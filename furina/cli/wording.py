@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from furina.errors import nearest
+from furina.signatures import WORDS, in_words
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
+_LIMITED = {
     PositiveInt: "a whole number of at least 1",
-    float: "a number",
-    str: "text",
-    Path: "a path",
-    type(None): "null",
+    NonNegativeInt: "a whole number of at least 0",
 }
 _METAVARS: dict[Any, str] = {bool: "{true,false}", int: "INT", float: "FLOAT", Path: "PATH"}
 _WRONG_VALUE = re.compile(
     r'Parser key "(?P<key>[^"]+)"[^:]*:.*?(?:Got|Given) value: (?P<value>.*)$'
+)
+_WRONG_NUMBER = re.compile(
+    r'Parser key "(?P<key>[^"]+)": Not of type \w+: '
+    r"(?:invalid literal for int\(\) with base 10: '(?P<text>.*)'$|(?P<number>.*) does not conform)"
 )
 
 
@@ -62,16 +62,17 @@ def metavar(hint: Any) -> str | None:
 def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
     """Return the parser's complaint as one sentence: option, value and what is allowed."""
     text = " ".join(str(error).split())
-    wrong = _WRONG_VALUE.match(text)
+    wrong = _WRONG_NUMBER.match(text) or _WRONG_VALUE.match(text)
     action = wrong and _action(parser, wrong["key"])
     if not wrong or action is None:
         return f"{parser.prog}: {text}" + ("" if text.endswith(".") else ".")
-    hint, value = getattr(action, "_typehint", str), wrong["value"]
+    hint = getattr(action, "_typehint", str)
+    value = next(value for name, value in wrong.groupdict().items() if name != "key" and value)
     option = action.option_strings[0] if action.option_strings else action.dest
     kind = _without_none(hint)
     if get_origin(kind) is Literal:
         return f"{option} cannot be {value!r}.{nearest(value, map(str, get_args(kind)))}"
-    return f"{option} must be {_in_words(hint)}, not {value!r}."
+    return f"{option} must be {in_words(hint, {**WORDS, **_LIMITED})}, not {value!r}."
 
 
 def _action(parser: ArgumentParser, key: str) -> argparse.Action | None:
@@ -85,11 +86,3 @@ def _is_union(hint: Any) -> bool:
 def _without_none(hint: Any) -> Any:
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else []
     return kinds[0] if len(kinds) == 1 else hint
-
-
-def _in_words(hint: Any) -> str:
-    if _is_union(hint):
-        return " or ".join(map(_in_words, get_args(hint)))
-    if get_origin(hint) in (list, tuple, Sequence):
-        return "a list such as [a, b]"
-    return _WORDS.get(hint, str(hint))

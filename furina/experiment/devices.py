@@ -8,13 +8,14 @@ for models of some billion parameters without fused kernels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from furina.errors import ConfigurationError, nearest
-from furina.experiment import speed
 from furina.experiment.config import RunConfig
-from furina.experiment.speed import Speed
-from furina.processor import AUTO, cores
 from furina.records.environment import memory_bytes
+
+if TYPE_CHECKING:
+    from furina.experiment.speed import Speed
 
 CPU = "cpu"
 UTILISATION = 0.4
@@ -42,17 +43,21 @@ class Device:
         """Return the run with the dtype that "auto" stands for there: the GPUs are native."""
         if self.name == CPU:
             return config.resolved(CPU)
-        return config.updated({"dtype": "bfloat16"}) if config.dtype == AUTO else config
+        return config.updated({"dtype": "bfloat16"}) if config.dtype == "auto" else config
 
-    def speed(self, config: RunConfig, tokens: float = speed.TOKENS) -> Speed:
+    def speed(self, config: RunConfig, tokens: float | None = None) -> Speed:
         """Return the FLOP/s that a run reaches with micro-batches of so many tokens."""
+        from furina.experiment import speed
+
         if self.peak is None:
-            return speed.of_run(config, tokens)
+            return speed.of_run(config, tokens or speed.TOKENS)
         reached = UTILISATION * self.peak
-        return Speed(reached, reached, reached)
+        return speed.Speed(reached, reached, reached)
 
     def reading(self, config: RunConfig) -> float:
         """Return the bytes/s at which a run reads, which bounds writing token by token."""
+        from furina.experiment import speed
+
         if self.bandwidth is None:
             return speed.bandwidth(config.dtype)
         return UTILISATION * self.bandwidth
@@ -77,6 +82,8 @@ def device(name: str) -> Device:
     Raises ConfigurationError for an unknown name, with the nearest right one.
     """
     if name == CPU:
+        from furina.processor import cores
+
         return Device(CPU, f"{cores()} CPU cores", memory_bytes())
     if name not in GPUS:
         known = nearest(name, [*GPUS, CPU])

@@ -12,6 +12,8 @@ from furina.experiment.planning import Plan, micro_rows, plan
 from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
 
 MILLION, GIGA, PETA = 1e6, 1e9, 1e15
+LEAST = 0.001
+"""Below which a number is only said to be so."""
 MICRO_BATCHES = (16, 8, 4, 2, 1)
 """Sizes that are tried where a run does not fit."""
 UNTRAINED = "the untouched backbone trains nothing"
@@ -97,7 +99,8 @@ def _sum(group: Sequence[Plan], values: Sequence[float], unit: float) -> Cell:
         return missing(UNTRAINED)
     notes = tuple(dict.fromkeys(note for each in group for note in each.notes))
     bound = "" if all(each.counted_by for each in group) else "≤ "
-    return Cell(f"{bound}{_number(sum(values) / unit)}", {"": sum(values)}, notes)
+    text = _number(sum(values) / unit)
+    return Cell(bound + text.removeprefix("< ") if bound else text, {"": sum(values)}, notes)
 
 
 def _gigabytes(size: int) -> Cell:
@@ -113,7 +116,9 @@ def _short(largest: Plan) -> Cell:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.{decimals(value)}f}"
+    if 0 < value < LEAST:
+        return f"< {LEAST}"
+    return f"{value:.2g}" if 0 < value < 0.1 else f"{value:,.{decimals(value)}f}"
 
 
 def _speed(target: Device, configs: Sequence[RunConfig]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from furina.errors import FurinaError, nearest
+from furina.signatures import in_words
 from furina.storage import write_text
 
 T = TypeVar("T")
@@ -145,5 +146,4 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if kind in (str, int, float, bool) and type(value) is kind:
         return value
-    name = getattr(kind, "__name__", str(kind))
-    raise RecordError(f"{where} must be {name}, not {type(value).__name__} ({value!r}).")
+    raise RecordError(f"{where} must be {in_words(kind)}, not {value!r}.")

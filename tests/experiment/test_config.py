@@ -35,11 +35,11 @@ from furina.processor import Precision
         ("max_length", 0, "at least 1"),
         ("row", "../../x", "leave out slashes and a leading dot"),
         ("suite", ".hidden", "leave out slashes and a leading dot"),
-        ("learning_rate", "5e-4", "must be float, not str"),  # what YAML makes of 5e-4
+        ("learning_rate", "5e-4", "must be a number, not '5e-4'"),  # what YAML makes of 5e-4
         ("learning_rate", float("nan"), "finite"),
-        ("steps", 1.5, "must be int"),
-        ("gradient_checkpointing", "no", "must be bool"),
-        ("targets", "q_proj", "must be tuple"),
+        ("steps", 1.5, "must be a whole number"),
+        ("gradient_checkpointing", "no", "must be true or false"),
+        ("targets", "q_proj", "must be a list"),
         ("protocol", "txt", "Did you mean 'text'?"),
         ("protocol", "lm_eval", "only evaluates"),
         ("task", "arc_esay", "Did you mean 'arc_easy'?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_a_dry_run_lists_the_runs_and_what_they_come_to_and_leaves_nothing(
     assert "own: lora on arc_easy, seed 0, tiny-llama" in said
     assert "Plan of 2 cells" in said and "memory" in said and "hours" in said
     assert "#SBATCH" not in said
+    assert "< 0.001" in said and not re.search(r"\de-\d", said)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import yaml
 
 from furina.errors import ConfigurationError
-from furina.runner import read_suite
+from furina.runner import read_suite, reading
 from furina.runner.reading import _VARIED
+from furina.runner.suites import SHIPPED
 from tests.records.fakes import search_record, selection_record
 from tests.runner.helpers import SEARCH, lora, values, write_suite
 
@@ -75,7 +77,7 @@ def test_what_a_file_says_wins_over_the_sweep_of_defaults_and_leaves_no_duplicat
         ({}, lora(sweep={"adapter.rnk": [3]}), "a", "'rnk'. Did you mean 'rank'"),
         ({}, {"method": "lorra"}, "a", "'lorra'. Did you mean 'lora'"),
         ({}, lora(task="arc_esy"), "a", "'arc_esy'. Did you mean 'arc_easy'"),
-        ({}, lora(learning_rate="5e-4"), "a", "learning_rate must be float"),
+        ({}, lora(learning_rate="5e-4"), "a", "learning_rate must be a number"),
         ({}, lora(steps=0), "a", "steps=0 must be at least 1"),
         ({}, lora(learning_rate="1e-3"), "a", "write 1.0e-3"),
         ({}, lora(row="a/b"), "a", "leave out slashes"),
@@ -326,3 +328,69 @@ def test_a_suite_is_found_by_its_name_in_experiments(
     assert suite.command(suite.runs[0]) == "furina run own --rows a"
     with pytest.raises(ConfigurationError, match=r"no suite owm.*Did you mean 'own'"):
         read_suite("owm")
+
+
+# Elsewhere
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy a shipped suite alone to a folder without experiments/."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(SHIPPED / "forgetting", tmp_path / "mine"))
+
+
+def test_a_copied_suite_finds_beside_the_shipped_ones_what_it_names(copied: Path) -> None:
+    mine, shipped = read_suite(copied, "cpu"), read_suite(SHIPPED / "forgetting", "cpu")
+    assert [run.cell for run in mine.runs] == [run.cell for run in shipped.runs]
+    assert {run.suite for run in mine.runs} == {"mine-cpu"}
+
+
+def test_what_stands_beside_a_copied_suite_wins_over_what_is_shipped(copied: Path) -> None:
+    (copied.parent / "scales.yaml").write_text("cpu: {steps: 3}\n")
+    write_suite(copied.parent / "main", {}, lora=lora(adapter={"rank": 5}), base={"method": "base"})
+    (run, *_) = read_suite(copied, "cpu", ["lora"]).runs
+    assert run.adapter == {"rank": 5}
+
+
+def test_rows_that_are_not_asked_for_need_not_be_right(tmp_path: Path) -> None:
+    wrong = {"like": "gone/away"}
+    folder = write_suite(tmp_path / "s", {}, a=lora(), b=wrong, c=lora(adapter={"rnk": 3}))
+    (folder / "d.yaml").write_text("method: [")
+    assert read_suite(folder, rows=["a"]).rows == ["a"]
+    for row, said in (("b", "must name another row"), ("c", "'rnk'"), ("d", "is not YAML")):
+        with pytest.raises(ConfigurationError, match=said):
+            read_suite(folder, rows=["a", row])
+    with pytest.raises(ConfigurationError, match="must name another row"):
+        read_suite(folder)
+
+
+def test_a_row_is_asked_for_by_what_its_file_calls_it(tmp_path: Path) -> None:
+    sweep = [{"row": "r2", "adapter.rank": 2}, {"row": "r4", "adapter.rank": 4}]
+    folder = write_suite(tmp_path / "s", {}, ranks=lora(sweep=sweep), x=lora(row="y"), z=lora())
+    assert read_suite(folder, rows=["r4"]).rows == ["r4"]
+    assert read_suite(folder, rows=["y", "z"]).rows == ["y", "z"]
+    with pytest.raises(ConfigurationError, match=r"no runs of row 'x'.*Known: all, r2, r4, y, z"):
+        read_suite(folder, rows=["x"])
+
+
+def test_the_shipped_suites_are_known_outside_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = read_suite("quickstart")
+    assert suite.name == "quickstart"
+    assert suite.command(suite.runs[0]).startswith("furina run quickstart ")
+    with pytest.raises(ConfigurationError, match="Did you mean 'quickstart'"):
+        read_suite("quikstart")
+
+
+def test_where_no_suites_are_shipped_a_name_is_answered_with_where_they_lie(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "SHIPPED", copied.parent / "site-packages" / "experiments")
+    for path in ("main", copied):
+        with pytest.raises(ConfigurationError) as caught:
+            read_suite(path, "cpu")
+        assert "lie in experiments/ of a checkout of furina" in str(caught.value)
+        assert "(none)" not in str(caught.value)

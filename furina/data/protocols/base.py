@@ -99,6 +99,14 @@ class GenerationProtocol(Protocol):
 
     runs_code: ClassVar[bool] = False
 
+    def require_consent(self, task: Task, execute_code: bool) -> None:
+        """Raise ConfigurationError if judging runs programs and nobody has said that it may."""
+        if self.runs_code and not execute_code:
+            raise ConfigurationError(
+                f"Scoring {task.name} runs programs that the model writes: say --execute-code, on "
+                "a machine where that may do no harm."
+            )
+
     @abstractmethod
     def decoding(self, task: Task) -> Decoding:
         """Return how an answer is generated."""
