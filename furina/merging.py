@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from furina.adapters import AdapterLinear
 from furina.errors import ConfigurationError, NotMergeableError
+from furina.fingerprint import backbone_entry
 from furina.inject import AdaptedState, require_way_back, state_of
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,6 +59,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
         _take_out(model, state)
         raise
     if not keep_base:
+        state.backbone = backbone_entry(model)  # `furina.save` needs it, and W is gone from now on
         for layer in state.layers.values():
             layer.give_up_base()
     return report
