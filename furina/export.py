@@ -115,6 +115,7 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
     NotMergeableError if the method has no fixed update, or one that peft cannot hold.
     """
     state = state_of(model)
+    require_unchanged(model)
     mergeable = state.config.mergeability()
     if not mergeable.ok:
         raise NotMergeableError(f"Method {state.config.name} is no LoRA: {mergeable.reason}.")

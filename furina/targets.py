@@ -187,6 +187,12 @@ class _Survey:
                 f"The weight of {name} is a {type(weight).__name__}, not a plain parameter: adapt "
                 "the model before it is quantised or sharded."
             )
+        if weight.shape != (linear.out_features, linear.in_features):
+            return (
+                f"The weight of {name} has shape {tuple(weight.shape)}, and its linear takes "
+                f"{linear.in_features} features to {linear.out_features}: adapt the model before "
+                "it is sharded, or correct the linear."
+            )
         if weight.dtype not in _DTYPES:
             return (
                 f"The weight of {name} is {weight.dtype}, in which no update can be added: load "
