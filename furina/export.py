@@ -120,6 +120,7 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
     one that peft cannot hold, and ConfigurationError if peft cannot hold what else was trained.
     """
     state = state_of(model)
+    require_unchanged(model)
     mergeable = state.config.mergeability()
     if not mergeable.ok:
         raise NotMergeableError(f"Method {state.config.name} is no LoRA: {mergeable.reason}.")

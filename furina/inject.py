@@ -111,6 +111,7 @@ def detach(model: nn.Module) -> AdaptedState:
     """Do what `remove` does, and return what `reattach` needs to put the adapter in again."""
     state = state_of(model)
     require_way_back(state)
+    require_in_place(model)
     for name, layer in state.layers.items():
         if layer.merged:
             layer.unmerge()
@@ -296,6 +297,21 @@ def require_way_back(state: AdaptedState) -> None:
             "The adapter was merged with keep_base=False, so W is gone: go on with the merged "
             "model, which furina.adapt adapts anew, or load the backbone again."
         )
+
+
+def require_in_place(model: nn.Module) -> None:
+    """Raise ConfigurationError if `model` has lost a layer of the adapter or its linear."""
+    state = state_of(model)
+    for name, layer in state.layers.items():
+        try:
+            found: nn.Module | None = model.get_submodule(name)
+        except AttributeError:
+            found = None
+        if found is not layer and found is not layer.base:
+            raise ConfigurationError(
+                f"{name} was replaced or taken away after the {state.config.name} adapter was "
+                "made: put it back, or load the backbone and the adapter again."
+            )
 
 
 def _has_adapter(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from furina.adapters import AdapterLinear
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.fingerprint import backbone_entry
-from furina.inject import AdaptedState, require_way_back, state_of
+from furina.inject import AdaptedState, require_in_place, require_way_back, state_of
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,9 +36,9 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     `load_state_dict` refuses other weights for the merged linears.
 
     Raises NotMergeableError with the reason for a method without a fixed update, and
-    ConfigurationError if merged already, if a merged weight is not finite, or if a linear does not
-    compute its merged weight, as with a hook that changes its output. After these, as after any
-    interruption, nothing is changed.
+    ConfigurationError if merged already, if a merged weight is not finite, if a linear is gone, or
+    if one does not compute its merged weight, as with a hook that changes its output. After these,
+    as after any interruption, nothing is changed.
     """
     state = state_of(model)
     mergeable = state.config.mergeability()
@@ -47,6 +47,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
     if is_merged(model):
         require_way_back(state)
         raise ConfigurationError("The adapter is merged already: call furina.unmerge first.")
+    require_in_place(model)
     report = _check(state)
     try:
         for name, layer in state.layers.items():
@@ -75,6 +76,7 @@ def unmerge(model: nn.Module) -> None:
     if not is_merged(model):
         raise ConfigurationError("The adapter is not merged: there is nothing to undo.")
     require_way_back(state)
+    require_in_place(model)
     merged = [layer for layer in state.layers.values() if layer.merged]
     changed = [layer.name for layer in merged if _base_changed(state, layer)]
     if changed:

@@ -12,7 +12,7 @@ import fnmatch
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from types import CodeType
@@ -88,7 +88,8 @@ class _Survey:
         self._module_uses = Counter(map(id, self.modules.values()))
         parameters = model.named_parameters(remove_duplicate=False)
         self._weight_uses = Counter(_memory(parameter) for _, parameter in parameters)
-        self._reads = cache(_read_past_the_forward)  # its own: a class may be patched meanwhile
+        # A cache of its own: a class may be patched between two calls of `adapt`.
+        self._reads: Callable[[Any], frozenset[str]] = cache(_read_past_the_forward)
         self._is_dispatched = any(hasattr(module, "_hf_hook") for module in self.modules.values())
 
     def patterns(self, targets: Sequence[str] | None) -> tuple[str, ...]:
@@ -186,6 +187,12 @@ class _Survey:
             return (
                 f"The weight of {name} is a {type(weight).__name__}, not a plain parameter: adapt "
                 "the model before it is quantised or sharded."
+            )
+        if weight.shape != (linear.out_features, linear.in_features):
+            return (
+                f"The weight of {name} has shape {tuple(weight.shape)}, and its linear takes "
+                f"{linear.in_features} features to {linear.out_features}: adapt the model before "
+                "it is sharded, or correct the linear."
             )
         if weight.dtype not in _DTYPES:
             return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,26 @@ def test_a_backbone_made_in_inference_mode_is_merged_there_and_refused_elsewhere
     with torch.inference_mode():
         furina.merge(model)
         torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def shortened(model) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def replaced(model) -> None:
+    model.model.layers[1].mlp.up_proj = nn.Linear(24, 40, bias=False)
+
+
+@pytest.mark.parametrize("change", [shortened, replaced])
+@pytest.mark.parametrize("call", [furina.merge, furina.remove, furina.unmerge])
+def test_a_linear_that_is_no_longer_in_the_model_is_named_and_nothing_changes(call, change) -> None:
+    model = adapted()
+    if call is furina.unmerge:
+        furina.merge(model)
+    change(model)
+    before, merged = fingerprint(model), furina.is_merged(model)
+    refused(partial(call, model), r"layers.1\..* was replaced or taken away")
+    assert fingerprint(model) == before and furina.is_merged(model) == merged
 
 
 def test_merging_draws_no_random_numbers() -> None:
@@ -243,6 +264,7 @@ def test_an_adapter_that_changed_after_the_merge_is_not_exported(method, change,
     change(parameter)
     words = "layers.1.mlp.up_proj was changed after the merge.*call furina.unmerge first"
     refused(lambda: furina.export_merged(model, tmp_path / "x"), words)
+    refused(lambda: furina.export_peft(model, tmp_path / "x"), words)
     assert not list(tmp_path.iterdir())
     furina.unmerge(model)
     now = logits(model.eval())

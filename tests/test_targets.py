@@ -69,6 +69,10 @@ DISGUISES: dict[str, tuple[Callable[[nn.Linear], Any], str]] = {
     "parametrised": (nn.utils.parametrizations.weight_norm, "ParametrizedLinear"),
     "patched": (patched, "forward of first was replaced"),
     "another kind": (lambda m: setattr(m, "weight", Sub(m.weight.detach())), "first is a Sub"),
+    "emptied": (
+        lambda m: setattr(m.weight, "data", torch.empty(0)),  # as ZeRO-3 leaves it
+        "first has shape (0,)",
+    ),
     "integers": (recast(torch.int8), "first is torch.int8"),
     "eight bits": (recast(torch.float8_e4m3fn), "first is torch.float8_e4m3fn"),
 }
