@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from furina.adapters import AdapterConfig
+from furina.beside import also_trained
 from furina.checkpoint import load, read_adapter_config
 from furina.combination import Combination, combined_factors, lora_of
 from furina.errors import ConfigurationError, nearest
@@ -86,8 +87,7 @@ class AdapterSet:
         Raises ConfigurationError if the name is taken or other weights were trained beside the
         adapter, AdapterFileError as `furina.load` does; the set is then unchanged.
         """
-        others = read_adapter_config(folder)["also_trained"]
-        if others:
+        if others := read_adapter_config(folder)["also_trained"]:
             raise ConfigurationError(
                 f"The adapter in {folder} was trained together with {others[0]}, which the others "
                 "of a set would share: load it alone with furina.load."
@@ -146,6 +146,7 @@ class AdapterSet:
         if name is not None and name == current:
             return
         if current is not None:
+            self._refuse_others()
             tracker = detach(self.model).tracker
             tracker.active = tracker.last = None  # the last forward's graph would be kept alive
         if state is not None:
@@ -176,12 +177,21 @@ class AdapterSet:
             build()
             self._states[name] = detach(self.model)
 
+    def _refuse_others(self) -> None:
+        """Refuse to take out an adapter that other weights belong to: those would stay."""
+        if others := also_trained(self.model):
+            raise ConfigurationError(
+                f"{next(iter(others))} is trained beside the adapter in use, and the others of the "
+                "set would share it: freeze it, or keep to this adapter without a set."
+            )
+
     @contextmanager
     def _bare(self) -> Iterator[None]:
         """Take the adapter in use out for a while; merged weights come back bit for bit."""
         current = self.active
         merged = current is not None and is_merged(self.model)
         if current is not None:
+            self._refuse_others()
             detach(self.model)
         try:
             yield

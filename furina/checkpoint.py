@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from furina.adapters import AdapterConfig, configure
-from furina.adapters.sharding import write
+from furina.beside import also_trained, borrow
 from furina.errors import AdapterFileError, ConfigurationError
 from furina.fingerprint import SAMPLES, backbone_entry, backbone_weights, difference
 from furina.inject import (
-    AdaptedState,
     ModelT,
     adapt,
     adapter_state_dict,
@@ -58,21 +57,6 @@ _FINGERPRINT = "backbone_weights"
 """The fingerprint's key in the tensor file's metadata."""
 
 
-class _Borrowed(NamedTuple):
-    """A weight that came with the adapter, and the backbone's own, which `remove` puts back."""
-
-    name: str
-    weight: Tensor
-    own: Tensor
-    state: AdaptedState
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Put the backbone's own values back, unless a merge has given up the backbone."""
-        if all(layer.has_pristine_weight for layer in self.state.layers.values()):
-            write(self.weight, self.own)
-
-
 def save(model: nn.Module, path: str | Path) -> None:
     """Write the adapter of `model`, merged or not, to the folder `path`, whole or not at all.
 
@@ -105,24 +89,6 @@ def save(model: nn.Module, path: str | Path) -> None:
         save_file(tensors, folder / TENSOR_FILE, metadata=metadata)
         config["tensors_sha256"] = sha256_file(folder / TENSOR_FILE)
         write_json(folder / CONFIG_FILE, {**config, "sha256": config_checksum(config)})
-
-
-def also_trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return what an adapter's folder holds beside it: other trainable weights, and loaded ones.
-
-    Raises ConfigurationError if the weight of an adapted linear is among them.
-    """
-    state = state_of(model)
-    borrowed = {handle.name for handle in state.handles if isinstance(handle, _Borrowed)}
-    weights = backbone_weights(model)
-    others = {n: weight for n, weight in weights.items() if weight.requires_grad or n in borrowed}
-    for name in state.layers:
-        if f"{name}.weight" in others:
-            raise ConfigurationError(
-                f"{name} has an adapter and a trainable weight: freeze the weight, or leave the "
-                "linear out of the targets."
-            )
-    return others
 
 
 @overload
@@ -171,20 +137,8 @@ def _load(model: ModelT, path: Path, check_backbone: bool) -> ModelT:
     except ConfigurationError as error:
         remove(model)
         raise AdapterFileError(f"The adapter in {path} does not fit this model: {error}") from error
-    _borrow(model, others)
+    borrow(model, others)
     return model
-
-
-@torch.no_grad()
-def _borrow(model: nn.Module, others: Mapping[str, Tensor]) -> None:
-    """Put weights that were trained beside the adapter into the model, trainable as they were."""
-    own, state = backbone_weights(model), state_of(model)
-    for name, value in others.items():
-        weight = own[name]
-        before = weight.detach().to("meta" if weight.is_meta else "cpu", copy=True)
-        state.handles.append(_Borrowed(name, weight, before, state))
-        write(weight, value)
-        weight.requires_grad_(True)
 
 
 def read_adapter_config(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from furina.adapters import AdapterConfig
 from furina.adapters.routing import RoutedConfig
+from furina.beside import also_trained, borrow
 from furina.errors import ConfigurationError
 from furina.inject import adapt, adapter_state_dict, load_adapter_state_dict, remove, state_of
 from furina.merging import is_merged
@@ -35,6 +36,8 @@ def without_router(model: ModelT) -> ModelT:
     if is_merged(model):
         raise ConfigurationError("The adapter is merged: call furina.unmerge first.")
     tensors = adapter_state_dict(model)
+    others = {name: weight.detach().clone() for name, weight in also_trained(model).items()}
     adapt(remove(model), config.without_router(), targets=state.targets, seed=0)
     load_adapter_state_dict(model, {name: tensors[name] for name in adapter_state_dict(model)})
+    borrow(model, others)
     return model

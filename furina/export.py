@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from furina.checkpoint import also_trained
+from furina.beside import also_trained
 from furina.errors import ConfigurationError, NotMergeableError
 from furina.fingerprint import published_name
 from furina.inject import state_of

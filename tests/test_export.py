@@ -336,3 +336,14 @@ def test_a_weight_that_overflows_the_written_dtype_is_one_sentence(
     with pytest.raises(ConfigurationError, match=r"model\.norm\.weight .* overflow torch.float16"):
         furina.export_merged(wide_model, tmp_path / "merged", dtype=torch.float16)
     assert not (tmp_path / "merged").exists() and not furina.is_merged(wide_model)
+
+
+def test_peft_is_told_the_backbones_name_on_the_hub_and_else_its_folder(tmp_path: Path) -> None:
+    model = adapted("llama", "lora")
+    cached = tmp_path / "hub" / "models--org--name" / "snapshots" / "0a1b"
+    cached.mkdir(parents=True)
+    for number, (origin, name) in enumerate(((cached, "org/name"), ("org/name", "org/name"))):
+        model.config._name_or_path = str(origin)
+        furina.export_peft(model, tmp_path / str(number))
+        written = json.loads((tmp_path / str(number) / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.checkpoint import TENSOR_FILE, read_adapter_config
+from furina.control import without_router
 from furina.errors import AdapterFileError, ConfigurationError
 from furina.inject import state_of
 from tests.helpers import BACKBONES, fingerprint, perturb, raw, small, task_loss, tokens
@@ -142,6 +143,37 @@ def test_an_adapter_set_has_no_place_for_a_trained_head(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"trained together with lm_head\.weight"):
         furina.AdapterSet(model).load("a", tmp_path / "a")
     assert fingerprint(model) == before
+
+
+def test_an_adapter_set_does_not_pass_a_trained_head_on(tmp_path: Path) -> None:
+    furina.save(train(BACKBONES["llama"](), "lm_head.weight"), tmp_path / "a")
+    for model in (
+        train(BACKBONES["llama"](), "lm_head.weight"),
+        furina.load(BACKBONES["llama"](), tmp_path / "a"),
+    ):
+        adapters, expected = furina.AdapterSet(model, "one"), logits(model)
+        for call in (
+            lambda adapters=adapters: adapters.add("two", "lora"),
+            lambda adapters=adapters: adapters.use(None),
+            lambda adapters=adapters: adapters.drop("one"),
+        ):
+            with pytest.raises(ConfigurationError, match=r"lm_head\.weight is trained beside"):
+                call()
+        assert adapters.names == ("one",) and torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_trained_head_stays_when_the_router_is_removed(loaded: bool, tmp_path: Path) -> None:
+    model = train(BACKBONES["llama"](), "lm_head.weight", method="mixlora")
+    if loaded:
+        furina.save(model, tmp_path / "a")
+        model = furina.load(BACKBONES["llama"](), tmp_path / "a")
+    head = model.lm_head.weight.detach().clone()
+    without_router(model)
+    assert torch.equal(model.lm_head.weight, head)
+    furina.save(model, tmp_path / "b")
+    twin = furina.load(BACKBONES["llama"](), tmp_path / "b")
+    assert torch.equal(logits(twin), logits(model))
 
 
 @pytest.mark.parametrize(("backbone", "names", "saved"), CASES)
