@@ -26,6 +26,7 @@ from furina.evaluation.independence import (
     forget_lengths,
     original_length,
     reads_padding,
+    vocabulary,
 )
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
 from furina.logits import logits_at
@@ -99,7 +100,7 @@ class Scorer:
         check_causal(model)
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
         embedding: Any = model.get_input_embeddings()
-        self.vocabulary, width = embedding.num_embeddings, embedding.embedding_dim
+        self.vocabulary, width = vocabulary(model), embedding.embedding_dim
         self.budget = budget_of(model.device)
         self.window = _window(model)
         longest = min(LONGEST_ROW, max_length, self.window or LONGEST_ROW)
@@ -275,6 +276,8 @@ def fitted_lm() -> type[Any]:
     class FittedLM(huggingface.HFLM):  # type: ignore[misc]
         """HFLM, with what its tokenizer adds known, and every token known to the model."""
 
+        batch_size_per_gpu: int
+
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             self.encoder = Encoder(self.tokenizer)
@@ -297,14 +300,13 @@ def fitted_lm() -> type[Any]:
                     context = whole[: -len(continuation)]
                 fitted.append((text, context, continuation))
             ids = (side for _, *sides in fitted for side in sides)
-            embeddings = len(self.model.get_input_embeddings().weight)
-            check_vocabulary(self.tokenizer, ids, embeddings)
+            check_vocabulary(self.tokenizer, ids, vocabulary(self.model))
             return fitted
 
         def generate_until(self, *args: Any, **options: Any) -> list[str]:
             own, pad = self.batch_size_per_gpu, self.tokenizer.pad_token_id
-            apart = original_length(self.model) is not None
-            if own != 1 and (apart or reads_padding(self.model, pad)):
+            is_apart = original_length(self.model) is not None
+            if own != 1 and (is_apart or reads_padding(self.model, pad)):
                 self.batch_size_per_gpu = 1
                 warnings.warn(
                     f"{type(self.model).__name__} would let prompts of a batch change each other's "

@@ -19,6 +19,7 @@ from furina.evaluation.independence import (
     forget_lengths,
     original_length,
     reads_padding,
+    vocabulary,
 )
 from furina.logits import contiguous_lm_head_input
 from furina.mode import evaluation_mode
@@ -79,7 +80,7 @@ def generate(
     if not all(whole):
         raise ConfigurationError("A prompt is empty: there is nothing to continue.")
     encoded = [encoder.cut(ids, room) for ids in whole]
-    check_vocabulary(tokenizer, [(pad_id,), *encoded], len(model.get_input_embeddings().weight))
+    check_vocabulary(tokenizer, [(pad_id,), *encoded], vocabulary(model))
     truncated = sum(len(ids) > len(cut) for ids, cut in zip(whole, encoded, strict=True))
     if truncated:
         warnings.warn(

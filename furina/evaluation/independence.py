@@ -126,5 +126,11 @@ def forget_lengths(model: PreTrainedModel) -> None:
 
 def _drawn(model: PreTrainedModel, rows: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = len(model.get_input_embeddings().weight)
-    return torch.randint(vocabulary, (rows, length), generator=generator).to(model.device)
+    size = vocabulary(model)
+    return torch.randint(size, (rows, length), generator=generator).to(model.device)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many tokens the model can read."""
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)

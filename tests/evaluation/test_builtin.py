@@ -10,6 +10,7 @@ import pytest
 
 from furina.errors import ConfigurationError, DataError
 from furina.evaluation.builtin import builtin, score_builtin
+from furina.evaluation.independence import check_causal
 
 ROWS = [
     {
@@ -54,6 +55,7 @@ def test_a_tag_is_all_of_its_tasks(hub, model, tokenizer):
 
 
 def test_examples_are_put_before_the_question(hub, model, tokenizer):
+    check_causal(model)
     longest: list[int] = []
     model.register_forward_pre_hook(lambda _, args: longest.append(args[0].shape[1]))
     builtin(model, tokenizer, ["arc_easy"], limit=2, engine="lm_eval")
