@@ -133,8 +133,9 @@ class FinetuneModule(pl.LightningModule):
             shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier checkpoint; silence Lightning's word that one hook hides another."""
-        self._resumed = {}
+        """Forget an earlier fit; silence Lightning's word that one hook hides another."""
+        self._resumed, self._watch = {}, DivergenceWatch()
+        self._running_loss.reset()
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
 
     def on_fit_start(self) -> None:
