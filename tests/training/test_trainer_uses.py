@@ -12,7 +12,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.tuner.tuning import Tuner
 
 import furina
-from furina.errors import ConfigurationError
+from furina.errors import ConfigurationError, DataError
 from furina.training import DivergedError, FinetuneModule, LossHistory, ResumeCheckpoint
 from tests.training.helpers import RandomQuestions, fit, in_order, tiny, trainer, windows
 
@@ -140,6 +140,13 @@ def test_several_validation_loaders_have_one_mean_over_their_tokens(tmp_path: Pa
     module = FinetuneModule(tiny(), 1e-3)
     parts = [in_order(batches[:1]), in_order(batches[1:])]
     assert validated(tmp_path, module, parts) == validated(tmp_path, module, in_order(batches))
+
+
+def test_validation_batches_without_an_answer_are_an_error(tmp_path: Path) -> None:
+    batch = windows(1)[0][0]
+    batch["labels"].fill_(-100)
+    with pytest.raises(DataError, match="validation batches have no answer token"):
+        validated(tmp_path, FinetuneModule(tiny(), 1e-3), in_order([batch]))
 
 
 def test_a_second_fit_remembers_nothing_of_the_first(tmp_path: Path) -> None:
