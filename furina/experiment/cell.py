@@ -5,7 +5,6 @@ Each finished part is kept in the run's folder, so a killed cell repeats only th
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import read_samples
 from furina.experiment.activity import publish_activity, record_activity
 from furina.experiment.config import RunConfig
-from furina.experiment.fit import Fitted, claim, fit
+from furina.experiment.fit import Fitted, claim, fit, read_kept
 from furina.inject import state_of
 from furina.latency import measure_latency
 from furina.merging import MergeReport, merge, unmerge
@@ -119,7 +118,7 @@ def _begun(run_dir: Path, now: str) -> str:
     file = run_dir / "begun.json"
     if not file.exists():
         write_json(file, {"started": now})
-    return str(json.loads(file.read_text(encoding="utf-8"))["started"])
+    return str(read_kept(file, dict)["started"])
 
 
 def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:
@@ -233,7 +232,7 @@ def _score(
             )
         evaluation.write_samples(run_dir / samples)
         write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
-    saved = json.loads(finished.read_text(encoding="utf-8"))
+    saved = read_kept(finished, list)
     return tuple(codec.decode(Score, score, str(finished)) for score in saved)
 
 
@@ -284,7 +283,7 @@ def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latenc
         return ()
     finished = run_dir / "latency.json"
     if finished.exists():
-        saved = json.loads(finished.read_text(encoding="utf-8"))
+        saved = read_kept(finished, list)
         return tuple(codec.decode(Latency, latency, str(finished)) for latency in saved)
     with part("timing"):
         timed = measure_latency(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from furina.checkpoint import load, save
 from furina.compilation import require_backend
@@ -15,7 +15,7 @@ from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
 from furina.experiment.launch import launch, require_devices
 from furina.experiment.measures import measured
-from furina.experiment.process import adapted, run_backbone, run_data, train
+from furina.experiment.process import adapted, optimiser_steps, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
 from furina.inject import load_adapter_state_dict
 from furina.processor import best_device
@@ -27,6 +27,7 @@ from furina.training import LossHistory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+K = TypeVar("K", dict[str, Any], list[Any])
 PATIENCE = 3600
 """Seconds that other processes give rank 0 to measure and save what was trained."""
 
@@ -96,7 +97,7 @@ def claim(config: RunConfig, run_dir: Path) -> None:
     if not file.exists():
         write_json(file, own)
         return
-    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved = read_kept(file, dict)
     different = [
         f"{key}: {saved.get(key)} there, {own.get(key)} here"
         for key in sorted({**saved, **own})
@@ -113,6 +114,17 @@ def claim(config: RunConfig, run_dir: Path) -> None:
             f"{run_dir} holds a run with other settings ({'; '.join(different)}): choose another "
             "--run-dir, or delete that folder."
         )
+
+
+def read_kept(file: Path, kind: type[K]) -> K:
+    """Return the `kind` that a run has kept in its folder; raises FurinaError if it is damaged."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, kind):
+        raise FurinaError(f"{file} is damaged: delete {file.parent} and run the same again.")
+    return value
 
 
 def _check(config: RunConfig) -> None:
@@ -158,6 +170,7 @@ def _prepared(config: RunConfig, device: str | None) -> tuple[PreTrainedModel, T
     data = run_data(config)
     model = adapted(config, device)
     data.setup("fit")
+    replace(config, steps=optimiser_steps(config, data), epochs=None).check_sizes()
     return model, data
 
 
@@ -183,8 +196,8 @@ def _finished(config: RunConfig, run_dir: Path, data: TaskDataModule) -> Fitted:
     load(run_dir / "adapter", model)
     data.setup("fit")
     file = run_dir / "training.json"
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return Fitted(model, data.tokenizer, data, codec.decode(Training, saved, str(file)))
+    saved = codec.decode(Training, read_kept(file, dict), str(file))
+    return Fitted(model, data.tokenizer, data, saved)
 
 
 def _await(file: Path) -> None:

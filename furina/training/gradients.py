@@ -11,6 +11,8 @@ from furina.auxiliary import auxiliary_loss
 from furina.inject import state_of
 from furina.mode import training_mode
 from furina.training.loss import answer_loss, select_answers
+from furina.training.preconditions import require_trainable
+from furina.training.window import shares
 
 
 def gradient_ratio(
@@ -22,23 +24,24 @@ def gradient_ratio(
     the routed experts' A and B), of the token-weighted losses of one optimiser step, in training
     mode. `ratio` is None where it is undefined: a method without such a loss, or no task gradient
     yet (v = 0). Gradients, mode and random state of the model are left as they were.
+
+    Raises ConfigurationError if the adapter is merged, DataError without an answer token.
     """
+    require_trainable(model)
     state = state_of(model)
     if not state.config.has_auxiliary_loss:
         return {"auxiliary": 0.0, "task": 0.0, "ratio": None}
     slices = [part for layer in state.layers.values() for part in layer.auxiliary_slices()]
     parameters = [parameter for parameter, _ in slices]
     window = [select_answers(batch) for batch in micro_batches]
-    answers = sum(len(batch.targets) for batch in window)
-    tokens = sum(batch.real_tokens for batch in window)
     task = [torch.zeros_like(p) for p in parameters]
     auxiliary = [torch.zeros_like(p) for p in parameters]
     with training_mode(model), torch.random.fork_rng():
-        for batch in window:
-            loss, n = answer_loss(model, batch)
-            pull = auxiliary_loss(model) * (batch.real_tokens / tokens)
+        for batch, share in zip(window, shares(window, None), strict=True):
+            loss, _ = answer_loss(model, batch)
+            pull = auxiliary_loss(model) * share.auxiliary
             _add(auxiliary, torch.autograd.grad(pull, parameters, retain_graph=True))
-            _add(task, torch.autograd.grad(loss * (n / answers), parameters))
+            _add(task, torch.autograd.grad(loss * share.task, parameters))
     norms = [
         torch.nn.utils.get_total_norm(
             [total[index] for total, (_, index) in zip(totals, slices, strict=True)]

@@ -33,7 +33,8 @@ def select_answers(batch: Mapping[str, Tensor]) -> AnswerBatch:
     """Split a micro-batch into the model's inputs and its answer tokens (`labels` other than -100).
 
     Shape: `input_ids`, `labels` and `attention_mask` are (B, T).
-    Raises DataError if `input_ids` or `labels` is missing or their shapes differ.
+    Raises DataError if `input_ids` or `labels` is missing, their shapes differ, or an answer token
+    stands where the attention mask is 0.
     """
     for key in ("input_ids", "labels"):
         if key not in batch:
@@ -48,6 +49,13 @@ def select_answers(batch: Mapping[str, Tensor]) -> AnswerBatch:
         )
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
     mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        padded = int(((labels != IGNORED) & (mask == 0)).sum())
+        if padded:
+            raise DataError(
+                f"{padded} labels of a training batch stand on padding, which would be trained as "
+                f"answers: set them to {IGNORED}."
+            )
     return AnswerBatch(
         inputs={key: value for key, value in batch.items() if key != "labels"},
         positions=rows * ids.shape[1] + columns,

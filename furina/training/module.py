@@ -23,7 +23,7 @@ from furina.adapters.sharding import whole, write
 from furina.auxiliary import after_step, auxiliary_loss
 from furina.compilation import CompiledDecoder
 from furina.data.module import TaskDataModule
-from furina.errors import ConfigurationError, require_same
+from furina.errors import ConfigurationError, DataError, require_same
 from furina.inject import (
     adapter_parameters,
     adapter_state_dict,
@@ -133,8 +133,9 @@ class FinetuneModule(pl.LightningModule):
             shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier checkpoint; silence Lightning's word that one hook hides another."""
-        self._resumed = {}
+        """Forget an earlier fit; silence Lightning's word that one hook hides another."""
+        self._resumed, self._watch = {}, DivergenceWatch()
+        self._running_loss.reset()
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
 
     def on_fit_start(self) -> None:
@@ -229,6 +230,8 @@ class FinetuneModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over all answer tokens of the validation set, on all ranks."""
         tokens = self._validation_tokens.compute()
+        if not tokens:
+            raise DataError("The validation batches have no answer token: every label is -100.")
         loss, accuracy = (
             metric.compute() / tokens for metric in (self._validation_loss, self._validation_hits)
         )

@@ -19,6 +19,8 @@ _REFUSED: dict[type[pl.Callback], str] = {
     "unfreeze them before fit",
     callbacks.GradientAccumulationScheduler: "does not apply, as one batch is one optimiser step: "
     "cut it with the data's micro_batch_size",
+    callbacks.BatchSizeFinder: "searches when the schedule is made already: call "
+    "Tuner(trainer).scale_batch_size before fit",
     callbacks.LearningRateFinder: "gives all parameters one learning rate, where a method has "
     "several: compare short runs with FinetuneModule(learning_rate=…)",
 }
@@ -29,10 +31,15 @@ def refuse_callbacks(trainer: pl.Trainer) -> None:
     """Raise ConfigurationError for a callback that cannot work here, with the reason."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _REFUSED.items():
-            if isinstance(callback, kind):
+            if isinstance(callback, kind) and not _is_before_fit(callback):
                 advice = "" if ":" in reason else ": leave it out"
                 name = type(callback).__name__
                 raise ConfigurationError(f"Lightning's callback {name} {reason}{advice}.")
+
+
+def _is_before_fit(callback: pl.Callback) -> bool:
+    """Tell whether this is how a Tuner searches a batch size."""
+    return isinstance(callback, callbacks.BatchSizeFinder) and callback._early_exit
 
 
 def refuse_other_uses(trainer: pl.Trainer, compiled: bool) -> None:

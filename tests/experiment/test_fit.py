@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from lightning.pytorch import Trainer
 
 from furina import adapter_state_dict, cli, describe
 from furina.cli.runs import SCORING
-from furina.errors import ConfigurationError, DataError
+from furina.errors import ConfigurationError, DataError, FurinaError
 from furina.experiment import fit as fit_module
 from furina.experiment import process
 from furina.experiment.fit import fit
@@ -149,6 +150,26 @@ def test_a_run_in_another_dtype_says_how_to_go_on(finished: Finished) -> None:
     says = "holds a run in float32, and this would be in bfloat16: go on with --dtype float32"
     with pytest.raises(ConfigurationError, match=says):
         fit(other, finished.run_dir)
+
+
+@pytest.mark.parametrize("name", ["config.json", "training.json"])
+@pytest.mark.parametrize("content", [b'{"steps": 6', b"\xff\x00", b"[]"])
+def test_a_damaged_file_of_a_run_is_one_sentence(
+    finished: Finished, tmp_path: Path, name: str, content: bytes
+) -> None:
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(FurinaError, match=rf"{name} is damaged: delete .* and run the same again"):
+        fit(finished.config, tmp_path / "run")
+
+
+def test_sizes_that_only_the_epochs_show_to_be_idle_leave_the_folder_alone(
+    data_dir: str, tmp_path: Path
+) -> None:
+    config = tiny(data_dir, steps=None, epochs=1, validation_interval=8)
+    with pytest.raises(ConfigurationError, match=r"validation_interval=8 .* steps=7 of the run"):
+        fit(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_base_has_nothing_to_fit(data_dir: str, tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_soft_capping_of_the_model_is_applied() -> None:
     assert logits.abs().max() > 0.4
 
 
+def test_a_label_on_padding_is_an_error() -> None:
+    batch = windows(1)[0][0]
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    batch["labels"][padding] = batch["input_ids"][padding]  # as labels=input_ids.clone() does
+    with pytest.raises(DataError, match=f"{int(padding.sum())} labels .* stand on padding"):
+        select_answers(batch)
+
+
 def test_lm_head_sees_one_row_per_answer_token_and_no_more() -> None:
     model, batch = tiny(), windows(1)[0][0]
     rows = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import furina
+from furina.errors import ConfigurationError, DataError
 from furina.training import answer_loss, gradient_ratio
 from tests.training.helpers import tiny, windows
 
@@ -42,6 +43,19 @@ def test_measuring_works_under_gradient_checkpointing() -> None:
     assert gradient_ratio(checkpointed, window) == pytest.approx(
         gradient_ratio(plain, window), rel=1e-5
     )
+
+
+def test_a_window_without_answers_and_a_merged_adapter_are_one_sentence() -> None:
+    window = windows(1, micro_batch_size=3)[0]
+    merged = tiny()
+    furina.merge(merged)
+    with pytest.raises(ConfigurationError, match=r"furina\.unmerge"):
+        gradient_ratio(merged, window)
+    for batch in window:
+        batch["labels"].fill_(-100)
+    for empty in (window, []):
+        with pytest.raises(DataError, match="no answer token"):
+            gradient_ratio(tiny(), empty)
 
 
 def test_ratio_is_undefined_without_an_auxiliary_loss_or_before_v_moved() -> None:

@@ -12,8 +12,8 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.tuner.tuning import Tuner
 
 import furina
-from furina.errors import ConfigurationError
-from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint
+from furina.errors import ConfigurationError, DataError
+from furina.training import DivergedError, FinetuneModule, LossHistory, ResumeCheckpoint
 from tests.training.helpers import RandomQuestions, fit, in_order, tiny, trainer, windows
 
 
@@ -101,6 +101,7 @@ def test_a_batch_size_is_searched_and_then_trained_with(name: str, tmp_path: Pat
         (callbacks.StochasticWeightAveraging(1e-3), "replaces the learning rate's schedule"),
         (callbacks.LearningRateFinder(), "one learning rate, where a method has several"),
         (callbacks.GradientAccumulationScheduler({0: 2}), "micro_batch_size"),
+        (callbacks.BatchSizeFinder(), r"Tuner\(trainer\)\.scale_batch_size before fit"),
         (callbacks.ModelPruning("l1_unstructured"), "prunes the frozen backbone"),
         (callbacks.BackboneFinetuning(), "unfreeze them before fit"),
     ],
@@ -139,6 +140,26 @@ def test_several_validation_loaders_have_one_mean_over_their_tokens(tmp_path: Pa
     module = FinetuneModule(tiny(), 1e-3)
     parts = [in_order(batches[:1]), in_order(batches[1:])]
     assert validated(tmp_path, module, parts) == validated(tmp_path, module, in_order(batches))
+
+
+def test_validation_batches_without_an_answer_are_an_error(tmp_path: Path) -> None:
+    batch = windows(1)[0][0]
+    batch["labels"].fill_(-100)
+    with pytest.raises(DataError, match="validation batches have no answer token"):
+        validated(tmp_path, FinetuneModule(tiny(), 1e-3), in_order([batch]))
+
+
+def test_a_second_fit_remembers_nothing_of_the_first(tmp_path: Path) -> None:
+    module = FinetuneModule(tiny(), 1e-3)
+    poisoned = module.model.model.norm.register_forward_hook(lambda *a: a[2] * float("nan"))
+    with pytest.raises(DivergedError):
+        fit(module, tmp_path, max_steps=1)
+    poisoned.remove()
+    fit(module, tmp_path, max_steps=2)
+    history = LossHistory()
+    run = fit(module, tmp_path, max_steps=2, callbacks=[history])
+    mean = sum(loss for _, loss in history.training) / 2
+    assert run.callback_metrics["train/loss_running"].item() == pytest.approx(mean, rel=1e-6)
 
 
 class SwapOptimiser(pl.Callback):
