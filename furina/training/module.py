@@ -278,6 +278,12 @@ class FinetuneModule(pl.LightningModule):
         """Refuse another adapter's checkpoint; restore the running loss."""
         if "furina" not in checkpoint:
             raise ConfigurationError("The checkpoint was not written by furina's FinetuneModule.")
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        if resumes and "optimizer_states" not in checkpoint:
+            raise ConfigurationError(
+                "The checkpoint holds weights only, so no training can go on from it: start a new "
+                "one with FinetuneModule.load_from_checkpoint(path, model=…)."
+            )
         saved = checkpoint["furina"]
         require_same("adapter", saved["adapter"], _adapter_config(self.model))
         self._resumed = saved["settings"]

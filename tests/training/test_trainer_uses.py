@@ -60,11 +60,13 @@ def test_a_module_is_loaded_from_a_checkpoint_of_its_own_and_goes_its_own_way(
         assert fit(each, tmp_path, max_steps=3).global_step == 3
 
 
-def test_weights_only_checkpoints_are_loaded(tmp_path: Path) -> None:
+def test_weights_only_checkpoints_are_loaded_but_not_gone_on_from(tmp_path: Path) -> None:
     module = FinetuneModule(tiny(), 1e-2)
     fit(module, tmp_path, max_steps=2).save_checkpoint(tmp_path / "w.ckpt", weights_only=True)
     loaded = FinetuneModule.load_from_checkpoint(tmp_path / "w.ckpt", model=tiny())
     assert validated(tmp_path, loaded) == validated(tmp_path, module)
+    with pytest.raises(ConfigurationError, match=r"weights only.*load_from_checkpoint"):
+        fit(FinetuneModule(tiny(), 1e-2), tmp_path, max_steps=3, ckpt_path=tmp_path / "w.ckpt")
 
 
 def test_best_and_last_checkpoints_are_found(tmp_path: Path) -> None:
