@@ -26,11 +26,12 @@ from furina.inject import (
     ModelT,
     adapt,
     adapter_state_dict,
-    is_adapted,
     load_adapter_state_dict,
     remove,
+    require_adaptable,
     state_of,
 )
+from furina.merging import require_unchanged
 from furina.storage import atomic_directory, sha256_file, write_json
 
 CONFIG_FILE = "furina_config.json"
@@ -66,6 +67,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     trainable itself, FurinaError if the disk is full.
     """
     state = state_of(model)
+    require_unchanged(model)
     backbone = state.backbone or backbone_entry(model)
     others = also_trained(model)
     tensors = adapter_state_dict(model) | {name: weight.detach() for name, weight in others.items()}
@@ -117,8 +119,7 @@ def load(*given: Any, **named: Any) -> Any:
 
 
 def _load(model: ModelT, path: Path, check_backbone: bool) -> ModelT:
-    if is_adapted(model):
-        raise ConfigurationError("The model already has an adapter: call furina.remove first.")
+    require_adaptable(model)
     saved = read_adapter_config(path)
     config = adapter_config(saved, path)
     tensors, fingerprint = _read_tensors(path, saved)

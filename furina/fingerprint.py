@@ -89,7 +89,8 @@ def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
     added = {f"{name}.{part}" for name, layer in layers.items() for part in layer.adapter_tensors()}
     found: dict[str, Tensor] = {}
     seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for live, tensor in model.state_dict(keep_vars=True).items():
+        name = live.replace("_orig_mod.", "")  # of a part that was compiled after adapting
         if name in added or not isinstance(tensor, Tensor) or id(tensor) in seen:
             continue
         seen.add(id(tensor))

@@ -182,7 +182,8 @@ def generate(
 ) -> tuple[Tensor, Timing]:
     """Decode greedily with a key-value cache, without an early stop, and time every token.
 
-    A static cache keeps every step's shapes alike, as a compiled model needs it.
+    A static cache keeps every step's shapes alike, as a compiled model needs it. What an adapter
+    derives from its parameters is made in the first step, or before in `evaluation_mode`.
     Shape: `prompt` is (batch, P); the tokens returned are (batch, `new_tokens`).
     """
     from transformers import DynamicCache, StaticCache
@@ -193,7 +194,7 @@ def generate(
     tokens, inputs = [], prompt
     _finish(model.device)
     times = [clock()]
-    with contiguous_lm_head_input(model):
+    with evaluation_mode(model), contiguous_lm_head_input(model):
         for _ in range(new_tokens):
             output = model(
                 input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -56,11 +56,12 @@ def merge(model: nn.Module, keep_base: bool = True) -> MergeReport:
             _check_computed(layer)
             _seal(state, layer)
         _guard(model, state)
+        # `furina.save` needs it, and W is gone from now on.
+        state.backbone = None if keep_base else backbone_entry(model)
     except BaseException:
         _take_out(model, state)
         raise
     if not keep_base:
-        state.backbone = backbone_entry(model)  # `furina.save` needs it, and W is gone from now on
         for layer in state.layers.values():
             layer.give_up_base()
     return report

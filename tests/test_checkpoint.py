@@ -286,10 +286,10 @@ def test_other_weights_are_accepted_on_request_only(folder: Path) -> None:
 def test_loading_into_an_adapted_model_says_so(folder: Path) -> None:
     model = adapted("lora")
     before = fingerprint(model)
-    with pytest.raises(ConfigurationError, match=r"already has an adapter: call furina.remove"):
+    with pytest.raises(ConfigurationError, match=r"already has a lora adapter: call furina.remove"):
         furina.load(folder, model)
     furina.merge(model)
-    with pytest.raises(ConfigurationError, match="already has an adapter"):
+    with pytest.raises(ConfigurationError, match="already has a lora adapter"):
         furina.load(folder, model)
     furina.unmerge(model)
     assert fingerprint(model) == before

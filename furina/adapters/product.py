@@ -86,7 +86,7 @@ def low_rank_product(
     leading, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if gates is not None:
         gates = gates.to(x.dtype).expand(*leading, -1).reshape(-1, gates.shape[-1])
-    if base._forward_hooks or base._forward_pre_hooks:  # somebody listens to the linear itself
+    if _has_hooks(base):  # somebody listens to the linear itself
         y: Tensor = base(x)
         h, update = _update(drop(flat, dropout), a, b, scale, gates)
         return Product(y + update.view_as(y).to(y.dtype), h)
@@ -110,6 +110,11 @@ def low_rank_product(
     else:  # autograd's bookkeeping would cost a single token as much as a matmul
         y, h = _product(flat, weight, bias, a, b, gates, scale, dropped)
     return Product(y.view(*leading, y.shape[-1]), h)
+
+
+def _has_hooks(linear: nn.Linear) -> bool:
+    hooks = linear._forward_hooks, linear._forward_pre_hooks
+    return bool(hooks[0] or hooks[1] or linear._backward_hooks or linear._backward_pre_hooks)
 
 
 def moved_product(

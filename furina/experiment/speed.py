@@ -26,6 +26,7 @@ from furina.experiment.config import RunConfig
 from furina.experiment.flops import forward_flops, step_flops
 from furina.experiment.shapes import Adapted, Decoder, adapted, decoder
 from furina.inject import adapt, parameter_groups
+from furina.mode import evaluation_mode
 from furina.training import answer_loss, training_attention
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _reading(
 ) -> float:
     rows, length = batch["input_ids"].shape
     flops = forward_flops(sides, found, rows * length, length, rows * ANSWERS)
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         return flops / _seconds(lambda: answer_loss(model, batch))
 
 
