@@ -34,10 +34,10 @@ class AdaptedState:
     targets: tuple[str, ...]
     layers: dict[str, AdapterLinear]
     tracker: ForwardTracker
-    handles: list[Any] = field(default_factory=list)
-    trainable_before: frozenset[str] = frozenset()
     backbone: Any = None
     """What `backbone_entry` said, kept where a merge gives up the backbone's own weights."""
+    handles: list[Any] = field(default_factory=list)
+    trainable_before: frozenset[str] = frozenset()
 
 
 class AdapterSummary(NamedTuple):

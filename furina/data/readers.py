@@ -18,10 +18,6 @@ from furina.errors import DataError
 
 Stream = IO[bytes] | gzip.GzipFile
 Read = Callable[[Stream, str], Iterator[Row]]
-DAMAGE = (
-    *(OSError, EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile),
-    *(KeyError, RuntimeError),  # a name in an archive, and what of it is encrypted or unknown
-)
 
 
 @contextmanager
@@ -29,7 +25,10 @@ def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterato
     """Raise DataError where what is read inside cannot be decoded."""
     try:
         yield
-    except DAMAGE as error:
+    except (
+        *(OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError),
+        *(KeyError, RuntimeError),  # a name that an archive lacks, a file that it calls encrypted
+    ) as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
