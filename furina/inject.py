@@ -32,14 +32,14 @@ class AdaptedState:
     targets: tuple[str, ...]
     layers: dict[str, AdapterLinear]
     tracker: ForwardTracker
+    backbone: Any = None
+    """What `backbone_entry` said, kept where a merge gives up the backbone's own weights."""
     handles: list[Any] = field(default_factory=list)
     trainable_before: frozenset[str] = frozenset()
     guards: list[Any] = field(default_factory=list)
     """Handles of the hooks that refuse other weights while the model is merged."""
     seals: dict[str, tuple[torch.dtype, str, str]] = field(default_factory=dict)
     """Of each merged linear its dtype and checksums of its weight and its adapter's tensors."""
-    backbone: Any = None
-    """What `backbone_entry` said, kept where a merge gives up the backbone's own weights."""
 
     @property
     def is_final(self) -> bool:

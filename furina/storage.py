@@ -132,6 +132,7 @@ def _hidden(path: Path) -> str:
 def _flush(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)  # safetensors' are their owner's alone
             descriptor = os.open(file, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)

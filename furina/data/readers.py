@@ -20,10 +20,6 @@ Stream = IO[bytes] | gzip.GzipFile
 Placed = tuple[str, Row]
 """A row after its place in the file, such as "line 7"."""
 Read = Callable[[Stream, str], Iterator[Placed]]
-DAMAGE = (
-    *(OSError, EOFError, ValueError, csv.Error, zlib.error, zipfile.BadZipFile),
-    *(KeyError, RuntimeError),  # a name in an archive, and what of it is encrypted or unknown
-)
 
 
 @contextmanager
@@ -31,7 +27,10 @@ def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterato
     """Raise DataError where what is read inside cannot be decoded."""
     try:
         yield
-    except DAMAGE as error:
+    except (
+        *(OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError),
+        *(KeyError, RuntimeError),  # a name that an archive lacks, a file that it calls encrypted
+    ) as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
