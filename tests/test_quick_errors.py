@@ -78,7 +78,10 @@ WRONG = {
     "analyse adapter --task arc_esy --out x.json": "Did you mean 'arc_easy'?",
     "analyse adapter --task arc_easy --out README.md/x": "README.md is a file",
     "report --results nowhere": "There is no folder nowhere",
-    "report --results adapter --suite main": "--suite main has no effect",
+    "report --results adapter": "There are no records in adapter",
+    "report --results mine --suite main": "--suite main has no effect",
+    "report --results mine --readme nowhere.md": "nowhere.md does not exist",
+    "report --results mine --check --metric acc": "leave out --metric",
     "run man": "Did you mean 'main'?",
     "run main --scale huge": "--scale cannot be 'huge'",
     "run main --rows furna": "Did you mean 'furina'?",
@@ -94,7 +97,8 @@ import contextlib, io, json, sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "lightning", "lm_eval", "datasets"):
+        if name.partition(".")[0] in ("torch", "transformers", "lightning", "lm_eval", "datasets",
+                                      "pandas", "scipy", "matplotlib"):
             raise AssertionError(f"{name} is imported")
 
 sys.meta_path.insert(0, Refused())
@@ -115,6 +119,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     (folder / "README.md").write_text("mine")
     (folder / "adapter").mkdir()
     (folder / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    (folder / "mine" / "own").mkdir(parents=True)
+    (folder / "mine" / "own" / "record.json").write_text("{}")
     (folder / "experiments" / "wrong").mkdir(parents=True)
     (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
     (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")

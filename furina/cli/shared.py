@@ -155,8 +155,9 @@ def own_readme(results: Path) -> Path | None:
 
     Another folder's records do not belong into it.
     """
+    readme = Path("README.md")
+    if results.resolve() != Path("results").resolve() or not readme.is_file():
+        return None
     from furina.reporting.readme import BEGIN
 
-    readme = Path("README.md")
-    is_own = results.resolve() == Path("results").resolve() and readme.is_file()
-    return readme if is_own and BEGIN in readme.read_text(encoding="utf-8") else None
+    return readme if BEGIN in readme.read_text(encoding="utf-8") else None
