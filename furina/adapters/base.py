@@ -10,7 +10,6 @@ Shape legend: T tokens, I = d in_features, O = k out_features, N experts, r rank
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 from furina.adapters.sharding import is_sharded
 from furina.context import ForwardTracker, Operands, Record
 from furina.errors import ConfigurationError, nearest
-from furina.signatures import in_words
 
 _REGISTRY: dict[str, type[AdapterConfig]] = {}
 
@@ -448,8 +446,5 @@ def _typed(config: type[C], options: Mapping[str, Any]) -> C:
         parsed = parser.parse_object({"options": dict(options)})
     except ArgumentError as error:
         reason = " ".join(str(error).split())
-        if wrong := re.match(r'Parser key "options\.(\w+)"', reason):
-            hint, value = get_type_hints(config)[wrong[1]], options[wrong[1]]
-            reason = f"{wrong[1]} must be {in_words(hint)}, not {value!r}."
         raise ConfigurationError(f"Method {config.name}: {reason}") from error
     return config(**parsed.options.as_dict())
