@@ -87,6 +87,8 @@ def test_a_report_needs_neither_torch_nor_lightning(tmp_path: Path) -> None:
         "assert status == 2 and 'furina.reporting' in sys.modules; "
         "assert not {'torch', 'lightning', 'transformers', 'lm_eval'} & set(sys.modules)"
     )
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "damaged.json").write_text("{}")
     words = ["report", "--results", str(tmp_path)]
     subprocess.run([sys.executable, "-c", program, *words], check=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -75,13 +74,11 @@ def test_a_backbone_that_is_named_is_not_said(
 
 
 def renamed(made: Path, folder: Path, name: str) -> Path:
-    """Return a copy of an adapter that calls its backbone otherwise."""
-    folder.mkdir()
-    for file in (made / "furina").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "furina_config.json").read_text())
-    config["backbone"]["name"] = name
-    (folder / "furina_config.json").write_text(json.dumps(config))
+    """Return an adapter of the same backbone that calls it otherwise."""
+    model = furina.load_backbone(str(made / "backbone"), "float32")
+    model.config._name_or_path = model.backbone_name = name
+    furina.adapt(model, small("furina"), seed=0)
+    furina.save(model, folder)
     return folder
 
 

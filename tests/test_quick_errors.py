@@ -35,6 +35,7 @@ WRONG = {
     "data audit --data-dir nowhere": "no data folder nowhere: correct --data-dir",
     "methods lora": "unrecognized arguments: lora",
     "fit --method furnia": "Did you mean 'furina'?",
+    "fit --method base": "method base has nothing to fit",
     "fit --method lora --adapter.rnak 8": "Did you mean '--adapter.rank'?",
     "fit --adapter.rank many": "--adapter.rank must be a whole number, not 'many'",
     "fit --adapter.start zero": "--adapter.start cannot be 'zero'",
@@ -55,6 +56,7 @@ WRONG = {
     "evaluate --task arc_easy --size 0": "--size must be a whole number of at least 1",
     "evaluate --task arc_easy --output README.md/x": "README.md is a file",
     "evaluate --task arc_easy --backbone tiny-llama --data-dir nowhere": "no data folder nowhere",
+    "evaluate --task arc_easy --backbone adapter": "is a furina adapter folder and no backbone",
     "evaluate --task arc_easy --seed 3": "--seed has no effect without --size",
     "evaluate --task gsm8k --protocol cot --engine lm_eval": "--engine has no effect",
     "evaluate --task arc_easy --execute-code": "--execute-code has no effect with protocol text",
@@ -78,7 +80,10 @@ WRONG = {
     "analyse adapter --task arc_esy --out x.json": "Did you mean 'arc_easy'?",
     "analyse adapter --task arc_easy --out README.md/x": "README.md is a file",
     "report --results nowhere": "There is no folder nowhere",
-    "report --results adapter --suite main": "--suite main has no effect",
+    "report --results adapter": "There are no records in adapter",
+    "report --results mine --suite main": "--suite main has no effect",
+    "report --results mine --readme nowhere.md": "nowhere.md does not exist",
+    "report --results mine --check --metric acc": "leave out --metric",
     "run man": "Did you mean 'main'?",
     "run main --scale huge": "--scale cannot be 'huge'",
     "run main --rows furna": "Did you mean 'furina'?",
@@ -94,7 +99,8 @@ import contextlib, io, json, sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "lightning", "lm_eval", "datasets"):
+        if name.partition(".")[0] in ("torch", "transformers", "lightning", "lm_eval", "datasets",
+                                      "pandas", "scipy", "matplotlib"):
             raise AssertionError(f"{name} is imported")
 
 sys.meta_path.insert(0, Refused())
@@ -115,6 +121,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     (folder / "README.md").write_text("mine")
     (folder / "adapter").mkdir()
     (folder / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    (folder / "mine" / "own").mkdir(parents=True)
+    (folder / "mine" / "own" / "record.json").write_text("{}")
     (folder / "experiments" / "wrong").mkdir(parents=True)
     (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
     (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")
@@ -170,12 +178,12 @@ def test_options_that_are_not_written_plainly_are_asked_of_the_class(
         RunConfig(method="lora", adapter={"rnak": 8}).adapter_config()
 
 
-def test_a_folder_without_an_adapter_is_told_in_the_words_of_its_reader(tmp_path: Path) -> None:
+def test_the_quick_look_at_an_adapters_folder_refuses_what_its_reader_refuses(
+    tmp_path: Path,
+) -> None:
     from furina.checkpoint import CONFIG_FILE, read_adapter_config
 
     assert ADAPTER_CONFIG == CONFIG_FILE
-    with pytest.raises(AdapterFileError) as quick:
-        require_adapter(tmp_path)
-    with pytest.raises(AdapterFileError) as thorough:
-        read_adapter_config(tmp_path)
-    assert str(quick.value) == str(thorough.value)
+    for look in (require_adapter, read_adapter_config):
+        with pytest.raises(AdapterFileError, match=r"it has no furina_config.json; pass a folder"):
+            look(tmp_path)

@@ -95,6 +95,8 @@ def fit(options: Namespace) -> None:
         given["steps"] = RunConfig.steps
     own = ("config", "run_dir", "show_groups")
     config = RunConfig(**{key: given[key] for key in given if key not in own})
+    if config.is_base:
+        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.check_tasks()
     require_backbone(config.backbone)
     run_dir = options.run_dir or Path("runs") / config.name

