@@ -41,11 +41,14 @@ class CompiledDecoder:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let the model's forwards inside run compiled."""
+        own = self._decoder.__dict__.get("forward")  # somebody may have put one on the instance
         self._decoder.forward = self._forward
         try:
             yield
         finally:
             del self._decoder.forward
+            if own is not None:
+                self._decoder.forward = own
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         forward = self._tracker.active

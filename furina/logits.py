@@ -34,13 +34,16 @@ def logits_at(model: nn.Module, positions: Tensor, input_ids: Tensor, **inputs: 
 def _rows_of_lm_head(model: nn.Module, shape: torch.Size, positions: Tensor) -> Iterator[None]:
     """Let `lm_head` see the hidden states of these positions only, as one sequence (1, n, H)."""
 
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        (hidden,) = args
-        if hidden.shape[:-1] != shape:
+    def gather(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or given[0].shape[:-1] != shape:
             raise _not_by_lm_head(model)
-        return (hidden.flatten(0, 1).index_select(0, positions)[None],)
+        rows = given[0].flatten(0, 1).index_select(0, positions)[None]
+        return ((rows,), {}) if args else ((), dict.fromkeys(kwargs, rows))
 
-    handle = _lm_head(model).register_forward_pre_hook(gather)
+    handle = _lm_head(model).register_forward_pre_hook(gather, with_kwargs=True)
     try:
         yield
     finally:

@@ -99,6 +99,26 @@ def test_forwards_outside_run_as_they_are() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_forward_that_somebody_put_on_the_decoder_runs_inside_and_stays_afterwards() -> None:
+    model = adapted("lora")
+    decoder = model.get_decoder()
+    own = decoder.forward
+
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.last_hidden_state = 2 * output.last_hidden_state
+        return output
+
+    decoder.forward = doubled
+    with torch.no_grad():
+        expected = model(**tokens(2, 8)).logits
+        with CompiledDecoder(model, "eager").active():
+            inside = model(**tokens(2, 8)).logits
+        afterwards = model(**tokens(2, 8)).logits
+    torch.testing.assert_close([inside, afterwards], [expected, expected])
+    assert decoder.forward is doubled
+
+
 def test_dropout_is_drawn_anew_in_every_compiled_forward() -> None:
     model = adapted("lora", dropout=0.5)
     with CompiledDecoder(model, "eager").active():

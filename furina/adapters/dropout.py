@@ -43,7 +43,8 @@ def _dropped_places(n: int, p: float) -> Tensor:
     last = -1
     while not parts or last < n - 1:
         expected = (n - 1 - last) * p
-        draws = torch.rand(math.ceil(expected + 4 * math.sqrt(expected)) + 1, dtype=torch.float32)
+        count = math.ceil(expected + 4 * math.sqrt(expected)) + 1
+        draws = torch.rand(count, dtype=torch.float32, device="cpu")
         gaps = draws.neg_().log1p_().mul_(1 / math.log1p(-p)).to(torch.int64)
         parts.append(gaps.add_(1).cumsum_(0).add_(last))
         last = int(parts[-1][-1])

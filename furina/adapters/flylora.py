@@ -114,7 +114,7 @@ class FlyLoRALinear(MixtureLinear):
         entries = max(1, d * config.active_rank // r)
         drawn = drawn_on(base.weight)
         values = torch.randn(r, entries, dtype=self.parameter_dtype, device=drawn) / r
-        places = torch.rand(r, d, device=drawn).argsort(dim=1)[:, :entries]
+        places = torch.rand(r, d, dtype=torch.float32, device=drawn).argsort(dim=1)[:, :entries]
         a = torch.zeros(r, d, dtype=self.parameter_dtype, device=drawn)
         a = a.scatter(1, places, values).to(base.weight.device)
         self.register_buffer("lora_A", a)

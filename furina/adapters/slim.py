@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from furina.adapters.base import ParameterCount, register
+from furina.adapters.base import ParameterCount, drawn_on, register
 from furina.adapters.product import no_autocast
 from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
 from furina.context import ForwardTracker
@@ -111,9 +111,9 @@ class SLIMLinear(RoutedLinear):
         if self.has_router and config.weight_yielding:
             tracker.sum_over_step(self._clusters)
             shape = config.num_clusters, base.in_features
-            self.register_buffer(
-                "centres", torch.randn(shape, dtype=self.parameter_dtype).to(self.lora_A)
-            )
+            drawn = drawn_on(base.weight)
+            centres = torch.randn(shape, dtype=self.parameter_dtype, device=drawn)
+            self.register_buffer("centres", centres.to(self.lora_A))
             self.register_buffer("mean", self.lora_A.new_zeros(shape))
             self.register_buffer("deviation", self.lora_A.new_ones(shape))
             self.register_buffer("seen", self.lora_A.new_zeros(shape[0]))

@@ -19,6 +19,7 @@ from furina.context import Forward
 from furina.data.batches import Batch
 from furina.errors import ConfigurationError
 from furina.inject import state_of
+from furina.logits import logits_at
 from furina.merging import is_merged
 from furina.mode import evaluation_mode
 
@@ -161,7 +162,7 @@ def _hear(
 
     handles = [layer.register_forward_pre_hook(listen) for layer in layers]
     try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+        logits_at(model, ids.new_zeros(1), ids, attention_mask=mask)
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from furina.data.items import Item, Question
 from furina.data.protocols import ChoiceProtocol, GenerationProtocol, get_protocol
 from furina.data.tasks import get_task
-from furina.errors import DataError
+from furina.errors import ConfigurationError, DataError
 from furina.evaluation.answers import score_answers
 from furina.evaluation.builtin import score_builtin
 from furina.evaluation.choices import score_choices
@@ -36,11 +36,13 @@ def evaluate(
     was, like the tokenizer. `engine` applies to log-likelihoods, `execute_code` to programs.
 
     Raises ConfigurationError for an unknown task or protocol, a task that the protocol cannot ask,
-    or programs that may not be run, DataError for less than 2 items or repeated ids, and
-    FurinaError if the model's outputs are not finite. Warns if prompts had to be cut.
+    a batch size or limit below 1, or programs that may not be run, DataError for less than 2 items
+    or repeated ids, and FurinaError if the model's outputs are not finite. Warns if prompts had to
+    be cut.
     """
     found, asked = get_task(task), get_protocol(protocol)
     asked.require(found)
+    _check_counts(batch_size, limit)
     items = list(items)[:limit]
     _check_items(items)
     if isinstance(asked, GenerationProtocol):
@@ -58,6 +60,14 @@ def evaluate(
     return score_builtin(
         *(model, tokenizer, found, questions), batch_size=batch_size, engine=engine
     )
+
+
+def _check_counts(batch_size: int, limit: int | None) -> None:
+    for name, count in {"batch size": batch_size, "limit": 1 if limit is None else limit}.items():
+        if type(count) is not int or count < 1:
+            raise ConfigurationError(
+                f"The {name} must be a whole number of questions, at least 1, not {count!r}."
+            )
 
 
 def _check_items(items: Sequence[Item]) -> None:

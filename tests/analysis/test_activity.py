@@ -274,6 +274,25 @@ def test_the_most_active_expert_of_each_token_is_told_with_its_share() -> None:
             assert (expert[t], share[t]) == (mean.index(max(mean)), pytest.approx(max(mean)))
 
 
+def test_a_model_that_cannot_leave_logits_out_is_read_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted("furina")
+    expected = collect(model, batches())
+    own = type(model).forward
+
+    def forward(
+        self: nn.Module, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+    ) -> object:
+        return own(self, input_ids, attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    found = collect(model, batches())
+    assert list(found) == list(expected)
+    for name, sums in expected.items():
+        assert all(map(torch.equal, found[name], sums))
+
+
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that any operation returns."""
 

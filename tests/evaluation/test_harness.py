@@ -318,6 +318,18 @@ def test_bad_questions_and_options_are_one_sentence(model, tokenizer, questions)
         evaluate(model, tokenizer, "arc_easy", questions, batch_size=0)
 
 
+@pytest.mark.parametrize("limit", [-1, 0, 0.5, True, "10"])
+def test_a_limit_that_is_no_number_of_questions_is_refused(model, tokenizer, questions, limit):
+    with pytest.raises(ConfigurationError, match="limit"):
+        evaluate(model, tokenizer, "arc_easy", questions, limit=limit)
+
+
+@pytest.mark.parametrize("protocol", ["text", "generate_v1"])
+def test_a_batch_size_that_is_no_number_is_refused(model, tokenizer, questions, protocol):
+    with pytest.raises(ConfigurationError, match="batch size"):
+        evaluate(model, tokenizer, "arc_easy", questions, protocol, batch_size="auto")
+
+
 def test_scoring_is_silent_and_needs_no_network(model, tokenizer, questions, monkeypatch, capfd):
     def refuse(*_):
         raise AssertionError("tried to connect")

@@ -91,6 +91,38 @@ def test_lm_head_sees_one_row_per_answer_token_and_no_more() -> None:
     assert rows == [len(targets)] == [len(logits)] == [(batch["labels"] != -100).sum()]
 
 
+def called_with(model: nn.Module, *args: str, **kwargs: str) -> nn.Module:
+    """Return `model`, which calls its `lm_head` with arguments for these names."""
+    head = model.lm_head
+
+    class Head(nn.Module):
+        def forward(self, hidden: Tensor, other: object = None) -> Tensor:
+            logits: Tensor = head(hidden)
+            return logits
+
+    class Caller(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            logits: Tensor = inner(*(hidden for _ in args), **dict.fromkeys(kwargs, hidden))
+            return logits
+
+    inner = Head()
+    model.lm_head = Caller()
+    model.get_output_embeddings = lambda: inner
+    return model
+
+
+def test_an_output_embedding_that_is_called_by_keyword_gives_the_same_logits() -> None:
+    batch = windows(1)[0][0]
+    expected, _ = answer_logits(tiny(), batch)
+    found, _ = answer_logits(called_with(tiny(), hidden="keyword"), batch)
+    assert torch.equal(found, expected)
+
+
+def test_an_output_embedding_of_two_arguments_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="one hidden state per token"):
+        answer_logits(called_with(tiny(), "hidden", "other"), windows(1)[0][0])
+
+
 def test_model_is_left_without_the_hook_even_after_an_error() -> None:
     model, batch = tiny(), windows(1)[0][0]
     with pytest.raises(IndexError):
