@@ -98,6 +98,7 @@ def fit(options: Namespace) -> None:
     if config.is_base:
         raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
     config.check_tasks()
+    config.check_sizes()
     require_backbone(config.backbone)
     run_dir = options.run_dir or Path("runs") / config.name
     require_writable(run_dir)
