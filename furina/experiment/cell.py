@@ -16,6 +16,7 @@ from torch import Tensor
 from furina.analysis import TaskItems
 from furina.backbones import backbone_hash, load_backbone, load_tokenizer
 from furina.control import without_router
+from furina.data.encoding import Encoder
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
 from furina.data.sources import load_items, resolve_source
@@ -240,11 +241,11 @@ def _score(
 def _logits(subject: Subject, test: TestSet) -> Tensor:
     """Return the last position's logits of the first test prompts. Shape: (probes, vocabulary)."""
     task, asked = get_task(test.task), get_protocol(test.protocol)
-    model, rows = subject.model, []
+    model, encoder, rows = subject.model, Encoder(subject.tokenizer), []
     with evaluation_mode(model):
         for item in test.items[:PROBES]:
             prompt = asked.context(task, item) if asked.trains else item.asked
-            ids = torch.tensor([subject.tokenizer.encode(prompt)], device=model.device)
+            ids = torch.tensor([encoder.encode(prompt)], device=model.device)
             rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1])
     return torch.stack(rows).float()
 
