@@ -59,7 +59,7 @@ def select_answers(batch: Mapping[str, Tensor]) -> AnswerBatch:
     return AnswerBatch(
         inputs={key: value for key, value in batch.items() if key != "labels"},
         positions=rows * ids.shape[1] + columns,
-        targets=labels[rows, columns + 1],
+        targets=labels[rows, columns + 1].long(),
         real_tokens=ids.numel() if mask is None else int((mask != 0).sum()),
     )
 

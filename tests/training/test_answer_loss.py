@@ -167,3 +167,10 @@ def test_missing_labels_are_named() -> None:
 def test_model_without_output_embedding_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no output embedding"):
         answer_logits(nn.Linear(2, 2), windows(1)[0][0])
+
+
+def test_labels_of_another_integer_type_give_the_same_loss() -> None:
+    batch = windows(1)[0][0]
+    expected, _ = answer_loss(tiny(), batch)
+    found, _ = answer_loss(tiny(), {name: tensor.int() for name, tensor in batch.items()})
+    assert torch.equal(found, expected)
