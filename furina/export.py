@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from furina.beside import also_trained
@@ -40,14 +42,15 @@ def export_merged(
     is left as it was, merged or not.
 
     Raises NotMergeableError, ConfigurationError if `path` is the folder the backbone came from, a
-    weight overflows `dtype`, a part of the model is wrapped or a merged one was changed since, or
-    FurinaError if other files would be lost.
+    weight overflows `dtype`, transformers refuses the model's generation config, a part of the
+    model is wrapped or a merged one was changed since, or FurinaError if other files would be lost.
     """
     source = Path(str(model.config._name_or_path))
     if source.is_dir() and source.resolve() == Path(path).resolve():
         raise ConfigurationError(f"{path} holds the backbone itself: name a new folder.")
     _require_own_names(model)
     require_unchanged(model)
+    _require_valid_generation_config(model)
     was_merged = is_merged(model)
     written = dtype or getattr(model, "checkpoint_dtype", None) or model.dtype
     if not was_merged:
@@ -76,6 +79,22 @@ def _require_own_names(model: nn.Module) -> None:
                 f"{name} is wrapped by {kind}, so the file would have names that no backbone has: "
                 "put the module inside back in its place first."
             )
+
+
+def _require_valid_generation_config(model: PreTrainedModel) -> None:
+    """Ask transformers now what it asks when all weights are written."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+    except ValueError as error:
+        said = " ".join(str(error).split()).partition(" Fix these issues")[0]
+        raise ConfigurationError(
+            f"transformers would not write the model's generation_config ({said}): set its fields "
+            "right, or model.generation_config = GenerationConfig(), before exporting."
+        ) from error
 
 
 @torch.no_grad()
@@ -113,11 +132,13 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
     """Write the adapter as one PEFT LoRA for `PeftModel.from_pretrained`; returns its rank.
 
     The factors are in fp32 with scale 1: B̃ (k, R) and A (R, d), R = N·r for FURINA, and DoRA's
-    magnitude beside them. Where linears have several ranks the largest is returned. Weights that
-    were trained beside the adapter are peft's `modules_to_save`. The base model is named as on the
-    hub where it came from there, else by its folder on this machine: so is an asset's, since no
-    published model has its weights. Raises NotMergeableError if the method has no fixed update, or
-    one that peft cannot hold, and ConfigurationError if peft cannot hold what else was trained.
+    magnitude beside them. Where linears have several ranks all are padded with zeros to the
+    largest, which is returned. Weights that were trained beside the adapter are peft's
+    `modules_to_save`. The base model is named as on the hub where it came from there, else by its
+    folder on this machine: so is an asset's, since no published model has its weights.
+
+    Raises NotMergeableError if the method has no fixed update, or one that peft cannot hold, and
+    ConfigurationError if peft cannot hold what else was trained.
     """
     state = state_of(model)
     require_unchanged(model)
@@ -138,19 +159,23 @@ def export_peft(model: nn.Module, path: str | Path) -> int:
                 raise ConfigurationError(
                     f"{name} has NaN or infinite entries: it was not exported."
                 )
-            tensors[f"base_model.model.{name}.{part}"] = tensor.to(
-                "cpu", torch.float32
-            ).contiguous()
+            tensors[f"base_model.model.{name}.{part}"] = tensor.to("cpu", torch.float32)
         ranks[name] = parts["lora_A.weight"].shape[0]
+    rank = max(ranks.values())
+    for name, own in ranks.items():  # llama.cpp and vLLM know one rank and one alpha for all
+        a, b = (f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB")
+        tensors[a] = functional.pad(tensors[a], (0, 0, 0, rank - own))
+        tensors[b] = functional.pad(tensors[b], (0, rank - own))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     modules = _modules_to_save(model)
     for name in modules:
         for part, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"base_model.model.{name}.{part}"] = tensor.to("cpu", copy=True).contiguous()
-    config = _peft_config(model, ranks) | ({"modules_to_save": modules} if modules else {})
+    config = _peft_config(model, rank) | ({"modules_to_save": modules} if modules else {})
     with atomic_directory(Path(path), last="adapter_config.json") as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
-    return max(ranks.values())
+    return rank
 
 
 def _modules_to_save(model: nn.Module) -> list[str]:
@@ -171,17 +196,15 @@ def _modules_to_save(model: nn.Module) -> list[str]:
     return found
 
 
-def _peft_config(model: nn.Module, ranks: dict[str, int]) -> dict[str, object]:
-    rank = max(ranks.values())
-    others = {name: own for name, own in ranks.items() if own != rank}
+def _peft_config(model: nn.Module, rank: int) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": published_name(model),
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -95,14 +95,18 @@ def test_peft_gives_the_adapted_models_logits_and_no_linear_may_be_left_out(
 @pytest.mark.parametrize(
     ("method", "options"), [("mola", {"allocation": (2, 3)}), ("mixlora", {}), ("slim", {})]
 )
-def test_linears_of_several_ranks_keep_their_own_in_peft(method, options, tmp_path) -> None:
+def test_linears_of_several_ranks_share_one_rank_and_one_alpha(method, options, tmp_path) -> None:
+    """So says every reader: some know no rank of a single linear, and would scale it by another."""
     config = small(method, router_removed=True, **options)
     model = furina.adapt(BACKBONES["llama"](), config, seed=0)
     perturb(model)
     furina.export_peft(model, tmp_path / "peft")
     loaded = in_peft(tmp_path / "peft", BACKBONES["llama"]())
-    ranks = {module.r["default"] for module in lora_modules(loaded)}
-    assert ranks == {len(layer.lora_A) for layer in state_of(model).layers.values()}
+    largest = max(len(layer.lora_A) for layer in state_of(model).layers.values())
+    written = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert written["r"] == written["lora_alpha"] == largest
+    assert not written["rank_pattern"] and not written["alpha_pattern"]
+    assert {module.r["default"] for module in lora_modules(loaded)} == {largest}
     batch = tokens(6, 15)
     bound = BOUNDS[torch.float32]
     unmerged, exact = logits(model, batch), exact_logits(model, batch)
@@ -347,3 +351,14 @@ def test_peft_is_told_the_backbones_name_on_the_hub_and_else_its_folder(tmp_path
         furina.export_peft(model, tmp_path / str(number))
         written = json.loads((tmp_path / str(number) / "adapter_config.json").read_text())
         assert written["base_model_name_or_path"] == name
+
+
+def test_a_generation_config_that_transformers_refuses_is_one_sentence(tmp_path: Path) -> None:
+    model = adapted("llama", "lora", torch.float32)
+    before = fingerprint(model)
+    model.generation_config.temperature = 0.6  # of sampling, which is off
+    with pytest.raises(ConfigurationError, match=r"generation_config .*temperature"):
+        furina.export_merged(model, tmp_path / "merged")
+    assert not any(tmp_path.iterdir()) and fingerprint(model) == before
+    model.generation_config.do_sample = True
+    furina.export_merged(model, tmp_path / "merged")
