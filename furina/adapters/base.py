@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import (
     Any,
     ClassVar,
@@ -22,14 +21,12 @@ from typing import (
     NamedTuple,
     Self,
     TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
 )
 
 import torch
 from torch import Tensor, nn
 
+from furina.adapters.options import choices, is_of, scalars
 from furina.adapters.sharding import is_sharded
 from furina.context import ForwardTracker, Operands, Record
 from furina.errors import ConfigurationError
@@ -74,8 +71,11 @@ class AdapterConfig(ABC):
 
     def __post_init__(self) -> None:
         """Check the options; raises ConfigurationError naming the field."""
-        for option, choices in _choices(type(self)).items():
-            self.require(getattr(self, option) in choices, option, f"one of {choices}")
+        for option, kinds in scalars(type(self)).items():
+            names = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+            self.require(is_of(getattr(self, option), kinds), option, f"a plain {names}")
+        for option, values in choices(type(self)).items():
+            self.require(getattr(self, option) in values, option, f"one of {values}")
         for option, value in self.to_dict().items():
             self.require(not isinstance(value, float) or math.isfinite(value), option, "finite")
         self.require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
@@ -147,13 +147,6 @@ class AdapterConfig(ABC):
 
 
 C = TypeVar("C", bound=AdapterConfig)
-
-
-@cache
-def _choices(config: type[AdapterConfig]) -> dict[str, tuple[Any, ...]]:
-    """Return {option: allowed values} of the options that are a Literal."""
-    hints = get_type_hints(config).items()
-    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 class AdapterLinear(nn.Module, ABC):

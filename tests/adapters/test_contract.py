@@ -419,3 +419,23 @@ def test_the_parameters_that_act_on_a_token_are_counted(method: str) -> None:
         assert 0 < count.active <= count.trainable
         if config.mergeability().ok:
             assert count.active == count.trainable, "a fixed update uses all it has"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("rank", value) for value in (4.0, "4", True, None, torch.tensor(4).numpy()[()])),
+        *(("alpha", value) for value in ("16", True, torch.tensor(1.5).numpy()[()])),
+        *(("use_rslora", value) for value in ("no", 0)),
+    ],
+)
+def test_a_value_of_another_type_is_refused_before_it_is_trained(
+    option: str, value: object
+) -> None:
+    """A config that is made directly is written as JSON at the end, hours later."""
+    with pytest.raises(ConfigurationError, match=f"{option}="):
+        methods()["lora"](**{option: value})
+
+
+def test_a_whole_number_will_do_for_a_real_one() -> None:
+    assert methods()["lora"](rank=4, alpha=8).scale == 2
