@@ -83,7 +83,11 @@ def adapt(
     patterns, names = matching_linears(model, targets)
     config = config.resolve(names)
     tracker = ForwardTracker()
-    with torch.random.fork_rng(enabled=seed is not None):
+    # What is made in inference mode could never be trained; a backbone made there cannot anyway.
+    inference = torch.is_inference_mode_enabled() and any(
+        p.is_inference() for p in model.parameters()
+    )
+    with torch.inference_mode(inference), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         layers = _build(config, model, names, tracker)

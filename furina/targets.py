@@ -79,6 +79,13 @@ def matching_linears(
     return patterns, matched
 
 
+def _kind(module: nn.Module) -> str:
+    """Return the name of the module's class, told apart from torch's own of that name."""
+    kind = type(module)
+    own = getattr(nn, kind.__name__, kind) is kind
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
+
+
 class _Survey:
     """The modules of a model by all their names, and how often each one and each weight is used."""
 
@@ -145,7 +152,7 @@ class _Survey:
                 return _wrapped(outer, kind)
         if type(module) is not nn.Linear:
             return (
-                f"{name or 'The model itself'} is a {type(module).__name__}, not a plain "
+                f"{name or 'The model itself'} is a {_kind(module)}, not a plain "
                 f"nn.Linear, so it cannot be adapted; {self.offer()}."
             )
         if self._module_uses[id(module)] > 1:

@@ -321,3 +321,18 @@ def test_adapting_logs_how_much_is_trained(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "furina"):
         model = furina.adapt(BACKBONES["llama"](), small("lora"))
     assert f"14 linears wrapped, {furina.describe(model).trainable:,} trainable" in caplog.text
+
+
+def test_an_adapter_made_in_inference_mode_can_be_trained() -> None:
+    model = BACKBONES["llama"]()
+    with torch.inference_mode():
+        furina.adapt(model, "lora", seed=0)
+    model.train()(**tokens()).loss.backward()
+    assert all(p.grad is not None for p in furina.adapter_parameters(model).values())
+
+
+def test_a_linear_of_another_library_is_told_from_torchs_own() -> None:
+    Linear = type("Linear", (nn.Linear,), {"__module__": "other.library"})
+    model = nn.Sequential(Linear(3, 2))
+    with pytest.raises(ConfigurationError, match=r"is a other\.library\.Linear, not a plain"):
+        furina.adapt(model, "lora", targets=["0"])

@@ -325,3 +325,15 @@ def test_a_merged_model_generates_what_the_unmerged_one_does(method: str) -> Non
     unmerged = model.generate(ids, **options)
     furina.merge(model)
     assert torch.equal(model.generate(ids, **options), unmerged)
+
+
+def test_a_backbone_of_inference_mode_is_merged_there_alone() -> None:
+    with torch.inference_mode():
+        model = BACKBONES["llama"]()
+    furina.adapt(model, "lora", seed=0)
+    with pytest.raises(ConfigurationError, match=r"loaded in torch\.inference_mode"):
+        furina.merge(model)
+    assert not furina.is_merged(model)
+    with torch.inference_mode():
+        furina.merge(model)
+    assert furina.is_merged(model)

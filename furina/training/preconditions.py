@@ -98,6 +98,10 @@ def refuse_unsharded_options(trainer: pl.Trainer, compiled: bool) -> None:
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Raise ConfigurationError if the adapter is merged, so that the forward leaves it out."""
+    """Raise ConfigurationError if the adapter is merged or the backbone is of inference mode."""
     if any(layer.merged for layer in state_of(model).layers.values()):
         raise ConfigurationError("The adapter is merged: call furina.unmerge before training.")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ConfigurationError(
+            "A model that was loaded in torch.inference_mode cannot be trained: load it outside."
+        )

@@ -350,3 +350,10 @@ def test_step_without_an_answer_token_is_an_error(tmp_path: Path) -> None:
     loader = in_order([batch])
     with pytest.raises(DataError, match="no answer token"):
         fit(FinetuneModule(tiny(), 1e-3), tmp_path, loader, max_steps=1)
+
+
+def test_a_backbone_of_inference_mode_is_refused_before_training(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = tiny("lora")
+    with pytest.raises(ConfigurationError, match="inference_mode"):
+        fit(FinetuneModule(model, 1e-3), tmp_path, max_steps=1)
