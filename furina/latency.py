@@ -129,7 +129,7 @@ def random_prompts(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
     while True:
-        yield torch.randint(vocabulary, shape, generator=generator)
+        yield torch.randint(vocabulary, shape, generator=generator, device="cpu")
 
 
 def interleaved(

@@ -331,7 +331,7 @@ def test_a_backbone_of_inference_mode_is_merged_there_alone() -> None:
     with torch.inference_mode():
         model = BACKBONES["llama"]()
     furina.adapt(model, "lora", seed=0)
-    with pytest.raises(ConfigurationError, match=r"loaded in torch\.inference_mode"):
+    with pytest.raises(ConfigurationError, match=r"made in torch\.inference_mode"):
         furina.merge(model)
     assert not furina.is_merged(model)
     with torch.inference_mode():

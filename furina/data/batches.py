@@ -109,20 +109,37 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad examples on the right, to the longest rounded up to a multiple of 8."""
     longest = max(len(example.input_ids) for example in examples)
     shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    input_ids = torch.full(shape, pad_id)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED)
+    input_ids = torch.full(shape, pad_id, device="cpu")
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids)
+        input_ids[row, :length] = torch.tensor(example.input_ids, device="cpu")
         attention_mask[row, :length] = 1
         answer = slice(length - example.answer_length, length)
         labels[row, answer] = input_ids[row, answer]
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     types = [example.task_type for example in examples if example.task_type is not None]
     if len(types) == len(examples):
-        batch["task_types"] = torch.tensor(types)
+        batch["task_types"] = torch.tensor(types, device="cpu")
     return batch
+
+
+class InOrder(IterableDataset[Batch]):
+    """Examples in micro-batches of `size` rows; iterable, so that Lightning leaves them alone."""
+
+    def __init__(self, examples: Sequence[Example], size: int, pad_id: int) -> None:
+        """Collate nothing before it is asked for."""
+        self.examples, self.size, self.pad_id = examples, size, pad_id
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches."""
+        return -(-len(self.examples) // self.size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield them."""
+        for first in range(0, len(self.examples), self.size):
+            yield collate(self.examples[first : first + self.size], self.pad_id)
 
 
 class StepBatches(IterableDataset[list[Batch]]):
@@ -212,7 +229,7 @@ class StepBatches(IterableDataset[list[Batch]]):
         if self._permutation[0] != epoch:
             digest = hashlib.sha256(f"{self.seed}\n{epoch}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            order = _permutation(len(self.examples), generator)
             self._permutation = (epoch, self._bucketed(order, generator))
         return self._permutation[1]
 
@@ -227,7 +244,7 @@ class StepBatches(IterableDataset[list[Batch]]):
             near = sorted(
                 rows[first : first + bucket], key=lambda row: len(self.examples[row].input_ids)
             )
-            for step in torch.randperm(len(near) // size, generator=generator).tolist():
+            for step in _permutation(len(near) // size, generator):
                 result += near[step * size : (step + 1) * size]
         return result
 
@@ -237,3 +254,8 @@ class StepBatches(IterableDataset[list[Batch]]):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Accept the empty state; having both methods tells Lightning that resuming is exact."""
+
+
+def _permutation(n: int, generator: torch.Generator) -> list[int]:
+    order: list[int] = torch.randperm(n, generator=generator, device="cpu").tolist()
+    return order

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning
-from torch.utils.data import DataLoader, Dataset
 
-from furina.data.batches import Example, StepBatches, collate, encode_examples
+from furina.data.batches import Example, InOrder, StepBatches, encode_examples
 from furina.data.encoding import check_vocabulary
 from furina.data.items import Item
 from furina.data.mixtures import Share, read_shares, repeat, take
@@ -154,16 +153,13 @@ class TaskDataModule(lightning.LightningDataModule):
             world_size=trainer.world_size if trainer else 1,
         )
 
-    def val_dataloader(self) -> list[DataLoader[Example]]:
-        """Return a loader of micro-batches over the held-out items; none if there are none."""
+    def val_dataloader(self) -> list[InOrder]:
+        """Return a loader of micro-batches over the held-out items; none if there are none.
+
+        Every rank reads all of them: Lightning would share them out, some of them twice.
+        """
         if not self._validation:
             return []
         # Neighbours of like length share a micro-batch: less padding, the same mean.
         ordered = sorted(self._validation, key=lambda example: -len(example.input_ids))
-        return [
-            DataLoader(
-                cast("Dataset[Example]", ordered),
-                batch_size=self.micro_batch_size or self.batch_size,
-                collate_fn=partial(collate, pad_id=self.pad_id),
-            )
-        ]
+        return [InOrder(ordered, self.micro_batch_size or self.batch_size, self.pad_id)]

@@ -184,8 +184,8 @@ class Scorer:
     ) -> tuple[list[float], list[bool]]:
         """Return log p of every target at its slot, and whether it is the likeliest token there."""
         device = self.model.device
-        at, wanted = torch.tensor([reads, targets]).to(device, non_blocking=True)
-        logits = self._logits(batch, torch.tensor(slots).to(device, non_blocking=True))
+        at, wanted = torch.tensor([reads, targets], device=device)
+        logits = self._logits(batch, torch.tensor(slots, device=device))
         dtype = torch.promote_types(logits.dtype, torch.float32)
         normalisers, best = [], []
         for part in torch.split(logits, max(1, self.budget.softmax // logits.shape[-1])):
@@ -231,7 +231,9 @@ class Scorer:
         """Return log-probabilities of single tokens after branches of one prefix."""
         generator = torch.Generator().manual_seed(0)
         shape = (PROBES, max(1, min(PROBE_LENGTH, self.max_length // 2)))
-        first, *others = torch.randint(self.vocabulary, shape, generator=generator).tolist()
+        first, *others = torch.randint(
+            self.vocabulary, shape, generator=generator, device="cpu"
+        ).tolist()
         requests = [
             Request((*first, *branch[:end]), (branch[(end + 1) % len(branch)],))
             for branch in others

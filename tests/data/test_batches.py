@@ -223,3 +223,15 @@ def test_impossible_sizes_are_refused(options, message):
 
 def test_the_tiny_tokenizer_pads_with_its_own_token():
     assert tiny_tokenizer().pad_token_id == PAD
+
+
+def test_batches_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    examples = [Example(tuple(range(3, 9 + n)), 2, task_type=0) for n in range(8)]
+    windows = {}
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            batches = StepBatches(examples, 4, 0, seed=0, bucket_steps=2)
+            windows[device] = batches.window(0) + batches.window(1)
+    for found, expected in zip(windows["meta"], windows["cpu"], strict=True):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

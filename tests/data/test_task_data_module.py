@@ -257,3 +257,15 @@ def test_a_spoilt_row_is_named_and_nothing_is_trained(rows, tokenizer, question)
     module = TaskDataModule(tokenizer, "arc_easy", batch_size=1, data_dir=rows, seed=0)
     with pytest.raises(DataError, match=r"^Line 1 of .*train\.jsonl\.gz is not as expected"):
         module.setup("fit")
+
+
+def test_lightning_finds_no_validation_rows_to_share_out_among_ranks(data):
+    """Its sampler for ranks gives some rows twice where their number does not divide the rows."""
+    from torch.utils.data import DataLoader
+
+    module = data()
+    module.setup()
+    (loader,) = module.val_dataloader()
+    assert not isinstance(loader, DataLoader)
+    assert sum(len(batch["input_ids"]) for batch in loader) == len(module._validation)
+    assert len(loader) == len(list(loader))
