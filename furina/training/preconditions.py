@@ -63,6 +63,12 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) does not apply: "
             "one batch is one optimiser step; cut it with the data's micro_batch_size."
         )
+    limits = trainer.limit_train_batches, trainer.overfit_batches
+    if limits not in ((1.0, 0.0), (None, 0.0)) and trainer.max_steps == -1:
+        raise ConfigurationError(
+            "Trainer(limit_train_batches=…, overfit_batches=…) cuts epochs that the schedule of the "
+            "learning rate counts whole: one batch is one optimiser step, so set max_steps instead."
+        )
     if trainer.gradient_clip_val:
         raise ConfigurationError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) does not apply: set "

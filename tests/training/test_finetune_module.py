@@ -276,18 +276,22 @@ def test_divergence_names_its_first_step_and_spares_the_adapter(tmp_path: Path) 
     [
         ({"accumulate_grad_batches": 2}, "micro_batch_size"),
         ({"gradient_clip_val": 1.0}, "gradient_clip"),
+        ({"limit_train_batches": 3, "max_steps": -1, "max_epochs": 4}, "set max_steps instead"),
+        ({"overfit_batches": 1, "max_steps": -1, "max_epochs": 4}, "set max_steps instead"),
     ],
 )
 def test_trainer_options_that_would_be_ignored_are_errors(
     options: dict[str, Any], advice: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigurationError, match=advice):
-        fit(FinetuneModule(tiny(), 1e-3), tmp_path, max_steps=1, **options)
+        fit(FinetuneModule(tiny(), 1e-3), tmp_path, **{"max_steps": 1} | options)
 
 
 def test_gradient_scaling_is_an_error() -> None:
     scaled = SimpleNamespace(
         accumulate_grad_batches=1,
+        limit_train_batches=1.0,
+        overfit_batches=0.0,
         gradient_clip_val=None,
         precision_plugin=SimpleNamespace(scaler=object()),
     )
