@@ -66,8 +66,8 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
     limits = trainer.limit_train_batches, trainer.overfit_batches
     if limits not in ((1.0, 0.0), (None, 0.0)) and trainer.max_steps == -1:
         raise ConfigurationError(
-            "Trainer(limit_train_batches=…, overfit_batches=…) cuts epochs that the learning rate's "
-            "schedule counts whole: one batch is one optimiser step, so set max_steps instead."
+            "Trainer(limit_train_batches=…, overfit_batches=…) cuts epochs that the schedule "
+            "counts whole: one batch is one optimiser step, so set max_steps instead."
         )
     if trainer.gradient_clip_val:
         raise ConfigurationError(
