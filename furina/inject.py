@@ -251,7 +251,7 @@ def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
                 f"{name} has shape {tuple(state[name].shape)} but this adapter's is "
                 f"{tuple(tensor.shape)}: adapt the model with the same options."
             )
-        if not state[name].isfinite().all():
+        if not (tensor.is_meta or state[name].isfinite().all()):
             raise ConfigurationError(f"{name} has NaN or infinite entries: nothing was loaded.")
     with torch.no_grad():
         for name, tensor in own.items():

@@ -155,7 +155,9 @@ def _check_finite(name: str, weight: Tensor) -> None:
 def _check_computed(layer: AdapterLinear) -> None:
     """Ask the merged linear for one random vector, hooks included: it must be W + ΔW times it."""
     base = layer.base
-    x = torch.randn(1, 1, base.in_features, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1, 1, base.in_features, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     x = x.to(base.weight)
     expected = functional.linear(x, base.weight, base.bias)  # first: a hook may write the weight
     y = base(x)

@@ -161,7 +161,7 @@ def test_a_model_of_peft_is_refused() -> None:
     inner = tiny_llama()
     message = refusal(peft.get_peft_model(inner, peft.LoraConfig(target_modules=["v_proj"])))
     assert "wrapped by peft" in message
-    assert "v_proj is a Linear, not a plain" in refusal(inner)
+    assert "v_proj is a peft.tuners.lora.layer.Linear, not a plain" in refusal(inner)
 
 
 def test_a_wrapped_part_of_a_model_is_named() -> None:
