@@ -7,25 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from furina.beside import also_trained
 from furina.errors import ConfigurationError
-from furina.inject import adapter_parameters, state_of
 
 
 def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what requires a gradient and is not the adapter's, by its name in the model.
+    """Return what requires a gradient and is not the adapter's, by its plain name.
 
-    Raises ConfigurationError for what could not be trained so: the weight of an adapted linear,
-    and numbers of 16 bits, in which small updates vanish.
+    Raises ConfigurationError as `also_trained`, and for numbers of 16 bits, in which small updates
+    vanish.
     """
-    own = {id(parameter) for parameter in adapter_parameters(model).values()}
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-    adapted = {id(layer.base.weight) for layer in state_of(model).layers.values()}
+    others = also_trained(model).items()
+    found = {n: p for n, p in others if isinstance(p, nn.Parameter) and p.requires_grad}
     for name, parameter in found.items():
-        if id(parameter) in adapted:
-            raise ConfigurationError(
-                f"{name} requires a gradient beside its adapter, which is made for a fixed weight: "
-                "freeze it, or leave that linear out of the targets."
-            )
         if parameter.dtype.itemsize < torch.float32.itemsize:
             raise ConfigurationError(
                 f"{name} requires a gradient in {parameter.dtype}, in which small updates vanish: "

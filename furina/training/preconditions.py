@@ -63,7 +63,7 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) does not apply: "
             "one batch is one optimiser step; cut it with the data's micro_batch_size."
         )
-    limits = trainer.limit_train_batches, trainer.overfit_batches
+    limits = trainer.limit_train_batches, trainer.overfit_batches  # type: ignore[attr-defined]
     if limits not in ((1.0, 0.0), (None, 0.0)) and trainer.max_steps == -1:
         raise ConfigurationError(
             "Trainer(limit_train_batches=…, overfit_batches=…) cuts epochs that the schedule "
