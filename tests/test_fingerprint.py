@@ -30,9 +30,8 @@ def adapted(model: nn.Module | None = None) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("saved") / "adapter"
-    furina.save(adapted(), path)
-    return path
+    furina.save(adapted(), folder := tmp_path_factory.mktemp("saved") / "adapter")
+    return folder
 
 
 def refused(folder: Path, model: nn.Module, *words: str) -> None:
