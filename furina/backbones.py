@@ -147,7 +147,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(_no_such(name, error)) from error
+        raise ConfigurationError(_no_such(name, error, kind="the tokenizer of")) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -279,13 +279,15 @@ def _hint(name: str, known: list[str] | None = None) -> str:
     return suggestion(name.rpartition("/")[2].lower(), _known(), cutoff=0.8)
 
 
-def _no_such(name: str, error: Exception, known: list[str] | None = None) -> str:
+def _no_such(
+    name: str, error: Exception, known: list[str] | None = None, kind: str = "backbone"
+) -> str:
     why = reason(error, name, "model")
     if why is None:
-        first = str(error).strip().partition("\n")[0].rstrip(".:")
+        first = str(error).strip().partition("\n")[0].rstrip(".: ").removesuffix(" from one of")
         if is_offline() and cached_model(name):
             first += "; offline only its copy in the hub's cache is read, which may lack files"
-        why = f"Cannot load backbone {name!r} ({first})."
+        why = f"Cannot load {kind} {name!r} ({first})."
     return f"{why}{_hint(name, known)}"
 
 

@@ -272,6 +272,7 @@ def parameter_groups(
     A and routers learn at `learning_rate`; every tensor called `lora_B*`, stacked experts included,
     at `lora_plus_ratio` times that (LoRA+, arXiv 2402.12354); and the method multiplies some by
     factors of its own, as FURINA does for v and LoRA+ for B. Only low-rank factors are decayed.
+    What else of the model is trainable, such as an unfrozen head, comes last, at `learning_rate`.
     """
     multipliers = state_of(model).config.learning_rate_multipliers()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -285,6 +286,11 @@ def parameter_groups(
         )
         group["params"].append(parameter)
         group["names"].append(name)
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    beside = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+    if beside:
+        parameters = {"params": list(beside.values()), "names": list(beside)}
+        return [*groups.values(), {**parameters, "lr": learning_rate, "weight_decay": 0.0}]
     return list(groups.values())
 
 

@@ -216,3 +216,13 @@ def test_without_anything_beside_peft_saves_no_modules(tmp_path: Path) -> None:
     furina.export_peft(train(BACKBONES["llama"](), method="lora"), tmp_path / "x")
     written = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert not written.get("modules_to_save")
+
+
+def test_an_unfrozen_head_is_in_the_optimisers_groups() -> None:
+    model = furina.adapt(BACKBONES["llama"](), small("furina"), seed=0)
+    bare = furina.parameter_groups(model, 1e-3, weight_decay=0.1)
+    head = model.get_output_embeddings().weight.requires_grad_()
+    *groups, last = furina.parameter_groups(model, 1e-3, weight_decay=0.1)
+    assert [group["names"] for group in groups] == [group["names"] for group in bare]
+    assert len(last["params"]) == 1 and last["params"][0] is head
+    assert (last["lr"], last["weight_decay"]) == (1e-3, 0.0)

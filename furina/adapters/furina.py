@@ -99,7 +99,8 @@ class FurinaConfig(AdapterConfig):
             not self.has_auxiliary_loss or self.top_k < self.num_routed_experts,
             "top_k",
             f"smaller than the {self.num_routed_experts} self-routed experts while "
-            "selection_coefficient > 0 (all of them would always be selected)",
+            "selection_coefficient > 0, as else all are selected: lower it, raise num_experts, or "
+            "set the coefficient to 0",
         )
 
     @property

@@ -187,7 +187,8 @@ class RunConfig:
             value = getattr(self, name)
             if self.steps is not None and value is not None and value > self.steps:
                 raise ConfigurationError(
-                    f"{name}={value} is more than the steps={self.steps} of the run: lower it."
+                    f"{name}={value} is more than the steps={self.steps} of the run: set it to "
+                    f"{self.steps} or less."
                 )
         if self.validation_interval is not None and not self.validation_size:
             raise ConfigurationError(

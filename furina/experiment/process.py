@@ -115,7 +115,9 @@ def _train(
 ) -> LossHistory:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities import rank_zero_only
 
+    rank_zero_only(_keep_log)(run_dir / "logs" / "metrics.csv")
     steps = optimiser_steps(config, data)
     module = FinetuneModule(
         model,
@@ -134,7 +136,7 @@ def _train(
     with warnings.catch_warnings():
         # Every process tokenised everything beforehand: there is nothing for workers to do.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        # That the logs start again: the checkpoint has the losses of the part before.
+        # That the log of the part before would be deleted: it has another name now.
         warnings.filterwarnings("ignore", "Experiment logs directory .* is not empty")
         trainer = Trainer(
             devices=config.devices,
@@ -155,6 +157,13 @@ def _train(
         )
         trainer.fit(module, data, ckpt_path=resume.latest(), weights_only=True)
     return history
+
+
+def _keep_log(file: Path) -> None:
+    """Move the log of an earlier part of the run aside, which Lightning's logger would delete."""
+    if file.exists():
+        earlier = len([*file.parent.glob("metrics.*.csv")])
+        file.rename(file.with_name(f"metrics.{earlier + 1}.csv"))
 
 
 def _strategy(config: RunConfig) -> Strategy | str:

@@ -77,6 +77,7 @@ def generate(
     made = Report()
     suites = load_suites_of(results_dir, metric)
     _require_metric(metric, suites)
+    shown = _choose(results_dir, list(suites), suite) if readme is not None and suites else ""
     _warn_of_strangers(suites)
     found = sections(results_dir, suites)
     for section in found:
@@ -91,7 +92,6 @@ def generate(
         found = [status, *found]
     made.files[results_dir / PAGE] = page(found)
     if readme is not None:
-        shown = _choose(results_dir, list(suites), suite)
         made.tables.append(overview_table(suites[shown][0]))
         text = _readme_text(made.tables, results_dir, shown, readme)
         made.files[readme] = readme_block.fill(readme, text)

@@ -161,9 +161,6 @@ class FinetuneModule(pl.LightningModule):
         self._require_warmup_to_end()
         names = ("learning_rate", "weight_decay", "lora_plus_ratio")
         groups = parameter_groups(self.model, *(self.hparams[name] for name in names))
-        if beside := trained_beside(self.model):
-            own = {"params": list(beside.values()), "names": list(beside), "weight_decay": 0.0}
-            groups.append({**own, "lr": self.hparams["learning_rate"]})
         device = groups[0]["params"][0].device
         optimizer = AdamW(groups, fused=device.type in ("cpu", "cuda"))
         factor = functools.partial(

@@ -207,6 +207,7 @@ def test_a_run_that_goes_on_says_from_where_and_nothing_else(
         fit(finished.config, tmp_path)
     assert stream.getvalue() == f"  training: resumed at step {step - step % 2} of 6\n"
     assert not [str(w.message) for w in caught if "is not empty" in str(w.message)]
+    assert (tmp_path / "logs" / "metrics.1.csv").is_file(), "the log of the part before is lost"
 
 
 def test_a_finished_run_says_that_nothing_was_trained(finished: Finished) -> None:
