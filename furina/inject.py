@@ -73,6 +73,9 @@ def adapt(
     of itself and leaves the global generator alone. `options` go to the method's config. A model
     that was merged with keep_base=False is a plain one, and is adapted anew.
 
+    Train the model with `furina.FinetuneModule` or a loop of your own. A transformers Trainer needs
+    save_strategy="no" and `furina.save` at its end, and leaves the auxiliary loss out.
+
     Raises ConfigurationError for an unknown method or option, a target that matches nothing, or a
     match that cannot be adapted: no plain nn.Linear, tied, used twice, wrapped, offloaded, with a
     weight or forward that is not its own, or in an adapted model. Warns where the model has fused

@@ -187,8 +187,8 @@ class StepBatches(IterableDataset[list[Batch]]):
         """Check the sizes; nothing is collated before it is asked for."""
         sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
         for name, size in {**sizes, "bucket_steps": bucket_steps}.items():
-            if size is not None and size < 1:
-                raise ConfigurationError(f"{name}={size} must be at least 1.")
+            if size is not None and (type(size) is not int or size < 1):
+                raise ConfigurationError(f"{name}={size} must be at least 1, and a whole number.")
         if len(examples) < batch_size:
             raise ConfigurationError(
                 f"batch_size={batch_size} is more than the {len(examples)} train questions."

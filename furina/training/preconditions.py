@@ -63,11 +63,15 @@ def refuse_ignored_options(trainer: pl.Trainer) -> None:
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) does not apply: "
             "one batch is one optimiser step; cut it with the data's micro_batch_size."
         )
-    limits = trainer.limit_train_batches, trainer.overfit_batches  # type: ignore[attr-defined]
-    if limits not in ((1.0, 0.0), (None, 0.0)) and trainer.max_steps == -1:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise ConfigurationError(
-            "Trainer(limit_train_batches=…, overfit_batches=…) cuts epochs that the schedule "
-            "counts whole: one batch is one optimiser step, so set max_steps instead."
+            "Trainer(overfit_batches=…) would not repeat its batches, as a step's number decides "
+            "what it trains on: train on a data set of that size instead."
+        )
+    if trainer.limit_train_batches not in (1.0, None) and trainer.max_steps == -1:
+        raise ConfigurationError(
+            "Trainer(limit_train_batches=…) need not divide the data's epoch, which goes on where "
+            "it was cut, so that fewer steps are done than the schedule counts: set max_steps."
         )
     if trainer.gradient_clip_val:
         raise ConfigurationError(

@@ -211,6 +211,7 @@ def test_ranks_share_a_step_without_loss_and_in_equal_parts(world_size):
     [
         ({"batch_size": 0}, "must be at least 1"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size=1.5 must be at least 1, and a whole number"),
         ({"bucket_steps": 0}, "bucket_steps=0 must be at least 1"),
         ({"batch_size": 51}, "batch_size=51 is more than the 50 train questions"),
         ({"world_size": 3}, "batch_size=8 cannot be shared evenly by 3 processes"),

@@ -276,8 +276,8 @@ def test_divergence_names_its_first_step_and_spares_the_adapter(tmp_path: Path) 
     [
         ({"accumulate_grad_batches": 2}, "micro_batch_size"),
         ({"gradient_clip_val": 1.0}, "gradient_clip"),
-        ({"limit_train_batches": 3, "max_steps": -1, "max_epochs": 4}, "set max_steps instead"),
-        ({"overfit_batches": 1, "max_steps": -1, "max_epochs": 4}, "set max_steps instead"),
+        ({"limit_train_batches": 3, "max_steps": -1, "max_epochs": 4}, "set max_steps"),
+        ({"overfit_batches": 1}, "data set of that size"),
     ],
 )
 def test_trainer_options_that_would_be_ignored_are_errors(
