@@ -290,7 +290,6 @@ def _read_past_the_forward(kind: Any) -> frozenset[str]:
 
     The code says it: `self.dt_proj.weight`, as in Mamba, in the forward or in what it calls.
     """
-    hidden = {"weight", "bias", "in_features", "out_features"}
     found: set[str] = set()
     seen: set[str] = set()
     waiting = ["forward"]
@@ -302,14 +301,20 @@ def _read_past_the_forward(kind: Any) -> frozenset[str]:
             continue
         seen.add(name)
         for code in _code(function.__code__):
-            steps = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
-            found |= {
-                one.argval
-                for one, two in pairwise(steps)
-                if one.opname == two.opname == "LOAD_ATTR" and two.argval in hidden
-            }
+            found |= _holders_of_hidden(code)
             waiting += code.co_names
     return frozenset(found)
+
+
+@cache
+def _holders_of_hidden(code: CodeType) -> frozenset[str]:
+    hidden = {"weight", "bias", "in_features", "out_features"}
+    steps = [i for i in dis.get_instructions(code) if i.opname != "EXTENDED_ARG"]
+    return frozenset(
+        one.argval
+        for one, two in pairwise(steps)
+        if one.opname == two.opname == "LOAD_ATTR" and two.argval in hidden
+    )
 
 
 def _code(code: CodeType) -> Iterator[CodeType]:
