@@ -19,6 +19,7 @@ def step_profile(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("step_profile")
 
 
+@pytest.mark.slow
 def test_parts_and_operators_are_counted(step_profile, tmp_path, capsys):
     arguments = ["--backbone", "tiny-llama", "--rounds", "1", "--results", str(tmp_path)]
     step_profile.main(arguments)

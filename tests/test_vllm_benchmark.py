@@ -204,6 +204,7 @@ def test_every_parameter_of_the_adapter_moves_and_the_update_has_the_size_asked_
         assert (parameter != start[name]).float().mean() > 0.99, name
 
 
+@pytest.mark.slow
 def test_the_script_asks_each_engine_and_goes_on_where_one_fails(
     load, environment, tmp_path, capsys
 ):

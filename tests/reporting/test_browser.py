@@ -74,6 +74,7 @@ def test_the_readmes_tables_fit_a_page_and_scroll_on_a_phone(tmp_path: Path) -> 
     assert not shown(page, "390,844", tmp_path)["page"]
 
 
+@pytest.mark.slow  # it tests the test
 def test_a_wrong_order_and_a_wide_page_are_found(tmp_path: Path) -> None:
     ordered = 'return direction === "ascending" ? compare(a, b) : compare(b, a);'
     text = REPORT.read_text()
