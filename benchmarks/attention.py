@@ -35,7 +35,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 import furina
 from furina.errors import ConfigurationError, FurinaError
-from furina.logits import logits_at
+from furina.model.inference import logits_at
 from furina.records.environment import provenance
 from furina.reporting.cells import Cell, Row, build, label, missing
 from furina.reporting.render import markdown as render

@@ -63,7 +63,7 @@ from furina.data.sources import load_items
 from furina.errors import FurinaError
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import fit
-from furina.processor import best_device
+from furina.kernels.processor import best_device
 from furina.records.environment import provenance
 from furina.reporting import plots
 from furina.reporting.cells import Row, build, label

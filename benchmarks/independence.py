@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
 from furina.data.items import data_hash
 from furina.data.sources import load_items
 from furina.evaluation.harness import evaluate

@@ -39,7 +39,7 @@ from training_peers import ENVIRONMENT
 
 import furina
 from furina.errors import FurinaError
-from furina.latency import Timer, interleaved, random_prompts
+from furina.evaluation.latency import Timer, interleaved, random_prompts
 from furina.records.environment import provenance
 
 

@@ -16,8 +16,8 @@ from training_variants import method_options, peft_model, twin
 from transformers import PreTrainedModel
 
 import furina
-from furina.inject import state_of
-from furina.latency import Timer, Timing, generate
+from furina.evaluation.latency import Timer, Timing, generate
+from furina.model.state import state_of
 
 LITERAL = ("lora_literal", "furina_literal")
 """The method written out: each expert by itself."""

@@ -34,12 +34,12 @@ from torch import Tensor
 from training_variants import method_options
 
 import furina
-from furina.backbones import backbone_hash
+from furina.backbones.load import backbone_hash
 from furina.data.items import data_hash
 from furina.data.sources import load_items
 from furina.data.splits import test_subset
 from furina.errors import FurinaError
-from furina.inject import state_of
+from furina.model.state import state_of
 from furina.records.environment import provenance
 
 WIDEST = "float32"

@@ -20,7 +20,7 @@ from furina.data.tasks import get_task
 from furina.errors import FurinaError
 from furina.evaluation.engine import Scorer
 from furina.evaluation.samples import predict
-from furina.inject import state_of
+from furina.model.state import state_of
 
 CHUNK = 256
 """Positions whose logits are compared at a time, in float64."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import furina
-from furina.inject import state_of
+from furina.model.state import state_of
 
 Json = dict[str, Any]
 Texts = tuple[Sequence[Sequence[int]], int]

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import furina
 from furina.adapters import AdapterConfig, methods
-from furina.inject import is_adapted, state_of
+from furina.model.state import is_adapted, state_of
 from furina.records.environment import provenance
 from furina.storage import write_json
 

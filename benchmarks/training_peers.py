@@ -14,9 +14,9 @@ from training_variants import LEARNING_RATE, Batch
 import furina
 from furina.assets import ASSETS, locate
 from furina.assets.convert import quiet_transformers
-from furina.backbones import TINY
+from furina.backbones.tiny import TINY
 from furina.errors import FurinaError
-from furina.inject import DEFAULT_TARGETS
+from furina.model.inject import DEFAULT_TARGETS
 
 WORKER = Path(__file__).with_name("moe_peft_worker.py")
 ENVIRONMENT = Path(__file__).parents[1] / ".venv-moe-peft"

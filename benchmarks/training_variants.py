@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 import furina
-from furina.inject import DEFAULT_TARGETS, state_of
+from furina.model.inject import DEFAULT_TARGETS
+from furina.model.state import state_of
 from furina.training.loss import IGNORED, AnswerBatch, answer_logits, mean_nll, select_answers
 
 ANSWER_TOKENS = 8

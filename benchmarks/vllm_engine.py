@@ -41,7 +41,7 @@ from vllm_process import ENVIRONMENT, Engine, interpreter, room_for
 
 import furina
 from furina.errors import FurinaError
-from furina.latency import Timing
+from furina.evaluation.latency import Timing
 from furina.records.environment import provenance
 
 VARIANTS = ("base", "merged", "adapter", "base_again")

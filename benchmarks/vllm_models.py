@@ -18,7 +18,7 @@ from furina.data.protocols import get_protocol
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
 from furina.errors import AssetError, DataError
-from furina.latency import generate
+from furina.evaluation.latency import generate
 
 RANDOM = "random"
 """The task that is none: random tokens."""

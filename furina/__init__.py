@@ -12,58 +12,59 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from furina.accumulation import accumulating as accumulating
-    from furina.adapter_sets import AdapterSet as AdapterSet
     from furina.adapters import configure as configure
     from furina.adapters import methods as methods
-    from furina.auxiliary import auxiliary_loss as auxiliary_loss
-    from furina.auxiliary import auxiliary_tokens as auxiliary_tokens
-    from furina.auxiliary import record_selection as record_selection
-    from furina.backbones import load_backbone as load_backbone
-    from furina.backbones import load_tokenizer as load_tokenizer
-    from furina.checkpoint import load as load
-    from furina.checkpoint import save as save
+    from furina.backbones.load import load_backbone as load_backbone
+    from furina.backbones.load import load_tokenizer as load_tokenizer
     from furina.data.module import TaskDataModule as TaskDataModule
-    from furina.export import export_merged as export_merged
-    from furina.export import export_peft as export_peft
-    from furina.inject import adapt as adapt
-    from furina.inject import adapter_parameters as adapter_parameters
-    from furina.inject import adapter_state_dict as adapter_state_dict
-    from furina.inject import describe as describe
-    from furina.inject import is_adapted as is_adapted
-    from furina.inject import load_adapter_state_dict as load_adapter_state_dict
-    from furina.inject import parameter_groups as parameter_groups
-    from furina.inject import remove as remove
-    from furina.merging import is_merged as is_merged
-    from furina.merging import merge as merge
-    from furina.merging import unmerge as unmerge
-    from furina.mode import evaluation_mode as evaluation_mode
+    from furina.model.accumulation import accumulating as accumulating
+    from furina.model.adapter_sets import AdapterSet as AdapterSet
+    from furina.model.auxiliary import after_step as after_step
+    from furina.model.auxiliary import auxiliary_loss as auxiliary_loss
+    from furina.model.auxiliary import auxiliary_tokens as auxiliary_tokens
+    from furina.model.auxiliary import record_selection as record_selection
+    from furina.model.checkpoint import load as load
+    from furina.model.checkpoint import save as save
+    from furina.model.export import export_merged as export_merged
+    from furina.model.export import export_peft as export_peft
+    from furina.model.inference import evaluation_mode as evaluation_mode
+    from furina.model.inject import adapt as adapt
+    from furina.model.inject import remove as remove
+    from furina.model.merging import is_merged as is_merged
+    from furina.model.merging import merge as merge
+    from furina.model.merging import unmerge as unmerge
+    from furina.model.parameters import adapter_parameters as adapter_parameters
+    from furina.model.parameters import adapter_state_dict as adapter_state_dict
+    from furina.model.parameters import describe as describe
+    from furina.model.parameters import load_adapter_state_dict as load_adapter_state_dict
+    from furina.model.parameters import parameter_groups as parameter_groups
+    from furina.model.router_removal import without_router as without_router
+    from furina.model.state import is_adapted as is_adapted
     from furina.training.module import FinetuneModule as FinetuneModule
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "accumulation": ("accumulating",),
-    "adapter_sets": ("AdapterSet",),
     "adapters": ("configure", "methods"),
-    "auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
-    "backbones": ("load_backbone", "load_tokenizer"),
-    "checkpoint": ("load", "save"),
-    "control": ("without_router",),
+    "backbones.load": ("load_backbone", "load_tokenizer"),
     "data.module": ("TaskDataModule",),
-    "export": ("export_merged", "export_peft"),
-    "inject": (
-        "adapt",
+    "model.accumulation": ("accumulating",),
+    "model.adapter_sets": ("AdapterSet",),
+    "model.auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
+    "model.checkpoint": ("load", "save"),
+    "model.export": ("export_merged", "export_peft"),
+    "model.inference": ("evaluation_mode",),
+    "model.inject": ("adapt", "remove"),
+    "model.merging": ("is_merged", "merge", "unmerge"),
+    "model.parameters": (
         "adapter_parameters",
         "adapter_state_dict",
         "describe",
-        "is_adapted",
         "load_adapter_state_dict",
         "parameter_groups",
-        "remove",
     ),
-    "merging": ("is_merged", "merge", "unmerge"),
-    "mode": ("evaluation_mode",),
+    "model.router_removal": ("without_router",),
+    "model.state": ("is_adapted",),
     "training.module": ("FinetuneModule",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

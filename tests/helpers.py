@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from furina.adapters import AdapterConfig, AdapterLinear, methods
-from furina.context import ForwardTracker
 from furina.errors import ConfigurationError, NotMergeableError
-from furina.inject import adapt, state_of
+from furina.kernels.forward import ForwardTracker
+from furina.model.inject import adapt
+from furina.model.state import state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

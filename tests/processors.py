@@ -14,15 +14,25 @@ import sys
 from dataclasses import dataclass, field
 
 NUMERIC = [
-    *("tests/adapters", "tests/analysis", "tests/evaluation", "tests/training"),
+    *(
+        f"tests/{room}"
+        for room in (
+            "adapters",
+            "analysis",
+            "backbones",
+            "evaluation",
+            "kernels",
+            "model",
+            "training",
+        )
+    ),
     "tests/experiment/test_several_devices.py",
     *(
         f"tests/test_{name}.py"
         for name in (
-            *("adapter_sets", "attention_benchmark", "auxiliary", "backbones", "checkpoint"),
-            *("combination", "compilation", "context", "export", "finetuning_benchmark", "inject"),
-            *("latency", "latency_benchmark", "merge_error_benchmark", "merging", "reference"),
-            *("real_model", "training_benchmark", "vllm_benchmark"),
+            *("attention_benchmark", "finetuning_benchmark", "latency_benchmark"),
+            *("merge_error_benchmark", "reference", "real_model", "training_benchmark"),
+            "vllm_benchmark",
         )
     ),
 ]

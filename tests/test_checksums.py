@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import furina
-from furina.checkpoint import CONFIG_FILE, TENSOR_FILE
 from furina.errors import AdapterFileError
+from furina.model.checkpoint import CONFIG_FILE, TENSOR_FILE
 from tests.helpers import BACKBONES, perturb, small
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from furina.adapters.base import _REGISTRY
-from furina.runner import read_suite
+from furina.suites import read_suite
 from tests.adapters import test_contract as contract
 from tests.adapters import test_model_contract as model_contract
 

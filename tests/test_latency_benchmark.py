@@ -13,8 +13,8 @@ import torch
 
 import furina
 from furina.errors import FurinaError
-from furina.inject import state_of
-from furina.latency import Timing
+from furina.evaluation.latency import Timing
+from furina.model.state import state_of
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"

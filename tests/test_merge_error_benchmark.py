@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import furina
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.experiment.helpers import write_data
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

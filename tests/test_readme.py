@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from furina.assets import ASSETS
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
 from furina.cli import main
 from furina.data.protocols import protocols
 from furina.reporting.readme import BEGIN, END

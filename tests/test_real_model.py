@@ -13,10 +13,10 @@ import furina
 from furina.adapters import AdapterLinear
 from furina.assets import locate
 from furina.errors import AssetError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.helpers import perturb
-from tests.test_export import in_peft, ratios_left_out
-from tests.test_merging import (
+from tests.model.test_export import in_peft, ratios_left_out
+from tests.model.test_merging import (
     BOUNDS,
     Model,
     assert_rounded_once,

@@ -27,10 +27,10 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from furina.adapters.options import choices, is_of, scalars
-from furina.adapters.sharding import is_sharded
-from furina.context import ForwardTracker, Operands, Record
 from furina.errors import ConfigurationError
+from furina.kernels.forward import ForwardTracker, Operands, Record
+from furina.kernels.sharding import is_sharded
+from furina.options.hints import choices, is_of, scalars
 
 _REGISTRY: dict[str, type[AdapterConfig]] = {}
 

@@ -24,10 +24,10 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig
-from furina.adapters.product import low_rank_product, no_autocast, update_dtype
-from furina.context import ForwardTracker, Operands
+from furina.kernels.dropout import dropout
+from furina.kernels.forward import ForwardTracker, Operands
+from furina.kernels.product import low_rank_product, no_autocast, update_dtype
 
 
 @register("dora")

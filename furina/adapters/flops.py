@@ -27,13 +27,13 @@ from __future__ import annotations
 from functools import singledispatch
 
 from furina.adapters.base import AdapterConfig
-from furina.adapters.directions import DENSE
 from furina.adapters.dora import DoRAConfig
 from furina.adapters.flylora import FlyLoRAConfig
 from furina.adapters.furina import FurinaConfig
 from furina.adapters.mixlora import DOWN, MixLoRAConfig
 from furina.adapters.pissa import PiSSAConfig
 from furina.adapters.slim import SLIMConfig
+from furina.kernels.directions import DENSE
 
 
 @singledispatch

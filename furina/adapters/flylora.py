@@ -24,12 +24,12 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.dropout import dropout
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear
-from furina.adapters.product import update_dtype
-from furina.context import ForwardTracker, Operands
 from furina.errors import NotMergeableError
+from furina.kernels.dropout import dropout
+from furina.kernels.forward import ForwardTracker, Operands
+from furina.kernels.product import update_dtype
 
 
 @register("flylora")

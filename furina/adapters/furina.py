@@ -32,11 +32,11 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.directions import Directions, direction_gram, directions, l2_activity
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
-from furina.adapters.product import low_rank_product, moved_product, no_autocast, update_dtype
-from furina.context import ForwardTracker, Operands, Record
+from furina.kernels.directions import Directions, direction_gram, directions, l2_activity
+from furina.kernels.forward import ForwardTracker, Operands, Record
+from furina.kernels.product import low_rank_product, moved_product, no_autocast, update_dtype
 
 
 @register("furina")

@@ -18,8 +18,8 @@ from furina.adapters.base import (
     register,
     zeros,
 )
-from furina.adapters.product import low_rank_product, update_dtype
-from furina.context import ForwardTracker, Operands
+from furina.kernels.forward import ForwardTracker, Operands
+from furina.kernels.product import low_rank_product, update_dtype
 
 
 def lora_scale(rank: int, alpha: float | None, use_rslora: bool) -> float:

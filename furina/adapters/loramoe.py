@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from furina.adapters.base import register
 from furina.adapters.routing import DenseConfig, RoutedLinear
-from furina.context import ForwardTracker, Record
 from furina.errors import ConfigurationError
+from furina.kernels.forward import ForwardTracker, Record
 
 
 @register("loramoe")

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from furina.adapters.base import AdapterLinear, ParameterCount, register
-from furina.adapters.dropout import dropout
 from furina.adapters.lora import LoRAConfig, LoRALinear
-from furina.adapters.product import update_dtype
 from furina.adapters.routing import (
     RoutedLinear,
     TopKConfig,
     load_balancing,
 )
-from furina.context import ForwardTracker, Record
 from furina.errors import ConfigurationError
+from furina.kernels.dropout import dropout
+from furina.kernels.forward import ForwardTracker, Record
+from furina.kernels.product import update_dtype
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from furina.adapters.base import register
 from furina.adapters.routing import RoutedLinear, TopKConfig, load_balancing, top_k_weights
-from furina.context import ForwardTracker
+from furina.kernels.forward import ForwardTracker
 
 
 @register("mola")

@@ -14,7 +14,7 @@ from torch import nn
 
 from furina.adapters.base import register
 from furina.adapters.routing import DenseConfig, RoutedLinear
-from furina.context import ForwardTracker
+from furina.kernels.forward import ForwardTracker
 
 
 @register("molora")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from furina.adapters.base import register
 from furina.adapters.lora import LoRAConfig, LoRALinear
-from furina.adapters.product import moved_product
-from furina.adapters.sharding import is_sharded, write
-from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
+from furina.kernels.forward import ForwardTracker
+from furina.kernels.product import moved_product
+from furina.kernels.sharding import is_sharded, write
 
 
 @register("pissa")

@@ -31,9 +31,9 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import LowRankConfig
 from furina.adapters.mixture import MOST_ACTIVE, MixtureLinear
-from furina.adapters.product import low_rank_product, no_autocast, update_dtype
-from furina.context import ForwardTracker, Operands, Record
 from furina.errors import NotMergeableError
+from furina.kernels.forward import ForwardTracker, Operands, Record
+from furina.kernels.product import low_rank_product, no_autocast, update_dtype
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters.base import ParameterCount, drawn_on, register
-from furina.adapters.product import no_autocast
 from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
-from furina.context import ForwardTracker
+from furina.kernels.forward import ForwardTracker
+from furina.kernels.product import no_autocast
 
 
 @register("slim")

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters.mixture import MixtureLinear
-from furina.context import Forward
 from furina.data.batches import Batch
 from furina.errors import ConfigurationError
-from furina.inject import state_of
-from furina.logits import logits_at
-from furina.merging import is_merged
-from furina.mode import evaluation_mode
+from furina.kernels.forward import Forward
+from furina.model.inference import evaluation_mode, logits_at
+from furina.model.merging import is_merged
+from furina.model.state import state_of
 
 CHUNK = 256
 """Tokens whose activity is held at once: per output unit it is large."""

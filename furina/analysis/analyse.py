@@ -17,7 +17,7 @@ from furina.data.protocols import get_protocol
 from furina.data.splits import test_subset
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
-from furina.inject import AdaptedState, state_of
+from furina.model.state import AdaptedState, state_of
 from furina.progress import advance
 from furina.records import (
     ActivityRecord,

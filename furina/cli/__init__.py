@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", DeprecationWarning)
             logging.getLogger(_CHATTER).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
-        logger = logging.getLogger("furina.processor")
+        logger = logging.getLogger("furina.kernels.processor")
         logger.setLevel(logging.INFO)
         if not any(isinstance(handler, _Lines) for handler in logger.handlers):
             logger.addHandler(_Lines())

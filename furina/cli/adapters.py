@@ -167,10 +167,10 @@ def _export(options: Namespace, form: str) -> None:
     require_new(options.out_dir)
     require_backbone(options.backbone)
     backbone = backbone_of(options.backbone, options.adapter_dir)
-    from furina.backbones import load_backbone, load_tokenizer
-    from furina.checkpoint import load
-    from furina.export import export_merged, export_peft
-    from furina.processor import use_cores
+    from furina.backbones.load import load_backbone, load_tokenizer
+    from furina.kernels.processor import use_cores
+    from furina.model.checkpoint import load
+    from furina.model.export import export_merged, export_peft
 
     use_cores()
     model = load(options.adapter_dir, load_backbone(backbone, options.dtype))
@@ -226,10 +226,10 @@ def combine(options: Namespace) -> None:
     require_new(options.out_dir)
     require_backbone(options.backbone)
     backbone = backbone_of(options.backbone, *folders)
-    from furina.adapter_sets import AdapterSet
-    from furina.backbones import load_backbone
-    from furina.checkpoint import save
-    from furina.processor import use_cores
+    from furina.backbones.load import load_backbone
+    from furina.kernels.processor import use_cores
+    from furina.model.adapter_sets import AdapterSet
+    from furina.model.checkpoint import save
 
     use_cores()
     adapters = AdapterSet(load_backbone(backbone, options.dtype))

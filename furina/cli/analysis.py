@@ -73,9 +73,9 @@ def analyse(options: Namespace) -> None:
     options.backbone = backbone_of(options.backbone, options.adapter_dir)
     from furina.analysis import TaskItems
     from furina.analysis import analyse as look
-    from furina.backbones import backbone_hash, load_backbone, load_tokenizer
-    from furina.checkpoint import load
-    from furina.processor import best_device, resolve_dtype, use_cores
+    from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
+    from furina.kernels.processor import best_device, resolve_dtype, use_cores
+    from furina.model.checkpoint import load
     from furina.records import Backbone
 
     use_cores()

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from furina.cli.wording import HelpFormatter, metavar, sentence
 from furina.errors import ConfigurationError, nearest
-from furina.signatures import Option
+from furina.options.signatures import Option
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from furina.cli.parsing import add_fields, add_options, option_values, read_yaml
 from furina.cli.shared import MAIN_SUITE, console, own_readme, require_backbone
 from furina.data.sources import resolve_source
 from furina.errors import ConfigurationError, nearest
-from furina.signatures import method_names, method_options
+from furina.options.signatures import method_names, method_options
 
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
-    from furina.runner import Suite
-    from furina.runner.jobs import Slurm
+    from furina.suites import Suite
+    from furina.suites.jobs import Slurm
 
 SCORING = {
     *(
@@ -104,7 +104,7 @@ def fit(options: Namespace) -> None:
     require_writable(run_dir)
     resolve_source(config.source, config.data_dir)
     config.adapter_config()
-    from furina.processor import use_cores
+    from furina.kernels.processor import use_cores
 
     use_cores()
     if options.show_groups:
@@ -130,8 +130,9 @@ def _evaluation(config: RunConfig, run_dir: Path) -> str:
 
 def _print_groups(config: RunConfig) -> None:
     """Print the optimiser's groups and the parameters in each."""
-    from furina.backbones import load_backbone
-    from furina.inject import adapt, parameter_groups
+    from furina.backbones.load import load_backbone
+    from furina.model.inject import adapt
+    from furina.model.parameters import parameter_groups
 
     model = load_backbone(config.backbone, config.dtype)
     adapt(model, config.method, targets=config.targets, seed=config.seed, **config.adapter)
@@ -200,7 +201,7 @@ def _add_places(parser: ArgumentParser) -> None:
 
 
 def _add_cluster(parser: ArgumentParser) -> None:
-    from furina.runner.jobs import Slurm
+    from furina.suites.jobs import Slurm
 
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at once, each a process or a job of its own"
@@ -221,9 +222,9 @@ def run(options: Namespace) -> None:
     """
     from furina.experiment.devices import device
     from furina.records import RecordError
-    from furina.runner import FailedRunsError, Places, read_suite, run_suite
-    from furina.runner.jobs import run_jobs
     from furina.storage import require_writable
+    from furina.suites import FailedRunsError, Places, read_suite, run_suite
+    from furina.suites.jobs import run_jobs
 
     places, slurm = Places(options.results, options.runs), _slurm(options)
     for folder in (places.results, places.runs):
@@ -237,7 +238,7 @@ def run(options: Namespace) -> None:
     )
     for backbone in {run.backbone for run in suite.runs} if not options.dry_run else ():
         require_backbone(backbone)
-    from furina.processor import use_cores
+    from furina.kernels.processor import use_cores
 
     use_cores()
     if options.dry_run:
@@ -257,7 +258,7 @@ def run(options: Namespace) -> None:
 
 def _slurm(options: Namespace) -> Slurm | None:
     """Return what is asked of Slurm, None if the runs stay here."""
-    from furina.runner.jobs import Slurm
+    from furina.suites.jobs import Slurm
 
     if options.jobs < 1:
         raise ConfigurationError(f"--jobs {options.jobs} must be at least 1.")
@@ -274,9 +275,9 @@ def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
     from furina.experiment.planning import DEVICE, plan_all
     from furina.experiment.summary import summary
     from furina.reporting import print_tables
-    from furina.runner import Places
-    from furina.runner.jobs import slurm_script
-    from furina.runner.suites import title
+    from furina.suites import Places
+    from furina.suites.jobs import slurm_script
+    from furina.suites.suites import title
 
     for run in suite.runs:
         print(f"{run.suite}: {title(run)}, {run.backbone}")

@@ -107,7 +107,7 @@ def evaluate(options: Namespace) -> None:
     _require_model(options)
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
     model, backbone = _model(options)
-    from furina.backbones import load_tokenizer
+    from furina.backbones.load import load_tokenizer
     from furina.evaluation.harness import evaluate as score
 
     tokenizer = load_tokenizer(backbone)
@@ -161,9 +161,9 @@ def _model(options: Namespace) -> tuple[PreTrainedModel, str]:
     """Load backbone and adapter, if one is named, onto the best device; return backbone's name."""
     adapters = [] if options.adapter_path is None else [options.adapter_path]
     backbone = backbone_of(options.backbone, *adapters)
-    from furina.backbones import load_backbone
-    from furina.checkpoint import load
-    from furina.processor import best_device, use_cores
+    from furina.backbones.load import load_backbone
+    from furina.kernels.processor import best_device, use_cores
+    from furina.model.checkpoint import load
 
     use_cores()
     model = load_backbone(backbone, options.dtype, device=best_device())
@@ -174,8 +174,8 @@ def _model(options: Namespace) -> tuple[PreTrainedModel, str]:
 
 def _variants(model: PreTrainedModel) -> Iterator[Variant]:
     """Yield the name of each variant while `model` is it."""
-    from furina.inject import is_adapted, state_of
-    from furina.merging import merge
+    from furina.model.merging import merge
+    from furina.model.state import is_adapted, state_of
 
     if not is_adapted(model):
         yield "base"
@@ -252,7 +252,7 @@ def latency(options: Namespace) -> None:
         raise ConfigurationError("--new-tokens 1 leaves no token after the first: time 2 or more.")
     _require_model(options)
     model, _ = _model(options)
-    from furina.latency import measure_latency
+    from furina.evaluation.latency import measure_latency
 
     with part("timing"):
         results = measure_latency(

@@ -19,7 +19,7 @@ MAIN_SUITE = "quickstart"
 
 
 ADAPTER_CONFIG = "furina_config.json"
-"""What makes a folder an adapter's; `furina.checkpoint`, which reads it, needs torch."""
+"""What makes a folder an adapter's; `furina.model.checkpoint`, which reads it, needs torch."""
 
 
 def add_backbone(parser: ArgumentParser, writes: bool = False) -> None:
@@ -122,7 +122,7 @@ def backbone_of(given: str | None, *adapters: Path) -> str:
     """
     if given is not None or not adapters:
         return given or DEFAULT_BACKBONE
-    from furina.checkpoint import read_adapter_config
+    from furina.model.checkpoint import read_adapter_config
 
     names = {folder: _known_name(read_adapter_config(folder)["backbone"]) for folder in adapters}
     for folder, name in names.items():

@@ -87,7 +87,7 @@ class TaskDataModule(lightning.LightningDataModule):
         if tokenizer.pad_token_id is None:
             raise ConfigurationError(
                 "The tokenizer has no pad token: set tokenizer.pad_token = tokenizer.eos_token, "
-                "or load it with furina.backbones.load_tokenizer."
+                "or load it with furina.load_tokenizer."
             )
         self.pad_id = int(tokenizer.pad_token_id)
         self.train_items: dict[str, list[Item]] = {}

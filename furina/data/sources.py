@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from furina.assets import ASSETS, is_cached, is_offline, locate
+from furina.assets.hub import only_cached_data, reason, refusal
 from furina.data.items import Item, normalised
 from furina.data.readers import Placed, numbered, read_file, read_requests, refuse_damage
 from furina.data.tasks import Task, get_task
 from furina.data.tasks.base import Files, Hub, Parse, Split, Wheel
 from furina.errors import ConfigurationError, DataError, nearest
-from furina.hub import only_cached_data, reason, refusal
 
 __all__ = [
     "Source",

@@ -15,7 +15,7 @@ from furina.errors import ConfigurationError, nearest
 from furina.evaluation.engine import fitted_lm, shared_prefix_lm
 from furina.evaluation.evaluation import Engine
 from furina.evaluation.independence import check_causal
-from furina.mode import evaluation_mode
+from furina.model.inference import evaluation_mode
 from furina.progress import advance
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from furina.evaluation.independence import (
     vocabulary,
 )
 from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
-from furina.logits import logits_at
+from furina.model.inference import logits_at
 from furina.progress import advance
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from furina.evaluation.independence import (
     reads_padding,
     vocabulary,
 )
-from furina.logits import contiguous_lm_head_input
-from furina.mode import evaluation_mode
+from furina.model.inference import contiguous_lm_head_input, evaluation_mode
 from furina.progress import advance
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from furina.assets import ASSETS, is_cached
-from furina.backbones import TINY, load_tokenizer
+from furina.assets.hub import cached_file
+from furina.backbones.load import load_tokenizer
+from furina.backbones.tiny import TINY
 from furina.data.items import Item
 from furina.data.sources import Source, Split, load_items, splits_at_hand
 from furina.data.tasks import get_task
 from furina.errors import DataError
-from furina.hub import cached_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from furina.analysis import TaskItems
-from furina.backbones import backbone_hash, load_backbone, load_tokenizer
-from furina.control import without_router
+from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
 from furina.data.encoding import Encoder
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
@@ -23,15 +22,16 @@ from furina.data.sources import load_items, resolve_source
 from furina.data.splits import test_subset, warn_overlap
 from furina.data.tasks import get_task
 from furina.evaluation.harness import evaluate
+from furina.evaluation.latency import measure_latency
 from furina.evaluation.samples import read_samples
 from furina.experiment.activity import publish_activity, record_activity
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, claim, fit, read_kept
-from furina.inject import state_of
-from furina.latency import measure_latency
-from furina.merging import MergeReport, merge, unmerge
-from furina.mode import evaluation_mode
-from furina.processor import best_device
+from furina.kernels.processor import best_device
+from furina.model.inference import evaluation_mode
+from furina.model.merging import MergeReport, merge, unmerge
+from furina.model.router_removal import without_router
+from furina.model.state import state_of
 from furina.progress import part
 from furina.records import (
     Backbone,

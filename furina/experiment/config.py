@@ -13,8 +13,8 @@ from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
+from furina.options.signatures import method_names, method_options
 from furina.records import RecordError, codec
-from furina.signatures import method_names, method_options
 
 if TYPE_CHECKING:
     from furina.adapters import AdapterConfig
@@ -260,7 +260,7 @@ class RunConfig:
 
     def resolved(self, device: str | None = None) -> RunConfig:
         """Return the run with the dtype that "auto" stands for on `device`, here if none."""
-        from furina.processor import resolve_dtype
+        from furina.kernels.processor import resolve_dtype
 
         return self.updated({"dtype": resolve_dtype(self.dtype, device).dtype})
 
@@ -301,7 +301,7 @@ class RunConfig:
                     f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
                 )
         from furina.adapters import methods
-        from furina.control import has_router
+        from furina.model.router_removal import has_router
 
         made = _configured(methods()[self.method], json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not has_router(made):

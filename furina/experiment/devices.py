@@ -82,7 +82,7 @@ def device(name: str) -> Device:
     Raises ConfigurationError for an unknown name, with the nearest right one.
     """
     if name == CPU:
-        from furina.processor import cores
+        from furina.kernels.processor import cores
 
         return Device(CPU, f"{cores()} CPU cores", memory_bytes())
     if name not in GPUS:

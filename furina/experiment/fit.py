@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from furina.checkpoint import load, save
-from furina.compilation import require_backend
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
@@ -17,8 +15,10 @@ from furina.experiment.launch import launch, require_devices
 from furina.experiment.measures import measured
 from furina.experiment.process import adapted, optimiser_steps, run_backbone, run_data, train
 from furina.experiment.ranks import is_rank, leave, require_world, take_place
-from furina.inject import load_adapter_state_dict
-from furina.processor import best_device
+from furina.kernels.processor import best_device
+from furina.model.checkpoint import load, save
+from furina.model.compilation import require_backend
+from furina.model.parameters import load_adapter_state_dict
 from furina.progress import part, say
 from furina.records import Training, codec
 from furina.storage import write_json

@@ -18,7 +18,7 @@ import torch
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.experiment.failures import failure
-from furina.processor import best_device
+from furina.kernels.processor import best_device
 
 WORKER = "furina.experiment.worker"
 """The module that each process runs."""

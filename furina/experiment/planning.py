@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from furina.backbones import DTYPES
+from furina.backbones.load import DTYPES
 from furina.experiment.activations import MicroBatch
 from furina.experiment.config import RunConfig
 from furina.experiment.devices import CPU, Device, device

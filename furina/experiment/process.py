@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
 from furina.data.module import TaskDataModule
 from furina.experiment.config import RunConfig
-from furina.inject import adapt
-from furina.processor import best_device
+from furina.kernels.processor import best_device
+from furina.model.inject import adapt
 from furina.progress import part
 from furina.training import (
     FinetuneModule,

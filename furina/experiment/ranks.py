@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from furina.errors import ConfigurationError
-from furina.inject import adapter_state_dict
-from furina.processor import use_cores
+from furina.kernels.processor import use_cores
+from furina.model.parameters import adapter_state_dict
 
 
 class Left(NamedTuple):

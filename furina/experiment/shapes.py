@@ -8,10 +8,12 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from furina.adapters import AdapterConfig
-from furina.backbones import meta_backbone
+from furina.backbones.load import meta_backbone
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.inject import adapt, adapter_parameters, adapter_state_dict, remove, state_of
+from furina.model.inject import adapt, remove
+from furina.model.parameters import adapter_parameters, adapter_state_dict
+from furina.model.state import state_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

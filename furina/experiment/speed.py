@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from furina.architectures import ARCHITECTURES
-from furina.auxiliary import after_step, auxiliary_loss
-from furina.backbones import DTYPES
+from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.load import DTYPES
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.experiment.flops import forward_flops, step_flops
 from furina.experiment.shapes import Adapted, Decoder, adapted, decoder
-from furina.inject import adapt, parameter_groups
-from furina.mode import evaluation_mode
+from furina.model.auxiliary import after_step, auxiliary_loss
+from furina.model.inference import evaluation_mode
+from furina.model.inject import adapt
+from furina.model.parameters import parameter_groups
 from furina.training import answer_loss, training_attention
 
 if TYPE_CHECKING:

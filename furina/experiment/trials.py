@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from furina.adapters import configure
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
 from furina.data.protocols import ChoiceProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.splits import split_train
@@ -14,7 +14,7 @@ from furina.evaluation.harness import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
 from furina.experiment.process import planned_steps
-from furina.processor import best_device
+from furina.kernels.processor import best_device
 from furina.progress import part
 from furina.records import SearchRecord, SelectionRecord, provenance
 from furina.training import DivergedError

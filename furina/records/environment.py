@@ -118,7 +118,7 @@ def _hardware() -> Hardware:
 
 
 def _auto_dtype() -> str:
-    from furina.processor import automatic, best_device
+    from furina.kernels.processor import automatic, best_device
 
     return ": ".join(automatic(best_device()))
 

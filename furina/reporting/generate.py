@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from furina.errors import FurinaError, nearest
+from furina.options.signatures import method_names
 from furina.records import RecordError
 from furina.reporting import readme as readme_block
 from furina.reporting import render
@@ -18,7 +19,6 @@ from furina.reporting.overview import WIDEST, overview_table
 from furina.reporting.page import Section, page
 from furina.reporting.reproducing import reproducing
 from furina.reporting.suites import Suite
-from furina.signatures import method_names
 from furina.storage import write_text
 
 STATUS = "REPRODUCING.md"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from furina.beside import also_trained
 from furina.errors import ConfigurationError
+from furina.model.also_trained import also_trained
 
 
 def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from furina.auxiliary import auxiliary_loss
-from furina.inject import state_of
-from furina.mode import training_mode
+from furina.model.auxiliary import auxiliary_loss
+from furina.model.inference import training_mode
+from furina.model.state import state_of
 from furina.training.loss import answer_loss, select_answers
 from furina.training.preconditions import require_trainable
 from furina.training.window import shares

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from furina.errors import DataError
-from furina.logits import logits_at
+from furina.model.inference import logits_at
 
 IGNORED = -100
 """The label of a token that is not part of an answer."""

@@ -18,19 +18,19 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics.aggregation import RunningMean, SumMetric
 
-from furina.accumulation import accumulating
-from furina.adapters.sharding import whole, write
-from furina.auxiliary import after_step, auxiliary_loss
-from furina.compilation import CompiledDecoder
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError, DataError, require_same
-from furina.inject import (
+from furina.kernels.sharding import whole, write
+from furina.model.accumulation import accumulating
+from furina.model.auxiliary import after_step, auxiliary_loss
+from furina.model.compilation import CompiledDecoder
+from furina.model.parameters import (
     adapter_parameters,
     adapter_state_dict,
     load_adapter_state_dict,
     parameter_groups,
-    state_of,
 )
+from furina.model.state import state_of
 from furina.training.beside import require_held, trained_beside
 from furina.training.divergence import DivergenceWatch
 from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers

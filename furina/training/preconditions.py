@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from furina.training.sharding import ShardedStrategy
 
 _REFUSED: dict[type[pl.Callback], str] = {

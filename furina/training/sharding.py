@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
-from furina.adapters.sharding import part, whole
 from furina.errors import ConfigurationError
+from furina.kernels.sharding import part, whole
 
 
 class ShardedStrategy(ModelParallelStrategy):

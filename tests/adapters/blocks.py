@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.adapters import AdapterConfig
-from furina.inject import state_of
+from furina.model.state import state_of
 
 
 class FFN(nn.Module):

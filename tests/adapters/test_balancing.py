@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.adapters import loops
 from tests.helpers import BACKBONES, chain, perturb, small, tokens
 

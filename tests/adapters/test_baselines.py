@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import furina
 from furina.adapters import AdapterLinear, methods
 from furina.errors import ConfigurationError, NotMergeableError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.adapters import loops
 from tests.adapters.blocks import mixed_ffn
 from tests.helpers import (

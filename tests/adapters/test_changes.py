@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import furina
 from furina.errors import ConfigurationError
-from furina.inject import state_of
-from furina.mode import evaluation_mode
+from furina.model.inference import evaluation_mode
+from furina.model.state import state_of
 from tests.helpers import BACKBONES, chain, perturb, small, task_loss, tokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import furina
 from furina.adapters import AdapterLinear, configure, methods
 from furina.errors import ConfigurationError, NotMergeableError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.helpers import (
     BACKBONES,
     additivity_error,

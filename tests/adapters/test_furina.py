@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import furina
 from furina import reference
 from furina.adapters.furina import FurinaConfig, FurinaLinear
-from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.kernels.forward import ForwardTracker
+from furina.model.state import state_of
 from tests.helpers import Chain, chain, layer_of, perturb, small, tiny_llama, tokens, variants
 
 EXACT = 1e-10

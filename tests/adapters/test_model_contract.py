@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.adapters import methods
-from furina.inject import state_of
+from furina.model.state import state_of
 from furina.training.gradients import gradient_ratio
 from tests.adapters.blocks import mixed_ffn
 from tests.helpers import BACKBONES, RowByRow, perturb, small, task_loss, tokens

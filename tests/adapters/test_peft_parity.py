@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.adapters import AdapterLinear, dora
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.helpers import Chain, layer_of, perturb, small
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

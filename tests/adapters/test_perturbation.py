@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters import AdapterLinear
-from furina.context import ForwardTracker
+from furina.kernels.forward import ForwardTracker
 from tests.helpers import perturb_layer
 
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from furina.adapters import AdapterConfig, AdapterLinear, methods, register
 from furina.adapters.base import _REGISTRY
-from furina.context import ForwardTracker
 from furina.errors import ConfigurationError
+from furina.kernels.forward import ForwardTracker
 
 
 def test_two_methods_of_one_name_are_an_error() -> None:

@@ -16,7 +16,7 @@ from furina.adapters.mixture import MixtureLinear
 from furina.analysis import activity
 from furina.analysis.activity import choosing, collect, share_sums, strongest
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.analysis import naive
 from tests.helpers import BACKBONES, layer_of, methods, perturb, perturb_layer, small, tokens
 from tests.helpers import variants as variants_of

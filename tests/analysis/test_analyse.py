@@ -15,14 +15,15 @@ import furina
 from furina import cli
 from furina.adapters.mixture import MixtureLinear
 from furina.analysis import TaskItems, analyse
-from furina.backbones import backbone_hash, load_backbone, tiny_tokenizer
+from furina.backbones.load import backbone_hash, load_backbone
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.batches import collate, encode_examples
 from furina.data.items import Question, data_hash
 from furina.data.protocols import get_protocol
 from furina.data.splits import test_subset as subset_of
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from furina.records import ActivityRecord, Backbone
 from tests.analysis import naive
 from tests.analysis.test_activity import MIXTURES

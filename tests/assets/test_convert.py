@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from furina.assets import ASSETS, Asset, convert, intact, is_cached, locate
-from furina.backbones import load_backbone, load_tokenizer, tiny_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
+from furina.backbones.tiny import tiny_tokenizer
 from furina.errors import AssetError, FurinaError
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 
 from furina.assets import ASSETS
-from furina.backbones import tiny_tokenizer
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.items import Question
 
 ROWS = [

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from furina.backbones import tiny_tokenizer
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.batches import Example, StepBatches, collate, encode_examples
 from furina.data.encoding import encode_pair
 from furina.data.protocols import get_protocol

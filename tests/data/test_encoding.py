@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from furina.assets import is_cached
-from furina.backbones import load_backbone, load_tokenizer, tiny_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.encoding import encode_pair
 from furina.errors import ConfigurationError
 

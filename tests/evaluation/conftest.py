@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from furina.backbones import load_backbone, tiny_tokenizer
+from furina.backbones.load import load_backbone
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.items import Question
 
 STEMS = [

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from furina.backbones import tiny_tokenizer
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.protocols.base import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.evaluation.generation import Generated, generate
-from furina.inject import adapt, remove
+from furina.model.inject import adapt, remove
 from tests.helpers import contiguity_at_the_head, fingerprint, perturb, small
 
 PROMPTS = [

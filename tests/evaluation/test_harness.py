@@ -12,7 +12,8 @@ import torch
 from tokenizers import processors
 
 import furina
-from furina.backbones import load_backbone, tiny_tokenizer
+from furina.backbones.load import load_backbone
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError, FurinaError

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from furina.backbones import load_backbone, tiny_tokenizer
+from furina.backbones.load import load_backbone
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.protocols import Decoding
 from furina.errors import ConfigurationError
 from furina.evaluation.bridge import live_model

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from furina.backbones import load_backbone, tiny_tokenizer
+from furina.backbones.load import load_backbone
+from furina.backbones.tiny import tiny_tokenizer
 from furina.data.batches import collate, encode_examples
 from furina.data.encoding import Encoder, encode_pair
 from furina.data.items import Question

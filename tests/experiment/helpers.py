@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from furina.evaluation.latency import measure_latency
 from furina.experiment import cell
 from furina.experiment.config import RunConfig
-from furina.latency import measure_latency
 
 STEMS = {"arc_easy": "question", "openbookqa": "question_stem"}
 SIZES = {"train": 30, "test": 12}

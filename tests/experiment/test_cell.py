@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from furina.backbones import backbone_hash, load_backbone
+from furina.backbones.load import backbone_hash, load_backbone
 from furina.data.items import data_hash
 from furina.evaluation.evaluation import Evaluation
 from furina.evaluation.harness import evaluate

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from furina import processor
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.processor import Precision
+from furina.kernels import processor
+from furina.kernels.processor import Precision
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import furina
 from furina.adapters import AdapterConfig, methods
 from furina.adapters.flops import adapter_flops
-from furina.backbones import load_backbone, meta_backbone
+from furina.backbones.load import load_backbone, meta_backbone
 from furina.experiment.flops import forward_flops, step_flops
 from furina.experiment.shapes import Adapted, Decoder, Linear, decoder
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.experiment.counted import batch_of, flops, loss_of
 from tests.helpers import small, variants
 

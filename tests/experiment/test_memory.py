@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from furina.adapters import AdapterConfig, configure, methods
 from furina.adapters.furina import FurinaConfig
 from furina.adapters.kept import FULL
-from furina.backbones import load_backbone
+from furina.backbones.load import load_backbone
 from furina.experiment.activations import MicroBatch, activation_bytes
 from furina.experiment.memory import TRAINED, scoring_memory, training_memory
 from furina.experiment.shapes import Adapted, Decoder

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from furina import processor
 from furina.adapters import methods
 from furina.adapters.dora import DoRAConfig
-from furina.architectures import ARCHITECTURES
-from furina.backbones import load_tokenizer
+from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.load import load_tokenizer
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError
 from furina.experiment import speed
@@ -27,7 +26,8 @@ from furina.experiment.planning import Plan, plan, plan_all
 from furina.experiment.questions import asked
 from furina.experiment.speed import Speed
 from furina.experiment.summary import advice, summary
-from furina.processor import Precision, cores
+from furina.kernels import processor
+from furina.kernels.processor import Precision, cores
 from furina.reporting.render import markdown
 from tests.experiment.helpers import tiny
 

@@ -16,7 +16,7 @@ import time
 import warnings
 from typing import Any
 
-from furina.backbones import backbone_hash, load_backbone, load_tokenizer
+from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
 from furina.cli import main
 from furina.data.items import Problem, Program, Question
 from furina.data.sources import load_items

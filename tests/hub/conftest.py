@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from furina.backbones import load_backbone, load_tokenizer
+from furina.backbones.load import load_backbone, load_tokenizer
 from tests.hub.benchmarks import repositories
 from tests.hub.server import Hub
 

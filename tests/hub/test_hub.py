@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from furina.backbones import backbone_hash, load_backbone, load_tokenizer
+from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
 from furina.data.tasks import tasks
 from tests.experiment.helpers import SMALL
 from tests.hub.benchmarks import RIGHT, ROWS, SUBJECTS, says
 from tests.hub.conftest import LARGE, MODEL, Call
 from tests.hub.server import REFUSALS, TOKEN, Hub
-from tests.runner.helpers import lora, write_suite
+from tests.suites.helpers import lora, write_suite
 
 pytestmark = pytest.mark.xdist_group("hub")  # one process that has the hub is enough
 

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 
 import furina
 from furina.adapters import AdapterConfig, methods
-from furina.backbones import load_backbone
+from furina.backbones.load import load_backbone
 from furina.data.batches import collate
 from furina.storage import write_json
 from furina.training.loss import answer_loss, select_answers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import furina
-from furina.backbones import load_backbone
+from furina.backbones.load import load_backbone
 from furina.data.batches import Example, StepBatches
 from furina.training import FinetuneModule
 
@@ -21,7 +21,7 @@ from furina.training import FinetuneModule
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        "furina.backbones",
+        "furina.backbones.load",
         "furina.data.batches",
         "furina.training",
         "transformers.models.llama.modeling_llama",

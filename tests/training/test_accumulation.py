@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import furina
 from furina.adapters import methods
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from tests.helpers import perturb, small, tiny_qwen2, tokens
 from tests.training.helpers import gradients
 

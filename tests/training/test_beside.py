@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from furina.errors import ConfigurationError
-from furina.inject import state_of
+from furina.model.state import state_of
 from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint
 from tests.training.helpers import fit, tiny
 

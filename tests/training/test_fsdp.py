@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import furina
 from furina.adapters import methods
-from furina.adapters.sharding import is_sharded
 from furina.errors import ConfigurationError
+from furina.kernels.sharding import is_sharded
 from furina.training import FinetuneModule, LossHistory, ShardedStrategy
 from furina.training.preconditions import refuse_unsharded_options
 from furina.training.sharding import shard

@@ -1,0 +1,1 @@
+"""Pretrained models, tokenizers and their shapes by name."""

@@ -1,0 +1,283 @@
+"""Pretrained models and tokenizers by name, and tiny random ones for trying things out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from furina.assets import ASSETS, intact, is_offline
+from furina.assets.convert import quiet_transformers
+from furina.assets.hub import cached_file, cached_model, reason, refusal
+from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
+from furina.errors import ConfigurationError, nearest, suggestion
+from furina.kernels.processor import AUTO, resolve_dtype
+from furina.model.checkpoint import CONFIG_FILE
+from furina.model.fingerprint import published_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+CHECKPOINT = "checkpoint"
+"""In place of a dtype: the one that the weights are stored in."""
+
+
+def load_backbone(
+    name: str,
+    dtype: str = AUTO,
+    device: str | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model in eval mode.
+
+    It remembers as `model.backbone_name` what loads it again, from whatever folder that is said,
+    which `furina.save` notes. Loaded with "auto" it remembers as `model.checkpoint_dtype` what its
+    weights were stored in, which `furina.export_merged` writes.
+
+    Args:
+        name: an asset of `furina assets`, "tiny-llama" or "tiny-qwen2" (random weights), a local
+            model folder, or a name on the Hugging Face hub.
+        dtype: "bfloat16", "float16", "float32" or "float64"; "auto" for bfloat16 where the device
+            multiplies it natively, else float32; "checkpoint" for that of the stored weights.
+        device: where to put it; None leaves it on the CPU for a trainer to move to the accelerator,
+            which "auto" then asks.
+        attention: transformers' `attn_implementation`; None for its default.
+
+    Raises:
+        ConfigurationError: the name leads to no model or to an adapter, its weights are not those
+            of its architecture, or the dtype is unknown.
+        AssetError: the asset is not cached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    number_format = _dtype(resolve_dtype(dtype, device).dtype)
+    model: PreTrainedModel
+    if name in TINY:
+        try:
+            model = tiny_model(name, number_format or torch.float32, attention)
+        except ValueError as error:
+            raise ConfigurationError(_no_such(name, error)) from error
+    else:
+        source = _source(name, weights=True)
+        try:
+            with quiet_transformers(errors_only=True):  # its table of odd weights is an error here
+                stored = AutoConfig.from_pretrained(source).dtype
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=number_format or "auto",
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+                model, weights = loaded
+                if stored is None:  # older files do not say it, and the weights are asked
+                    stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
+            if dtype == AUTO:
+                model.checkpoint_dtype = stored
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigurationError(_no_such(name, error)) from error
+        _require_whole(name, model, weights)
+    again: Any = name if name in TINY or name in ASSETS else published_name(model)
+    model.backbone_name = again
+    torch.nn.Module.to(model, device or "cpu")
+    torch.nn.Module.eval(model)
+    return model
+
+
+def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
+    """Build a backbone without its weights, on the meta device; nothing is fetched.
+
+    Args:
+        name: one of `furina.backbones.architectures`, "tiny-llama" or "tiny-qwen2", a local model
+            folder, or a name on the hub whose config.json is in the hub's cache.
+        dtype: as in `load_backbone`; "auto" and "checkpoint" are what config.json says.
+
+    Raises:
+        ConfigurationError: no config.json of it is at hand, or the dtype is unknown.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    number_format, file = _dtype(dtype), None if name in TINY else _shape(name)
+    try:
+        config = AutoConfig.from_pretrained(str(file)) if file else tiny_config(name)
+        chosen = number_format or config.dtype
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(_no_such(name, error, _shaped())) from error
+    torch.nn.Module.eval(model)
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to `load_backbone(name)`.
+
+    One without a pad token gets its end-of-text token for it; padding is always masked.
+
+    Raises:
+        ConfigurationError: the name leads to no tokenizer.
+        AssetError: the asset is not cached.
+    """
+    from transformers import AutoTokenizer
+
+    if name in TINY:
+        return tiny_tokenizer(has_bos=name == "tiny-llama")
+    source = _source(name)
+    tokenizer: PreTrainedTokenizerBase
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(_no_such(name, error, kind="the tokenizer of")) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def backbone_hash(model: PreTrainedModel) -> str:
+    """Return the sha256 over name, dtype, shape and bytes of every weight, in order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def _source(name: str, weights: bool = False) -> str:
+    """Return the folder or hub name to load; a path that holds no model is refused here.
+
+    So is an asset whose files, with `weights` the weights too, are not as they were made.
+    """
+    if name in ASSETS and ASSETS[name].kind == "model":
+        return str(intact(name, weights))
+    folder = Path(name).expanduser()
+    _refuse_adapters(name, folder)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.exists() or _is_local(name):
+        held = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
+        raise ConfigurationError(f"{name} is no model folder: {held}.")
+    if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
+        raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
+    why = refusal(name, "model")
+    if why is None:
+        return name
+    # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
+    snapshot = cached_model(name)
+    if snapshot is None:
+        raise ConfigurationError(f"{why} There is no folder {name} either.{_hint(name)}")
+    if not is_offline():
+        warnings.warn(f"{why} Its copy in the hub's cache is used.", stacklevel=3)
+    return str(snapshot)
+
+
+def _refuse_adapters(name: str, folder: Path) -> None:
+    if (folder / CONFIG_FILE).is_file():
+        raise ConfigurationError(
+            f"{name} is a furina adapter folder and no backbone: name the model it was trained on, "
+            "and give this folder as the adapter."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(
+            f"{name} holds a PEFT adapter and is no backbone: merge it into its model with peft, "
+            "and name a folder of the merged model alone."
+        )
+
+
+def _require_whole(name: str, model: PreTrainedModel, weights: dict[str, Any]) -> None:
+    """Raise ConfigurationError unless a checkpoint held the model's weights and no others.
+
+    transformers would draw what is missing at random; it has left out by now what a model ties,
+    makes itself or declares to be of no use.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigurationError(f"{name} holds a PEFT adapter: name the model it was trained on.")
+    made = dict(model.named_buffers())  # what older versions stored and the model makes now
+    held = sorted(weights["unexpected_keys"])
+    excess = [key for key in held if key not in made and not key.endswith(".masked_bias")]
+    wrong = [
+        text.format(f"{keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}")
+        for text, keys in (
+            ("lacks {}", sorted(weights["missing_keys"])),
+            ("holds {} in another shape", sorted(key for key, *_ in weights["mismatched_keys"])),
+            ("holds {}, which such a model has not", excess),
+        )
+        if keys
+    ]
+    if wrong:
+        advice = "check its config.json, or get its weights again"
+        if any(".base." in key for key in excess):
+            advice = "an adapted model was saved there, which furina.export_merged does rightly"
+        raise ConfigurationError(
+            f"{name} is no whole {type(model).__name__}: it {'; it '.join(wrong)}; {advice}."
+        )
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """Return the dtype of that name, None for the checkpoint's own."""
+    known = [*DTYPES, AUTO, CHECKPOINT]
+    if name not in known:
+        raise ConfigurationError(f"There is no dtype {name!r}.{nearest(name, known)}")
+    return DTYPES.get(name)
+
+
+def _shape(name: str) -> Path:
+    """Return the config.json that says a backbone's shape; the hub is not asked."""
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    folder = Path(_source(name)) if _is_local(name) else Path(name).expanduser()
+    _refuse_adapters(name, folder)
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    cached = cached_file(name, "config.json")
+    if cached is None:
+        absent = FileNotFoundError(
+            "there is no such folder; its config.json is not at hand, and the hub is not asked; "
+            f"`hf download {name} config.json` fetches it"
+        )
+        raise ConfigurationError(_no_such(name, absent, _shaped()))
+    return cached
+
+
+def _is_local(name: str) -> bool:
+    """Return whether a name can only be that of a folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _known() -> list[str]:
+    return [*(asset.name for asset in ASSETS.values() if asset.kind == "model"), *TINY]
+
+
+def _shaped() -> list[str]:
+    return [*ARCHITECTURES, *TINY]
+
+
+def _hint(name: str, known: list[str] | None = None) -> str:
+    """Return what may have been meant: of a hub's name or a folder only what is almost the same."""
+    if known or "/" not in name:
+        return nearest(name, known or _known())
+    return suggestion(name.rpartition("/")[2].lower(), _known(), cutoff=0.8)
+
+
+def _no_such(
+    name: str, error: Exception, known: list[str] | None = None, kind: str = "backbone"
+) -> str:
+    why = reason(error, name, "model")
+    if why is None:
+        first = str(error).strip().partition("\n")[0].rstrip(".: ").removesuffix(" from one of")
+        if is_offline() and cached_model(name):
+            first += "; offline only its copy in the hub's cache is read, which may lack files"
+        why = f"Cannot load {kind} {name!r} ({first})."
+    return f"{why}{_hint(name, known)}"

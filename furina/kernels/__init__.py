@@ -1,0 +1,1 @@
+"""The arithmetic that layers share: products, directions, dropout, one forward's state."""

@@ -1,0 +1,1 @@
+"""The verbs on a model: adapt, read, merge, save, export, combine, remove."""

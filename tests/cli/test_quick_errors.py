@@ -1,0 +1,189 @@
+"""Wrong commands, options, names and paths are told before torch, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from furina.adapters import methods
+from furina.cli import main
+from furina.cli.commands import COMMANDS
+from furina.cli.parsing import _field_docstrings
+from furina.cli.shared import ADAPTER_CONFIG, require_adapter
+from furina.errors import AdapterFileError, ConfigurationError
+from furina.experiment.config import RunConfig
+from furina.options.signatures import method_names, method_options
+
+ROOT = Path(__file__).parents[2]
+WRONG = {
+    "evalute": "Did you mean 'evaluate'?",
+    "--jsno": "name a command first",
+    **{f"{name} --optoin 1": "has no option --optoin" for name in COMMANDS},
+    "assets smollm": "There is no asset 'smollm'",
+    "assets --list smollm": "There is no asset 'smollm'",
+    "data shw": "action cannot be 'shw'. Did you mean 'show'?",
+    "data show arc_esy": "Did you mean 'arc_easy'?",
+    "data show arc_easy --index x": "--index must be a whole number, not 'x'",
+    "data show arc_easy --split tset": "--split cannot be 'tset'. Did you mean 'test'?",
+    "data audit --data-dir nowhere": "no data folder nowhere: correct --data-dir",
+    "methods lora": "unrecognized arguments: lora",
+    "fit --method furnia": "Did you mean 'furina'?",
+    "fit --method base": "method base has nothing to fit",
+    "fit --method lora --adapter.rnak 8": "Did you mean '--adapter.rank'?",
+    "fit --adapter.rank many": "--adapter.rank must be a whole number, not 'many'",
+    "fit --adapter.start zero": "--adapter.start cannot be 'zero'",
+    "fit --dtype int8": "--dtype cannot be 'int8'",
+    "fit --steps 3 --epochs 2": "steps=3 and epochs=2: give one of them",
+    "fit --steps 0": "steps=0 must be at least 1",
+    "fit --task arc_esy": "Did you mean 'arc_easy'?",
+    "fit --protocol txt": "Did you mean 'text'?",
+    "fit --config nowhere.yaml": "nowhere.yaml: no such file or folder",
+    "fit --backbone ./nowhere": "./nowhere is no model folder",
+    "fit --backbone smollm2-135m-instuct": "Did you mean 'smollm2-135m-instruct'?",
+    "fit --backbone tiny-llama --data-dir nowhere": "no data folder nowhere: correct --data-dir",
+    "fit --run-dir README.md/x --backbone tiny-llama": "README.md is a file, not a folder",
+    "evaluate --task arc_esy": "Did you mean 'arc_easy'?",
+    "evaluate --task arc_easy --protocol txt": "Did you mean 'text'?",
+    "evaluate --task arc_easy --adapter-path nowhere": "nowhere is not a furina adapter folder",
+    "evaluate --task arc_easy --backbone ./nowhere": "./nowhere is no model folder",
+    "evaluate --task arc_easy --size 0": "--size must be a whole number of at least 1",
+    "evaluate --task arc_easy --output README.md/x": "README.md is a file",
+    "evaluate --task arc_easy --backbone tiny-llama --data-dir nowhere": "no data folder nowhere",
+    "evaluate --task arc_easy --backbone adapter": "is a furina adapter folder and no backbone",
+    "evaluate --task arc_easy --seed 3": "--seed has no effect without --size",
+    "evaluate --task gsm8k --protocol cot --engine lm_eval": "--engine has no effect",
+    "evaluate --task arc_easy --execute-code": "--execute-code has no effect with protocol text",
+    "evaluate --task humaneval --protocol code": "say --execute-code",
+    "merge nowhere out": "nowhere is not a furina adapter folder",
+    "merge adapter README.md": "README.md exists already",
+    "merge adapter README.md/x": "README.md is a file",
+    "merge adapter out --backbone ./nowhere": "./nowhere is no model folder",
+    "export nowhere out": "nowhere is not a furina adapter folder",
+    "export adapter out --format pefd": "Did you mean 'peft'?",
+    "combine nowhere adapter out": "nowhere is not a furina adapter folder",
+    "combine adapter adapter out --weights 1": "--weights needs 2 numbers",
+    "combine adapter adapter README.md/x": "README.md is a file",
+    "combine adapter adapter out --power 3": "--power has no effect without --method from",
+    "latency --adapter-path nowhere": "nowhere is not a furina adapter folder",
+    "latency --rounds 0": "--rounds must be a whole number of at least 1, not '0'",
+    "latency --rounds many": "--rounds must be a whole number of at least 1, not 'many'",
+    "latency --new-tokens 1": "time 2 or more",
+    "latency --backbone ./nowhere": "./nowhere is no model folder",
+    "analyse nowhere --task arc_easy --out x.json": "nowhere is not a furina adapter folder",
+    "analyse adapter --task arc_esy --out x.json": "Did you mean 'arc_easy'?",
+    "analyse adapter --task arc_easy --out README.md/x": "README.md is a file",
+    "report --results nowhere": "There is no folder nowhere",
+    "report --results adapter": "There are no records in adapter",
+    "report --results mine --suite main": "--suite main has no effect",
+    "report --results mine --readme nowhere.md": "nowhere.md does not exist",
+    "report --results mine --check --metric acc": "leave out --metric",
+    "run man": "Did you mean 'main'?",
+    "run main --scale huge": "--scale cannot be 'huge'",
+    "run main --rows furna": "Did you mean 'furina'?",
+    "run main --tasks boolk": "Did you mean 'boolq'?",
+    "run main --seeds 0": "--seeds 0 must be at least 1",
+    "run main --jobs 0": "--jobs 0 must be at least 1",
+    "run main --dry-run --device h201": "Did you mean 'h200'?",
+    "run main --results README.md/x": "README.md is a file",
+    "run wrong": "Method lora has no option 'rnk'. Did you mean 'rank'?",
+}
+PROGRAM = """
+import contextlib, io, json, sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "lightning", "lm_eval", "datasets",
+                                      "pandas", "scipy", "matplotlib"):
+            raise AssertionError(f"{name} is imported")
+
+sys.meta_path.insert(0, Refused())
+from furina.cli import main
+
+said = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as stream:
+        said[" ".join(words)] = main(words), stream.getvalue()
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Run every wrong command in one process that cannot import torch; return status and words."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "README.md").write_text("mine")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    (folder / "mine" / "own").mkdir(parents=True)
+    (folder / "mine" / "own" / "record.json").write_text("{}")
+    (folder / "experiments" / "wrong").mkdir(parents=True)
+    (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
+    (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")
+    calls = json.dumps([shlex.split(words) for words in WRONG])
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, calls],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "FURINA_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said: dict[str, tuple[int, str]] = json.loads(done.stdout)
+    return said
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_call_is_one_sentence_and_imports_nothing_heavy(
+    words: str, said: dict[str, tuple[int, str]]
+) -> None:
+    status, message = said[words]
+    assert status == 2 and WRONG[words] in message, message
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_every_command_is_among_them() -> None:
+    assert {words.split()[0] for words in WRONG} > set(COMMANDS)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_the_options_read_as_text_are_those_of_the_class(method: str) -> None:
+    assert method in method_names()
+    config, hints = methods()[method], get_type_hints(methods()[method])
+    texts = _field_docstrings(config)
+    expected = [
+        (field.name, hints[field.name], field.default, " ".join(texts[field.name].split()))
+        for field in fields(config)
+    ]
+    found = method_options(method)
+    assert found is not None, "its options are not written plainly, and told only after torch"
+    assert [(name, *option) for name, option in found.items()] == expected
+
+
+def test_options_that_are_not_written_plainly_are_asked_of_the_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("furina.cli.runs.method_options", lambda method: None)
+    monkeypatch.setattr("furina.experiment.config.method_options", lambda method: None)
+    for words, expected in (("--adapter.rnak 8", "adapter.rank"), ("--adapter.rank x", "whole")):
+        assert main(["fit", "--method", "lora", *words.split()]) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match="Did you mean 'rank'"):
+        RunConfig(method="lora", adapter={"rnak": 8}).adapter_config()
+
+
+def test_the_quick_look_at_an_adapters_folder_refuses_what_its_reader_refuses(
+    tmp_path: Path,
+) -> None:
+    from furina.model.checkpoint import CONFIG_FILE, read_adapter_config
+
+    assert ADAPTER_CONFIG == CONFIG_FILE
+    for look in (require_adapter, read_adapter_config):
+        with pytest.raises(AdapterFileError, match=r"it has no furina_config.json; pass a folder"):
+            look(tmp_path)
