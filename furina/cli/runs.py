@@ -21,25 +21,10 @@ if TYPE_CHECKING:
     from furina.suites import Suite
     from furina.suites.jobs import Slurm
 
-SCORING = {
-    *(
-        "suite",
-        "row",
-        "score",
-        "test_size",
-        "test_seed",
-        "eval_batch_size",
-        "engine",
-        "execute_code",
-    ),
-    *("score_without_router", "activity_items", "latency_rounds", "latency_warmup"),
-}
-"""Fields of RunConfig that `fit` does not read: evaluate and latency have options of their own."""
-
 
 def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the fields of RunConfig, and the options of the method that `words` choose."""
-    from furina.experiment.config import RunConfig
+    from furina.experiment.config import SCORING, RunConfig
 
     parser.add_argument("--config", action="config", help="YAML file of these options")
     parser.add_argument(
@@ -182,16 +167,21 @@ def run_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         help="only list the runs with their estimated cost and memory (and Slurm's script)",
     )
     parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="only print the resolved runs, each value with the file or option that gives it",
+    )
+    parser.add_argument(
         "--device",
         type=str | None,
         default=None,
         help="with --dry-run, what to plan for: cpu, a100-80gb, h100-80gb, h200, rtx-4090 or l40s",
     )
-    _add_places(parser)
+    _add_folders(parser)
     _add_cluster(parser)
 
 
-def _add_places(parser: ArgumentParser) -> None:
+def _add_folders(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder that takes the records"
     )
@@ -223,11 +213,11 @@ def run(options: Namespace) -> None:
     from furina.experiment.devices import device
     from furina.records import RecordError
     from furina.storage import require_writable
-    from furina.suites import FailedRunsError, Places, read_suite, run_suite
+    from furina.suites import FailedRunsError, Folders, read_suite, run_suite
     from furina.suites.jobs import run_jobs
 
-    places, slurm = Places(options.results, options.runs), _slurm(options)
-    for folder in (places.results, places.runs):
+    folders, slurm = Folders(options.results, options.runs), _slurm(options)
+    for folder in (folders.results, folders.runs):
         require_writable(folder)
     if options.device and not options.dry_run:
         raise ConfigurationError("--device has no effect without --dry-run.")
@@ -236,6 +226,11 @@ def run(options: Namespace) -> None:
     suite = read_suite(
         options.suite, options.scale, options.rows, options.tasks, options.seeds, options.full
     )
+    if options.show_config:
+        from furina.suites.show import resolved_text
+
+        print(resolved_text(suite))
+        return
     for backbone in {run.backbone for run in suite.runs} if not options.dry_run else ():
         require_backbone(backbone)
     from furina.kernels.processor import use_cores
@@ -246,9 +241,9 @@ def run(options: Namespace) -> None:
         return
     try:
         if options.jobs == 1 and slurm is None:
-            run_suite(suite, places)
+            run_suite(suite, folders)
         else:
-            run_jobs(suite, places, options.jobs, slurm)
+            run_jobs(suite, folders, options.jobs, slurm)
     except FailedRunsError:
         with suppress(RecordError):  # no run succeeded: there is nothing to report
             _report(suite, options.results, fill_readme=False)
@@ -262,10 +257,10 @@ def _slurm(options: Namespace) -> Slurm | None:
 
     if options.jobs < 1:
         raise ConfigurationError(f"--jobs {options.jobs} must be at least 1.")
-    asked = Slurm(**options.slurm.as_dict())
+    wanted = Slurm(**options.slurm.as_dict())
     if options.cluster == "slurm":
-        return asked
-    if asked != Slurm():
+        return wanted
+    if wanted != Slurm():
         raise ConfigurationError("Options of --slurm have no effect without --cluster slurm.")
     return None
 
@@ -275,16 +270,15 @@ def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
     from furina.experiment.planning import DEVICE, plan_all
     from furina.experiment.summary import summary
     from furina.reporting import print_tables
-    from furina.suites import Places
+    from furina.suites import Folders
     from furina.suites.jobs import slurm_script
-    from furina.suites.suites import title
 
     for run in suite.runs:
-        print(f"{run.suite}: {title(run)}, {run.backbone}")
+        print(f"{run.suite}: {run.title}, {run.backbone}")
     device = options.device or (DEVICE if suite.scale == "paper" else "cpu")
     print_tables([summary(plan_all(suite.runs, device))], console())
     if slurm is not None:
-        print(slurm_script(suite, Places(options.results, options.runs), options.jobs, slurm))
+        print(slurm_script(suite, Folders(options.results, options.runs), options.jobs, slurm))
 
 
 def _report(suite: Suite, results: Path, fill_readme: bool) -> None:

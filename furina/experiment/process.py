@@ -27,7 +27,7 @@ from furina.training import (
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run_data(config: RunConfig) -> TaskDataModule:
@@ -50,6 +50,11 @@ def run_data(config: RunConfig) -> TaskDataModule:
 def run_backbone(config: RunConfig, device: str | None) -> PreTrainedModel:
     """Load a run's backbone onto `device`, the CPU if none."""
     return load_backbone(config.backbone, config.dtype, device=device, attention=config.attention)
+
+
+def load_untouched(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a run's backbone, as it is, onto the best device, and its tokenizer."""
+    return run_backbone(config, best_device()), load_tokenizer(config.backbone)
 
 
 def adapted(config: RunConfig, device: str | None) -> PreTrainedModel:

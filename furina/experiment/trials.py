@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from furina.adapters import configure
-from furina.backbones.load import load_backbone, load_tokenizer
 from furina.data.protocols import ChoiceProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.splits import split_train
@@ -13,8 +12,7 @@ from furina.errors import ConfigurationError
 from furina.evaluation.harness import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
-from furina.experiment.process import planned_steps
-from furina.kernels.processor import best_device
+from furina.experiment.process import load_untouched, planned_steps
 from furina.progress import part
 from furina.records import SearchRecord, SelectionRecord, provenance
 from furina.training import DivergedError
@@ -98,10 +96,7 @@ def selection_trial(config: RunConfig, run_dir: Path, command: str) -> Selection
 
 def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, float]:
     if fitted is None:
-        model = load_backbone(
-            config.backbone, config.dtype, device=best_device(), attention=config.attention
-        )
-        tokenizer = load_tokenizer(config.backbone)
+        model, tokenizer = load_untouched(config)
         rows = load_items(config.task, "train", config.source, config.data_dir)
         items = split_train(rows, config.validation_size, config.seed)[1]
     else:
@@ -109,7 +104,11 @@ def _held_out_score(config: RunConfig, fitted: Fitted | None) -> tuple[float, fl
         items = fitted.data.validation_items[config.task]
     with part("scoring held-out items"):
         evaluation = evaluate(
-            *(model, tokenizer, config.task, items, config.protocol),
+            model,
+            tokenizer,
+            config.task,
+            items,
+            config.protocol,
             batch_size=config.eval_batch_size,
             engine=config.engine,
         )

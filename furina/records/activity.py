@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from furina.records import codec
 from furina.records.codec import RecordError
@@ -113,7 +112,7 @@ class TokenExample:
 
 
 @dataclass(frozen=True)
-class ActivityRecord:
+class ActivityRecord(codec.Record):
     """The experts' activity of one adapter on one or more tasks.
 
     `task` and `seed` say what it was trained on, empty and null if that is not known; `adapter` is
@@ -169,15 +168,6 @@ class ActivityRecord:
                 yield f"an example of {example.task}", len(rows), len(self.shown)
                 for row in rows:
                     yield f"an example of {example.task}", len(row), len(example.tokens)
-
-    @classmethod
-    def read(cls, path: Path) -> ActivityRecord:
-        """Read one record; raises RecordError on unknown, missing or mistyped keys."""
-        return codec.read(cls, path, ACTIVITY_SCHEMA)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically; raises RecordError if it could not be read back."""
-        codec.write(self, path)
 
     @property
     def file_name(self) -> str:

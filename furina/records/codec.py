@@ -10,7 +10,7 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from furina.errors import FurinaError, nearest
 from furina.options.signatures import in_words
@@ -30,32 +30,40 @@ def later(default: T) -> T:
     return made
 
 
-def read(kind: type[T], path: Path, schema: int) -> T:
-    """Read one record of `kind`; raises RecordError on an unknown or missing key or wrong type."""
-    try:
-        value = json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse)
-    except FileNotFoundError as error:
-        raise RecordError(f"{path}: there is no such record.") from error
-    except ValueError as error:
-        raise RecordError(
-            f"{path} is not valid JSON ({error}); delete it and run its cell again."
-        ) from error
-    if not isinstance(value, dict) or "schema" not in value:
-        raise RecordError(f"{path} is not a furina record: it has no 'schema' key.")
-    if value["schema"] != schema:
-        raise RecordError(
-            f"{path} has schema {value['schema']!r} and this version of furina reads {schema}; "
-            "run its cell again."
-        )
-    decoded: T = decode(kind, value, str(path))
-    return decoded
+class Record:
+    """A dataclass that is a JSON file, of a `schema` that its reader must be of too."""
 
+    schema: int
 
-def write(record: object, path: Path) -> None:
-    """Write a record atomically; raises RecordError where reading it back would fail."""
-    plain = encode(record)
-    decode(type(record), plain, str(path))
-    write_text(path, dumps(plain) + "\n")
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read one record; raises RecordError on unknown, missing or mistyped keys."""
+        try:
+            value = json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse)
+        except FileNotFoundError as error:
+            raise RecordError(f"{path}: there is no such record.") from error
+        except ValueError as error:
+            raise RecordError(
+                f"{path} is not valid JSON ({error}); delete it and run its cell again."
+            ) from error
+        if not isinstance(value, dict) or "schema" not in value:
+            raise RecordError(f"{path} is not a furina record: it has no 'schema' key.")
+        if value["schema"] != cls.schema:
+            raise RecordError(
+                f"{path} has schema {value['schema']!r} and this version of furina reads "
+                f"{cls.schema}; run its cell again."
+            )
+        decoded: Self = decode(cls, value, str(path))
+        return decoded
+
+    def write(self, path: Path) -> None:
+        """Write the record atomically; raises RecordError if it could not be read back."""
+        decode(type(self), encode(self), str(path))
+        write_text(path, self.text())
+
+    def text(self) -> str:
+        """Return what the file holds."""
+        return dumps(encode(self)) + "\n"
 
 
 def dumps(value: object) -> str:

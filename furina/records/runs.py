@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from furina.records import codec
@@ -131,7 +130,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(codec.Record):
     """Everything known about one (row, task, seed) of a suite.
 
     `started` and `finished` are UTC, ISO 8601. A run that failed or diverged keeps its record,
@@ -157,15 +156,6 @@ class RunRecord:
     status: Status = "success"
     error: str | None = None
     schema: int = SCHEMA
-
-    @classmethod
-    def read(cls, path: Path) -> RunRecord:
-        """Read one record; raises RecordError on unknown, missing or mistyped keys."""
-        return codec.read(cls, path, SCHEMA)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically; raises RecordError if it could not be read back."""
-        codec.write(self, path)
 
     @property
     def row(self) -> str:

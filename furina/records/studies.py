@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from furina.records import codec
@@ -13,7 +12,7 @@ STUDY_SCHEMA = 3
 
 
 @dataclass(frozen=True)
-class SearchRecord:
+class SearchRecord(codec.Record):
     """One trial of the search, scored on rows held out of *train*.
 
     `value` and `stderr` are fractions, null when the trial diverged.
@@ -38,15 +37,6 @@ class SearchRecord:
     split: Literal["train-held-out"] = "train-held-out"
     schema: int = STUDY_SCHEMA
 
-    @classmethod
-    def read(cls, path: Path) -> SearchRecord:
-        """Read one record; raises RecordError on unknown, missing or mistyped keys."""
-        return codec.read(cls, path, STUDY_SCHEMA)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically; raises RecordError if it could not be read back."""
-        codec.write(self, path)
-
     @property
     def file_name(self) -> str:
         """Return a name that holds every searched value, so that no two trials share a file."""
@@ -58,7 +48,7 @@ class SearchRecord:
 
 
 @dataclass(frozen=True)
-class SelectionRecord:
+class SelectionRecord(codec.Record):
     """One seed of the study of the expert selection loss; coefficient 0 is the loss-off run.
 
     `top_k_share` is the share of the K most active experts in the activity of all routed ones
@@ -80,15 +70,6 @@ class SelectionRecord:
     command: str
     provenance: Provenance
     schema: int = STUDY_SCHEMA
-
-    @classmethod
-    def read(cls, path: Path) -> SelectionRecord:
-        """Read one record; raises RecordError on unknown, missing or mistyped keys."""
-        return codec.read(cls, path, STUDY_SCHEMA)
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically; raises RecordError if it could not be read back."""
-        codec.write(self, path)
 
     @property
     def file_name(self) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from furina.records import ActivityRecord, SearchRecord, SelectionRecord
+from furina.records import SearchRecord, SelectionRecord
+from furina.records.cells import suite_activity
 from furina.reporting import plots
 from furina.reporting.activity import activity_figures, activity_tables
 from furina.reporting.cells import Table
@@ -75,7 +76,7 @@ def suite_section(
     compared = first.without_general_tasks()
     accuracies = paper if place and place.measure in ("accuracy", "removal") else None
     drops = paper if place and place.measure == "drop" else None
-    activity = read_folder(folder / "activity", ActivityRecord.read)
+    activity = suite_activity(folder)
     tables = [
         comparison_table(compared, accuracies),
         forgetting_table(first, drops),

@@ -59,7 +59,7 @@ def latency_table(suite: Suite) -> Table | None:
 def _latency_rows(run: Run) -> list[Row]:
     return [
         {
-            ("", "run"): label(run.path.stem),
+            ("", "run"): label(run.record.file_name.removesuffix(".json")),
             ("", "model"): label(latency.variant),
             ("", "time to first token"): _spread(latency.ttft_ms),
             ("", "time per token"): _spread(latency.per_token_ms),

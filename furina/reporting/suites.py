@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from furina.records import RecordError, RunRecord, Score
+from furina.records.cells import suite_records
 from furina.reporting.comparable import Fact, dtype_facts, require_comparable
 from furina.reporting.staleness import NUMERICS, Change, read_changes
 
@@ -154,7 +155,7 @@ def load_suites(folder: Path, metric: str | None = None) -> list[Suite]:
     move numbers are read from the file beside the suites' folders, where there is one. Raises
     RecordError naming two files that cannot be compared.
     """
-    runs = tuple(Run(path, r) for path, r in read_folder(folder, RunRecord.read).items())
+    runs = tuple(Run(path, record) for path, record in suite_records(folder))
     if not runs:
         raise RecordError(f"There are no run records in {folder}; run `furina run` first.")
     _check_base(runs)

@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from furina.errors import FurinaError
 from furina.experiment.config import RunConfig
 from furina.records import RecordError, RunRecord, SearchRecord, SelectionRecord, timestamp
-from furina.suites.suites import Study, Suite
+from furina.records.cells import publish, suite_cells
+from furina.suites.suite import Study, Suite
 
 BUSY_WAIT = 5.0
 """Seconds until a cell that another process is running is looked at again."""
-T = TypeVar("T", SearchRecord, SelectionRecord)
-R = TypeVar("R", RunRecord, SearchRecord, SelectionRecord)
+RECORDS: dict[Study, type[RunRecord | SearchRecord | SelectionRecord]] = {
+    "cells": RunRecord,
+    "search": SearchRecord,
+    "selection": SelectionRecord,
+}
 State = Literal["finished", "skipped", "diverged", "failed", "busy"]
 
 
 @dataclass(frozen=True)
-class Places:
+class Folders:
     """Where records go, and where cells keep checkpoints, logs and what they have measured."""
 
     results: Path = Path("results")
@@ -52,114 +55,70 @@ class Outcome:
     error: str | None = None
 
 
-def run_one(suite: Suite, config: RunConfig, places: Places) -> Outcome:
+def run_one(suite: Suite, config: RunConfig, folders: Folders) -> Outcome:
     """Run a cell, or publish it again if it is finished, and say what became of it.
 
     A cell that another process is running is left to it. One that was killed goes on where it was;
     one that failed is tried again, one that diverged is not: it would diverge again.
     """
-    folder, started = places.of(config), timestamp()
+    folder, started = folders.of(config), timestamp()
     try:
-        with _held(folder):
-            finished = _record_file(folder, suite.study).exists()
-            file, diverged = _STUDIES[suite.study](suite, config, folder, places.results)
-            state: State = "diverged" if diverged else "skipped" if finished else "finished"
-            return Outcome(state, file, diverged)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The system frees the lock when the process dies.
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+            return _run(suite, config, folder, folders.results)
     except Timeout:
         return Outcome("busy")
     except Exception as error:  # a bug in one cell must not stop the others
-        reason = _sentence(error)
-        written = record_failure(suite, config, started, reason, places.results)
+        text = " ".join(str(error).split())
+        reason = text if isinstance(error, FurinaError) else f"{type(error).__name__}: {text}"
+        written = record_failure(suite, config, started, reason, folders.results)
         return Outcome("failed", written, reason)
 
 
-def run_when_free(suite: Suite, config: RunConfig, places: Places) -> Outcome:
+def run_when_free(suite: Suite, config: RunConfig, folders: Folders) -> Outcome:
     """Do what `run_one` does, after the process that is running the cell if there is one."""
-    outcome = run_one(suite, config, places)
-    while outcome.state == "busy":
+    while (outcome := run_one(suite, config, folders)).state == "busy":
         time.sleep(BUSY_WAIT)
-        outcome = run_one(suite, config, places)
     return outcome
 
 
-def help_to_train(config: RunConfig, places: Places) -> None:
+def help_to_train(config: RunConfig, folders: Folders) -> None:
     """Take a further machine's part in training a cell, which the first one scores and records."""
     from furina.experiment.fit import fit
 
-    folder = places.of(config)
+    folder = folders.of(config)
     if not (config.is_base or (folder / "training.json").exists()):
         fit(config.cell, folder)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a cell's lock, which the system frees when the process dies; raises Timeout if taken."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
-        yield
+def _run(suite: Suite, config: RunConfig, folder: Path, results: Path) -> Outcome:
+    """Run a cell unless its folder keeps a record, and publish that: studies may share a folder."""
+    command, file = suite.command(config), folder / f"record-{suite.study}.json"
+    state: State = "skipped" if file.exists() else "finished"
+    if state == "finished":
+        _study(suite.study)(config.cell, folder, command).write(file)
+    record = RECORDS[suite.study].read(file)
+    if isinstance(record, RunRecord):
+        published = publish(record, results, config.suite, config.table_row, command, folder)
+        return Outcome("diverged" if record.error else state, published, record.error)
+    settings = {**config.to_dict(), "dtype": record.config["dtype"]}
+    own = replace(record, config=settings, command=command)
+    published = results / suite.folder / own.file_name
+    own.write(published)
+    return Outcome(state, published)
 
 
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, FurinaError) else f"{type(error).__name__}: {text}"
+def _study(study: Study) -> Callable[[RunConfig, Path, str], Any]:
+    """Return what runs one cell of a study."""
+    from furina.experiment import cell, trials
 
-
-def _cell(suite: Suite, config: RunConfig, folder: Path, results: Path) -> tuple[Path, str | None]:
-    from furina.experiment.cell import publish, run_cell
-
-    command = suite.command(config)
-    file = _record_file(folder, suite.study)
-    record = _kept(file, RunRecord.read, partial(run_cell, config.cell, folder, command))
-    return publish(record, config, command, folder, results / config.suite), record.error
-
-
-def _search(
-    suite: Suite, config: RunConfig, folder: Path, results: Path
-) -> tuple[Path, str | None]:
-    from furina.experiment.trials import search_trial
-
-    command = suite.command(config)
-    file = _record_file(folder, suite.study)
-    trial = _kept(file, SearchRecord.read, partial(search_trial, config.cell, folder, command))
-    return _written(trial, config, command, results / suite.folder), None
-
-
-def _selection(
-    suite: Suite, config: RunConfig, folder: Path, results: Path
-) -> tuple[Path, str | None]:
-    from furina.experiment.trials import selection_trial
-
-    command, read = suite.command(config), SelectionRecord.read
-    file = _record_file(folder, suite.study)
-    trial = _kept(file, read, partial(selection_trial, config.cell, folder, command))
-    return _written(trial, config, command, results / suite.folder), None
-
-
-_STUDIES: dict[Study, Callable[[Suite, RunConfig, Path, Path], tuple[Path, str | None]]] = {
-    "cells": _cell,
-    "search": _search,
-    "selection": _selection,
-}
-
-
-def _record_file(folder: Path, study: Study) -> Path:
-    """Return where a finished cell keeps its record: studies may share what was trained."""
-    return folder / f"record-{study}.json"
-
-
-def _kept(file: Path, read: Callable[[Path], R], run: Callable[[], R]) -> R:
-    """Return the record that a finished cell keeps, made now if there is none."""
-    if not file.exists():
-        run().write(file)
-    return read(file)
-
-
-def _written(trial: T, config: RunConfig, command: str, folder: Path) -> Path:
-    settings = {**config.to_dict(), "dtype": trial.config["dtype"]}
-    own = replace(trial, config=settings, command=command)
-    file = folder / own.file_name
-    own.write(file)
-    return file
+    runs: dict[Study, Callable[[RunConfig, Path, str], Any]] = {
+        "cells": cell.run_cell,
+        "search": trials.search_trial,
+        "selection": trials.selection_trial,
+    }
+    return runs[study]
 
 
 def record_failure(
@@ -170,9 +129,10 @@ def record_failure(
         return None
     from furina.experiment.cell import failed_cell
 
-    file = results / config.suite / f"{config.name}.json"
-    with suppress(RecordError):
-        if RunRecord.read(file).status != "failed":
-            return None
-    failed_cell(config, suite.command(config), started, reason).write(file)
-    return file
+    command = suite.command(config)
+    for cell in suite_cells(results / config.suite):
+        with suppress(RecordError):
+            if cell.name == config.name and RunRecord.read(cell.file).status != "failed":
+                return None
+    failed = failed_cell(config.cell, command, started, reason)
+    return publish(failed, results, config.suite, config.table_row, command)

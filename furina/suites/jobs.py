@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from submitit import LocalExecutor, SlurmExecutor
+from submitit import Job, LocalExecutor, SlurmExecutor
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
@@ -18,9 +18,9 @@ from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.progress import shown
 from furina.records import timestamp
-from furina.suites.cells import Outcome, Places, help_to_train, record_failure, run_when_free
-from furina.suites.grid import Progress, files_of, require_one_dtype
-from furina.suites.suites import Suite
+from furina.suites.cells import Folders, Outcome, help_to_train, record_failure, run_when_free
+from furina.suites.run import Progress, files_of, require_one_dtype
+from furina.suites.suite import Suite
 
 POLL = 0.5
 """Seconds between looks at the running jobs; submitit asks Slurm itself more seldom."""
@@ -84,21 +84,21 @@ class Slurm:
 class CellJob:
     """What a job runs; one that the cluster stops is queued again and goes on."""
 
-    def __init__(self, suite: Suite, config: RunConfig, places: Places, share: int = 1):
-        """Run `config` in absolute `places`, on the `share`-th part of this machine's cores."""
-        self.suite, self.config, self.places, self.share = suite, config, places, share
+    def __init__(self, suite: Suite, config: RunConfig, folders: Folders, share: int = 1):
+        """Run `config` in absolute `folders`, on the `share`-th part of this machine's cores."""
+        self.suite, self.config, self.folders, self.share = suite, config, folders, share
 
     def __call__(self) -> Outcome | None:
         """Run the cell; a further machine only helps to train it, and returns None."""
-        from furina.experiment.launch import is_first_machine
+        from furina.experiment.processes.launch import is_first_machine
         from furina.kernels.processor import use_cores
 
         use_cores(self.share)
         print(f"dtype {self.config.resolved().dtype}", flush=True)
         if is_first_machine():
             with shown(sys.stdout):  # its file; the last line of stderr says why a job died
-                return run_when_free(self.suite, self.config, self.places)
-        help_to_train(self.config, self.places)
+                return run_when_free(self.suite, self.config, self.folders)
+        help_to_train(self.config, self.folders)
         return None
 
     def checkpoint(self) -> DelayedSubmission:
@@ -106,52 +106,39 @@ class CellJob:
         return DelayedSubmission(self)
 
 
-class Job(Protocol):
-    """What is asked of submitit's jobs."""
-
-    def done(self) -> bool:
-        """Return whether it has ended."""
-
-    def results(self) -> list[Any]:
-        """Return what it returned on each machine; raises UncompletedJobError if it did not."""
-
-    def cancel(self) -> None:
-        """Stop it."""
-
-
 @dataclass(frozen=True)
 class _Running:
-    """A job that has been started: its place in the suite, and when that was."""
+    """A job that has been started: its index in the suite, and when that was."""
 
-    place: int
+    index: int
     config: RunConfig
-    job: Job
+    job: Job[Outcome]
     began: float
     started: str = field(default_factory=timestamp)
 
 
-def run_jobs(suite: Suite, places: Places, jobs: int, slurm: Slurm | None = None) -> list[Path]:
+def run_jobs(suite: Suite, folders: Folders, jobs: int, slurm: Slurm | None = None) -> list[Path]:
     """Run every cell that is not finished, `jobs` at once; returns the records' files.
 
     A cell is a process of this machine, or with `slurm` a job of an array. Stopping this process
     with Ctrl-C stops them. Raises FailedRunsError at the end if runs failed or diverged, and
     ConfigurationError where there is no Slurm.
     """
-    places = Places(places.results.resolve(), places.runs.resolve())
+    folders = Folders(folders.results.resolve(), folders.runs.resolve())
     if slurm is None:  # a cluster's machines may be of another kind than this one
-        require_one_dtype(suite, places)
-    calls = [CellJob(suite, config, places, 1 if slurm else jobs) for config in suite.runs]
+        require_one_dtype(suite, folders)
+    calls = [CellJob(suite, config, folders, 1 if slurm else jobs) for config in suite.runs]
     if slurm is not None:  # the array's own limit says how many run at once
-        submitted = _submit_array(suite, calls, places, slurm, jobs)
-        return files_of(suite, _drain(suite, places, submitted.__getitem__, len(calls), jobs))
-    executor = LocalExecutor(places.runs / "jobs")
+        submitted = _submit_array(suite, calls, folders, slurm, jobs)
+        return files_of(suite, _drain(suite, folders, submitted.__getitem__, len(calls), jobs))
+    executor = LocalExecutor(folders.runs / "jobs")
     executor.update_parameters(timeout_min=FOREVER)
-    outcomes = _drain(suite, places, lambda place: executor.submit(calls[place]), jobs, jobs)
+    outcomes = _drain(suite, folders, lambda index: executor.submit(calls[index]), jobs, jobs)
     return files_of(suite, outcomes)
 
 
 def _drain(
-    suite: Suite, places: Places, start: Callable[[int], Job], started: int, at_once: int
+    suite: Suite, folders: Folders, start: Callable[[int], Job[Outcome]], started: int, at_once: int
 ) -> list[Outcome]:
     """Start a job for every run, `started` at a time, and wait for them all.
 
@@ -165,30 +152,30 @@ def _drain(
     try:
         while waiting or running:
             while waiting and len(running) < started:
-                place, config = waiting.pop(0)
-                running.append(_Running(place, config, start(place), progress.clock()))
+                index, config = waiting.pop(0)
+                running.append(_Running(index, config, start(index), progress.clock()))
             for each in [each for each in running if each.job.done()]:
                 running.remove(each)
-                outcomes[each.place] = _outcome(suite, places, each)
+                outcomes[each.index] = _outcome(suite, folders, each)
                 now, began = progress.clock(), max(each.began, min(rooms))
                 rooms[rooms.index(min(rooms))] = now
-                progress.end(each.config, outcomes[each.place], now - began)
+                progress.end(each.config, outcomes[each.index], now - began)
             time.sleep(POLL)
     except BaseException:
         for each in running:
             each.job.cancel()
         raise
-    return [outcomes[place] for place in sorted(outcomes)]
+    return [outcomes[index] for index in sorted(outcomes)]
 
 
-def _outcome(suite: Suite, places: Places, ended: _Running) -> Outcome:
+def _outcome(suite: Suite, folders: Folders, ended: _Running) -> Outcome:
     """Return what a job that has ended came to; one that was killed has failed."""
     try:
         outcome: Outcome = ended.job.results()[0]
     except UncompletedJobError as error:
         reason = "its process ended without a result, killed or out of memory"
         reason += f" ({words})" if (words := last_words(str(error))) else ""
-        file = record_failure(suite, ended.config, ended.started, reason, places.results)
+        file = record_failure(suite, ended.config, ended.started, reason, folders.results)
         return Outcome("failed", file, reason)
     return outcome
 
@@ -207,21 +194,21 @@ def last_words(message: str) -> str:
 _LOGGED = re.compile(r"submitit [A-Z]+ \(")
 
 
-def slurm_script(suite: Suite, places: Places, jobs: int, slurm: Slurm) -> str:
+def slurm_script(suite: Suite, folders: Folders, jobs: int, slurm: Slurm) -> str:
     """Return the sbatch script of the suite's job array, without a cluster at hand."""
     parameters = slurm.parameters(_largest(suite), jobs)
-    command = f"python -u -m submitit.core._submit {places.runs / 'jobs'}"
+    command = f"python -u -m submitit.core._submit {folders.runs / 'jobs'}"
     script: str = _make_sbatch_string(
-        command, places.runs / "jobs", map_count=len(suite.runs), **parameters
+        command, folders.runs / "jobs", map_count=len(suite.runs), **parameters
     )
     return script
 
 
 def _submit_array(
-    suite: Suite, calls: Sequence[CellJob], places: Places, slurm: Slurm, jobs: int
+    suite: Suite, calls: Sequence[CellJob], folders: Folders, slurm: Slurm, jobs: int
 ) -> list[Any]:
     try:
-        executor = SlurmExecutor(places.runs / "jobs")
+        executor = SlurmExecutor(folders.runs / "jobs")
     except RuntimeError as error:
         raise ConfigurationError(
             "There is no Slurm here (no srun): leave out --cluster slurm, or print the script with "

@@ -9,22 +9,56 @@ beside it is that of the shipped suites.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import Any, NamedTuple, get_args
 
 from furina.data import get_task
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
-from furina.suites.suites import EXPERIMENTS, SHIPPED, Scale, Study, Suite, named, title
+from furina.suites.files import DEFAULTS, located, missing_hint, neighbour, read, suite_folder
+from furina.suites.suite import Scale, Study, Suite, named
 
-Point = dict[str, Any]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-DEFAULTS = "defaults.yaml"
 SHARED = "scales.yaml"
+ADAPTER = "adapter."
+"""How the name of an adapter's option begins."""
+
+
+class Given(NamedTuple):
+    """The value of an option, and the file and section that give it."""
+
+    value: Any
+    origin: str
+
+
+Options = dict[str, Given]
+"""By name, as in "steps" and "adapter.rank"."""
+
+
+class Content(NamedTuple):
+    """What a file says at a scale: options, and sweeps with the points of each."""
+
+    options: Options
+    sweeps: list[list[Options]]
+
+
+class Resolved(NamedTuple):
+    """A run as far as it has been read, and what gave each of its values."""
+
+    run: RunConfig
+    origins: dict[str, str]
+
+    def updated(self, options: Options) -> Resolved:
+        """Return the run with further options, which win."""
+        origins = {name: given.origin for name, given in options.items()}
+        fields = {name: given.value for name, given in options.items()}
+        adapter = {
+            name.removeprefix(ADAPTER): fields.pop(name)
+            for name in options
+            if name.startswith(ADAPTER)
+        }
+        return Resolved(self.run.updated({"adapter": adapter, **fields}), self.origins | origins)
 
 
 def read_suite(
@@ -47,86 +81,59 @@ def read_suite(
 
     Raises ConfigurationError for anything unknown or missing.
     """
-    path = _folder(path)
-    content = _read(path / DEFAULTS)
-    with _located(path / DEFAULTS):
+    path = suite_folder(path)
+    content = read(path / DEFAULTS)
+    with located(path / DEFAULTS):
         scale = _scale(path, content, scale)
-        shared = _at_scale(content, scale)
-        study, sweeps = shared.pop("study", "cells"), shared.pop("sweeps")
+        own = _at_scale(path / DEFAULTS, content, scale)
+        study = own.options.pop("study", Given("cells", "")).value
         if study not in get_args(Study):
             raise ConfigurationError(
                 f"unknown study {study!r}.{nearest(str(study), get_args(Study))}"
             )
-        if "adapter" in shared and "method" not in shared:
+        if "method" not in own.options and any(n.startswith("adapter") for n in own.options):
             raise ConfigurationError("options of an adapter belong where the method is named.")
-    start, sweeps_of_all, by_task = _of_all_suites(path, scale)
-    with _located(path / DEFAULTS):
-        points = _combined([*sweeps_of_all, *sweeps])
-        defaults = start.updated({"suite": named(path, scale), **shared})
-        by_task = {task: _without(values, shared) for task, values in by_task.items()}
+    start, sweeps, by_task = _of_all_suites(path, scale)
+    with located(path / DEFAULTS):
+        name = {"suite": Given(named(path, scale), "the suite's name")}
+        defaults = start.updated(name | own.options)
+        points = _combined([*sweeps, *own.sweeps])
+        by_task = {task: _without(values, own.options) for task, values in by_task.items()}
     files = [file for file in sorted(path.glob("*.yaml")) if file.name != DEFAULTS]
-    made: dict[Path, list[RunConfig]] = {}
-    for file in _asked_for(files, rows, scale):
-        with _located(file):
-            made[file] = _expand(defaults, points, by_task, file, scale)
     if not files:
         raise ConfigurationError(f"{path} holds no runs: add one YAML file per row.")
-    runs = _apart_by_backbone([run for own in made.values() for run in own])
-    suite = Suite(path, study, tuple(runs), scale).chosen(rows, tasks, seeds, full)
-    for file, own in made.items():  # last, for it takes seconds to import what checks them
-        with _located(file):
-            for run in own:
-                run.adapter_config()
+    made: dict[Path, list[Resolved]] = {}
+    for file in _needed(files, rows, scale):
+        with located(file):
+            made[file] = _expand(defaults, points, by_task, file, scale)
+    resolved = _apart_by_backbone([each for own in made.values() for each in own])
+    runs, origins = tuple(each.run for each in resolved), tuple(each.origins for each in resolved)
+    suite = Suite(path, study, runs, origins, scale).chosen(rows, tasks, seeds, full)
+    for file, expanded in made.items():  # last, for it takes seconds to import what checks them
+        with located(file):
+            for each in expanded:
+                each.run.adapter_config()
     _require_distinct(path, study, runs)
     return suite
 
 
-def _asked_for(files: list[Path], rows: Sequence[str], scale: Scale | None) -> list[Path]:
+def _needed(files: list[Path], rows: Sequence[str], scale: Scale | None) -> list[Path]:
     """Return the files of these rows; all where none is named, or one that no file names."""
+    if not rows:
+        return files
     names = {file: _names(file, scale) for file in files}
-    is_known = set(rows) <= {name for own in names.values() for name in own}
-    return [file for file in files if not is_known or names[file] & set(rows)] if rows else files
+    is_known = set(rows) <= set().union(*names.values())
+    return [file for file in files if not is_known or names[file] & set(rows)]
 
 
 def _names(file: Path, scale: Scale | None) -> set[str]:
     """Return what a file may call its rows, without the row that it is like."""
     try:
-        content = _at_scale(_read(file), scale)
-        points = _combined(content["sweeps"])
+        options, sweeps = _at_scale(file, read(file), scale)
     except ConfigurationError:  # said where the row is asked for
         return {file.stem}
-    return {str(point.get("row") or content.get("row") or file.stem) for point in points}
-
-
-def _folder(path: Path | str) -> Path:
-    """Return the suite's folder, which may be given by its name in experiments/."""
-    path = Path(path)
-    places = [folder for folder in (EXPERIMENTS, SHIPPED) if folder.is_dir()]
-    known = (
-        path
-        if path.exists()
-        else next((folder / path for folder in places if (folder / path).is_dir()), path)
-    )
-    if (known / DEFAULTS).is_file():
-        return known
-    names = {file.parent.name for folder in places for file in folder.glob(f"*/{DEFAULTS}")}
-    raise ConfigurationError(
-        f"There is no suite {path}, a folder with {DEFAULTS}."
-        + (nearest(str(path), names) if names else f" {_NO_SHIPPED}")
-    )
-
-
-_NO_SHIPPED = (
-    f"The shipped suites lie in {EXPERIMENTS}/ of a checkout of furina, not in an installed "
-    "package: run inside a checkout, or give a suite's folder."
-)
-
-
-def _beside(suite: Path, name: str) -> Path:
-    """Return a file of the suite's neighbours, or where they have none of the shipped suites."""
-    own = suite.resolve().parent / name
-    places = (own, EXPERIMENTS / name, SHIPPED / name)
-    return next((place for place in places if place.is_file()), own)
+    rows = [(options | point).get("row") for point in _combined(sweeps)]
+    return {str(row.value) if row and row.value else file.stem for row in rows}
 
 
 def _scale(path: Path, content: dict[str, Any], wanted: Scale | None) -> Scale | None:
@@ -141,166 +148,143 @@ def _scale(path: Path, content: dict[str, Any], wanted: Scale | None) -> Scale |
 
 def _of_all_suites(
     path: Path, scale: Scale | None
-) -> tuple[RunConfig, list[object], dict[str, Point]]:
+) -> tuple[Resolved, list[list[Options]], dict[str, Options]]:
     """Return what all suites of a scale share, from the file beside their folders.
 
     It is the run that all start from, the sweeps, and by task what that task has instead.
     """
+    start = Resolved(RunConfig(), {})
     if scale is None:
-        return RunConfig(), [], {}
-    file = _beside(path, SHARED)
-    with _located(file):
-        content = _at_scale(_read(file), scale)
-        sweeps, by_task = content.pop("sweeps"), content.pop("by_task", {})
-        start = RunConfig().updated(content)
+        return start, [], {}
+    file = neighbour(path, SHARED)
+    with located(file):
+        options, sweeps = _at_scale(file, read(file), scale)
+        by_task = options.pop("by_task", Given({}, "")).value
+        start = start.updated(options)
         if not isinstance(by_task, dict) or not all(isinstance(v, dict) for v in by_task.values()):
             raise ConfigurationError("by_task must map tasks to options.")
+        instead = {}
         for task, values in by_task.items():
             get_task(task)
-            start.updated(values)
-    return start, sweeps, by_task
+            instead[task] = _options(values, f"{SHARED}, {scale}, by_task")
+            start.updated(instead[task])
+    return start, sweeps, instead
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        hint = "see the folders of experiments/." if SHIPPED.is_dir() else _NO_SHIPPED
-        raise ConfigurationError(f"There is no suite file {path}: {hint}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} must hold options, one 'name: value' a line.")
-    if "suite" in content:
-        raise ConfigurationError(f"{path}: leave out suite; it is the folder's name.")
-    return content
+def _at_scale(file: Path, content: dict[str, Any], scale: Scale | None) -> Content:
+    """Return what a file says at a scale: outside the sections, and over that in its own."""
+    folder = file.resolve().parent.name
+    name = file.name if file.name == SHARED else f"{folder}/{file.name}"
+    found = _content({k: v for k, v in content.items() if k not in SCALES}, name)
+    section = content.get(scale) if scale else None
+    if section is None:
+        return found
+    if not isinstance(section, dict):
+        raise ConfigurationError(f"{scale} must hold options, one 'name: value' a line.")
+    own = _content(section, f"{name}, {scale}")
+    return Content(_over(found.options, own.options), found.sweeps + own.sweeps)
 
 
-@contextmanager
-def _located(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a configuration error, once."""
-    try:
-        yield
-    except ConfigurationError as error:
-        if str(path) in str(error):
-            raise
-        raise ConfigurationError(f"{path}: {error}") from error
+def _content(content: dict[str, Any], origin: str) -> Content:
+    """Return options and sweeps of a file or a section."""
+    options = {name: value for name, value in content.items() if name != "sweep"}
+    sweeps = [_points(content["sweep"], f"{origin}, sweep")] if "sweep" in content else []
+    return Content(_options(options, origin), sweeps)
 
 
-def _at_scale(content: dict[str, Any], scale: Scale | None) -> dict[str, Any]:
-    """Return a file's options at a scale, with its sweeps as a list under `sweeps`."""
-    content = dict(content)
-    sections = {name: content.pop(name, None) for name in SCALES}
-    sweeps = [content.pop("sweep")] if "sweep" in content else []
-    own = sections[scale] if scale else None
-    if own is not None:
-        if not isinstance(own, dict):
-            raise ConfigurationError(f"{scale} must hold options, one 'name: value' a line.")
-        own = dict(own)
-        sweeps += [own.pop("sweep")] if "sweep" in own else []
-        content = _over(content, own)
-    return {**content, "sweeps": sweeps}
+def _options(content: dict[str, Any], origin: str) -> Options:
+    adapter = content.get("adapter")
+    if isinstance(adapter, dict):
+        own = {f"{ADAPTER}{name}": value for name, value in adapter.items()}
+        content = {name: value for name, value in content.items() if name != "adapter"} | own
+    return {name: Given(value, origin) for name, value in content.items()}
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return options with others over them; those of an adapter are merged if the method stays."""
-    merged = {**below, **above}
-    adapters = [options.get("adapter") for options in (below, above)]
-    if above.get("method", below.get("method")) == below.get("method") and all(
-        isinstance(adapter, dict) for adapter in adapters
-    ):
-        merged["adapter"] = {**below["adapter"], **above["adapter"]}
-    return merged
+def _over(below: Options, above: Options) -> Options:
+    """Return options with others over them; another method drops those of the first's adapter."""
+    if "method" in above and below.get("method", above["method"]).value != above["method"].value:
+        below = {name: given for name, given in below.items() if not name.startswith(ADAPTER)}
+    return {**below, **above}
 
 
-def _row(file: Path, scale: Scale | None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _row(file: Path, scale: Scale | None, seen: tuple[Path, ...] = ()) -> Content:
     """Return a row's options at a scale, over those of the row that it says it is like."""
-    content = _read(file)
+    content = read(file)
     if scale is None and not seen and (idle := [name for name in SCALES if name in content]):
         raise ConfigurationError(f"section {idle[0]} has no effect: the suite has one scale only.")
-    content = _at_scale(content, scale)
-    like = content.pop("like", None)
+    own = _at_scale(file, content, scale)
+    like = own.options.pop("like", None)
     if like is None:
-        return content
-    other = _beside(file.parent, f"{like}.yaml")
+        return own
+    other = neighbour(file.parent, f"{like.value}.yaml")
     if other in seen or not other.is_file():
-        hint = "" if SHIPPED.is_dir() else f" {_NO_SHIPPED}"
         raise ConfigurationError(
-            f"like: {like} must name another row as SUITE/ROW; see {other}.{hint}"
+            f"like: {like.value} must name another row as SUITE/ROW; see {other}.{missing_hint()}"
         )
     below = _row(other, scale, (*seen, file))
-    sweeps = content["sweeps"] or below["sweeps"]
-    return {**_over(below, content), "sweeps": sweeps}
+    return Content(_over(below.options, own.options), own.sweeps or below.sweeps)
 
 
 def _expand(
-    defaults: RunConfig,
-    shared: list[Point],
-    by_task: dict[str, Point],
+    defaults: Resolved,
+    points: list[Options],
+    by_task: dict[str, Options],
     file: Path,
     scale: Scale | None,
-) -> list[RunConfig]:
+) -> list[Resolved]:
     """Return a row's runs; what a task has instead gives way to what the suite or the row says."""
-    content = _row(file, scale)
-    own_points = _combined(content.pop("sweeps"))
-    fixed = defaults.updated(content)
-    said = {*content, *(f"adapter.{option}" for option in content.get("adapter", {}))}
-    runs = list[RunConfig]()
-    for point, own in itertools.product(shared, own_points):
-        values = _without(point, said) | own
-        run = _with(fixed, values)
-        instead = _without(by_task.get(run.task, {}), said | values.keys())
-        runs.append(run.updated(instead))
-    runs = [_called(run, file.stem) for run in runs]
-    for run in runs:
-        run.check_tasks()
-    return [run for index, run in enumerate(runs) if run not in runs[:index]]
+    options, sweeps = _row(file, scale)
+    fixed = defaults.updated(options)
+    made: list[Resolved] = []
+    for point, own in itertools.product(points, _combined(sweeps)):
+        swept = _without(point, options) | own
+        each = fixed.updated(swept)
+        instead = _without(by_task.get(each.run.task, {}), {**options, **swept})
+        each = _called(each.updated(instead), file)
+        each.run.check_tasks()
+        if all(each.run != other.run for other in made):
+            made.append(each)
+    return made
 
 
-def _without(point: Point, names: Container[str]) -> Point:
-    return {name: value for name, value in point.items() if name not in names}
+def _without(options: Options, names: Container[str]) -> Options:
+    return {name: given for name, given in options.items() if name not in names}
 
 
-def _called(run: RunConfig, row: str) -> RunConfig:
+def _called(each: Resolved, file: Path) -> Resolved:
     """Return the run with its row, which is the method's where it says nothing more."""
-    row = run.row or row
-    return run.updated({"row": "" if row == run.method else row})
+    row = each.run.row or file.stem
+    origin = each.origins.get("row", "the file's name")
+    return each.updated({"row": Given("" if row == each.run.method else row, origin)})
 
 
-def _combined(sweeps: list[object]) -> list[Point]:
+def _combined(sweeps: list[list[Options]]) -> list[Options]:
     """Return all combinations of the sweeps' points; a later sweep wins over an earlier one."""
-    points: list[Point] = [{}]
-    for sweep in sweeps:
-        points = [{**point, **other} for point in points for other in _points(sweep)]
-    return points
+    combinations = itertools.product(*sweeps)
+    return [{name: p[name] for p in points for name in p} for points in combinations]
 
 
-def _points(sweep: object) -> list[Point]:
+def _points(sweep: object, origin: str) -> list[Options]:
     """Return the points of a sweep: all combinations of a mapping's lists, or a list as it is."""
+    if isinstance(sweep, dict) and all(v and isinstance(v, list) for v in sweep.values()):
+        combinations = itertools.product(*sweep.values())
+        sweep = [dict(zip(sweep, values, strict=True)) for values in combinations]
     if isinstance(sweep, list) and sweep and all(isinstance(point, dict) for point in sweep):
-        return sweep
-    if not isinstance(sweep, dict) or not all(v and isinstance(v, list) for v in sweep.values()):
-        raise ConfigurationError(
-            "sweep must map fields to lists of values, or be a list of mappings from fields to "
-            "values."
-        )
-    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+        return [_options(point, origin) for point in sweep]
+    raise ConfigurationError(
+        "sweep must map fields to lists of values, or be a list of mappings from fields to values."
+    )
 
 
-def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    prefix = "adapter."
-    options = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-    fields = {k: v for k, v in values.items() if not k.startswith(prefix)}
-    return config.updated({**fields, "adapter": options})
-
-
-def _apart_by_backbone(runs: list[RunConfig]) -> list[RunConfig]:
-    """Give each of several backbones a folder of records of its own: one table has one backbone."""
-    if len({run.backbone for run in runs}) == 1:
-        return runs
-    return [
-        run.updated({"suite": f"{run.suite}-{Path(run.backbone).name.lower()}"}) for run in runs
-    ]
+def _apart_by_backbone(found: list[Resolved]) -> list[Resolved]:
+    """Give each of several backbones a suite of its own: one table has one backbone."""
+    if len({each.run.backbone for each in found}) == 1:
+        return found
+    made = []
+    for each in found:
+        suite = f"{each.run.suite}-{Path(each.run.backbone).name.lower()}"
+        made.append(each.updated({"suite": Given(suite, "the names of suite and backbone")}))
+    return made
 
 
 _VARIED: dict[Study, tuple[str, ...]] = {
@@ -311,22 +295,20 @@ _VARIED: dict[Study, tuple[str, ...]] = {
 """What runs of one method, task and seed may differ in: the names of their records hold it."""
 
 
-def _require_distinct(path: Path, study: Study, runs: list[RunConfig]) -> None:
+def _require_distinct(path: Path, study: Study, runs: Sequence[RunConfig]) -> None:
     """Refuse two runs whose records would bear the same name."""
     seen: set[tuple[object, ...]] = set()
     for run in runs:
         adapter = run.adapter_config()
-        settings = run.to_dict() | {
-            f"adapter.{name}": value
-            for name, value in (adapter.to_dict() if adapter else {}).items()
-        }
+        options = adapter.to_dict() if adapter else {}
+        settings = run.to_dict() | {f"{ADAPTER}{name}": v for name, v in options.items()}
         # A study's records are named by the method, and know no rows.
         name = run.name if study == "cells" else (run.method, run.task, run.seed)
         key = run.suite, name, *(settings.get(field) for field in _VARIED[study])
         if key in seen:
             differ = f" that differ in none of: {', '.join(_VARIED[study])}" * bool(_VARIED[study])
             raise ConfigurationError(
-                f"{path} has more than one run of {title(run)}{differ}, and a table holds one: "
+                f"{path} has more than one run of {run.title}{differ}, and a table holds one: "
                 "keep one, or give the others a row of their own."
             )
         seen.add(key)

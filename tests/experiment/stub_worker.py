@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from furina import errors
-from furina.experiment import worker
-from furina.experiment.failures import note
+from furina.experiment.processes import worker
+from furina.experiment.processes.failures import note
 
 
 class Diverged(errors.FurinaError):

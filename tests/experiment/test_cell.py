@@ -18,10 +18,11 @@ from furina.evaluation.evaluation import Evaluation
 from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import Sample, read_samples
 from furina.experiment import cell
-from furina.experiment.cell import publish, run_cell
+from furina.experiment.cell import run_cell
 from furina.experiment.config import RunConfig
 from furina.progress import shown
 from furina.records import RunRecord
+from furina.records.cells import publish, suite_records
 from tests.experiment.conftest import Finished
 from tests.experiment.helpers import SIZES, time_few_tokens, tiny
 
@@ -37,22 +38,18 @@ class Done(NamedTuple):
         return self.folder / "run"
 
     @property
-    def results(self) -> Path:
-        return self.folder / "results"
-
-    @property
     def record(self) -> RunRecord:
-        return RunRecord.read(self.results / f"{self.config.name}.json")
+        return RunRecord.read(self.folder / "record.json")
 
     def samples(self, variant: str) -> list[Sample]:
         score = next(s for s in self.record.evaluations if s.variant == variant)
         assert score.samples is not None
-        return read_samples(self.results / score.samples)
+        return read_samples(self.run_dir / score.samples)
 
     def again(self) -> RunRecord:
         record = run_cell(self.config, self.run_dir, COMMAND)
-        file = publish(record, self.config, COMMAND, self.run_dir, self.results)
-        return RunRecord.read(file)
+        record.write(self.folder / "record.json")
+        return record
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,7 +140,6 @@ def test_a_finished_cell_measures_nothing_again(
     before = copy.record
     monkeypatch.setattr(cell, "evaluate", fail)
     monkeypatch.setattr(cell, "measure_latency", fail)
-    shutil.rmtree(copy.folder / "results")
     assert measured(copy.again()) == measured(before)
     assert copy.samples("merged")
 
@@ -163,29 +159,16 @@ def test_a_cell_killed_before_the_merged_scoring_repeats_only_that(
     assert len(calls) == 1
 
 
-def test_samples_that_another_config_left_in_results_are_replaced(copy: Done) -> None:
-    name = copy.record.evaluations[0].samples
-    assert name is not None
-    file = copy.results / name
-    own = file.read_bytes()
-    file.write_bytes(b"of another config")
-    copy.again()
-    assert file.read_bytes() == own
-
-
 def test_a_cell_is_published_under_the_names_of_any_suite_that_has_it(copy: Done) -> None:
-    config = copy.config.updated({"suite": "other", "row": "best"})
-    record = run_cell(copy.config, copy.run_dir, COMMAND)
-    file = publish(record, config, "furina run other", copy.run_dir, copy.folder / "other")
-    published = RunRecord.read(file)
-    assert file.name == "best--arc_easy--seed0.json" == published.file_name
+    record, results = run_cell(copy.config, copy.run_dir, COMMAND), copy.folder / "results"
+    file = publish(record, results, "other", "best", "furina run other", copy.run_dir)
+    ((found, published),) = suite_records(results / "other")
+    assert found == file and RunRecord.read(file) == record
     assert (published.suite, published.row, published.method) == ("other", "best", "furina")
     assert published.command == "furina run other"
+    assert published.evaluations == record.evaluations
     for score in published.evaluations:
-        assert (
-            score.samples
-            == f"samples/best--arc_easy--seed0--arc_easy-text--{score.variant}.jsonl.gz"
-        )
+        assert score.samples == f"samples-arc_easy-text--{score.variant}.jsonl.gz"
         assert len(read_samples(file.parent / score.samples)) == score.n
 
 

@@ -18,10 +18,10 @@ import yaml
 from lightning.pytorch import Trainer
 
 from furina import adapter_state_dict, cli, describe
-from furina.cli.runs import SCORING
 from furina.errors import ConfigurationError, DataError, FurinaError
 from furina.experiment import fit as fit_module
 from furina.experiment import process
+from furina.experiment.config import SCORING
 from furina.experiment.fit import fit
 from furina.progress import shown
 from furina.training import FinetuneModule, LossHistory, ResumeCheckpoint

@@ -17,11 +17,11 @@ import pytest
 
 from furina import errors
 from furina.errors import ConfigurationError, FurinaError
-from furina.experiment import launch as launch_module
 from furina.experiment.config import RunConfig
-from furina.experiment.failures import failure
 from furina.experiment.fit import fit
-from furina.experiment.launch import launch, rendezvous, require_devices
+from furina.experiment.processes import launch as launch_module
+from furina.experiment.processes.failures import failure
+from furina.experiment.processes.launch import launch, rendezvous, require_devices
 from furina.training import DivergedError
 from tests.experiment.helpers import tiny
 from tests.training.helpers import PROCESSES

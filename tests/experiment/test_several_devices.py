@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from furina import adapter_state_dict, merge
 from furina.errors import ConfigurationError, FurinaError
 from furina.experiment import fit as fit_module
-from furina.experiment import launch as launch_module
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
 from furina.experiment.measures import one_device
 from furina.experiment.process import run_data
+from furina.experiment.processes import launch as launch_module
 from furina.records import Training
 from tests.experiment.helpers import tiny
 from tests.training.ranks import as_rank, on_two_ranks

@@ -11,6 +11,7 @@ import pytest
 
 from furina.backbones.load import backbone_hash, load_backbone, load_tokenizer
 from furina.data.tasks import tasks
+from furina.records.cells import suite_cells
 from tests.experiment.helpers import SMALL
 from tests.hub.benchmarks import RIGHT, ROWS, SUBJECTS, says
 from tests.hub.conftest import LARGE, MODEL, Call
@@ -102,7 +103,7 @@ def test_fit_evaluate_and_run_need_only_the_hub(hub: Hub, call: Call, tmp_path: 
     assert f"`hf download {MODEL} config.json` fetches it" in planned["err"]
     where = ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     assert _done(call("command", "run", suite, *where))
-    records = sorted(path.stem for path in (tmp_path / "results" / "own").glob("*.json"))
+    records = [cell.name for cell in suite_cells(tmp_path / "results" / "own")]
     assert records == ["base--arc_easy--seed0", "lora--arc_easy--seed0"]
     assert _done(call("command", "run", suite, "--dry-run"))
 

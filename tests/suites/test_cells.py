@@ -10,32 +10,33 @@ import pytest
 
 from furina.errors import FurinaError
 from furina.experiment import cell
-from furina.records import RunRecord, SearchRecord, SelectionRecord
+from furina.records import SearchRecord, SelectionRecord
+from furina.records.cells import suite_records
 from furina.reporting import OutdatedReportError, report
-from furina.suites import Places, read_suite, run_suite
+from furina.suites import Folders, read_suite, run_suite
 from tests.experiment.helpers import OPTIONS, SIZES, SMALL, time_few_tokens, write_data
 from tests.suites.helpers import SEARCH, lora, write_suite
 
 
 class World(NamedTuple):
     root: Path
-    places: Places
+    folders: Folders
     failure: str
 
     @property
     def results(self) -> Path:
-        return self.places.results
+        return self.folders.results
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Results of a suite of cells of which one diverges, a search and a selection study."""
     root = tmp_path_factory.mktemp("world")
-    places = Places(root / "results", root / "runs")
+    folders = Folders(root / "results", root / "runs")
     shared = {**SMALL, "steps": 2, "data_dir": write_data(root / "data")}
     base, furina = {"method": "base"}, {"method": "furina", "adapter": OPTIONS["furina"]}
     wild = lora(learning_rate=1e30, warmup_steps=0)
-    write_suite(root / "cells", shared, lora=wild, base=base, furina=furina)
+    write_suite(root / "own", shared, lora=wild, base=base, furina=furina)
     options = {**furina["adapter"], "magnitude_lr_multiplier": 2.0}
     write_suite(
         root / "search", {**shared, **SEARCH}, a=wild, b=base, c={**furina, "adapter": options}
@@ -45,21 +46,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         time_few_tokens(patch)
         for name in ("search", "selection"):
-            run_suite(read_suite(root / name), places)
+            run_suite(read_suite(root / name), folders)
         with pytest.raises(FurinaError) as caught:
-            run_suite(read_suite(root / "cells"), places)
-        yield World(root, places, str(caught.value))
+            run_suite(read_suite(root / "own"), folders)
+        yield World(root, folders, str(caught.value))
 
 
 def test_a_diverged_cell_leaves_its_record_and_the_others_are_run(world: World) -> None:
     assert "Of 3 runs 1 diverged: lora on arc_easy, seed 0: Training diverged" in world.failure
-    records = {r.method: r for r in map(RunRecord.read, (world.results / "cells").glob("*.json"))}
+    records = {r.method: r for _, r in suite_records(world.results / "own")}
     assert {method: record.status for method, record in records.items()} == {
         "base": "success",
         "furina": "success",
         "lora": "diverged",
     }
-    assert records["base"].command == f"furina run {world.root / 'cells'} --rows base"
+    assert records["base"].command == f"furina run {world.root / 'own'} --rows base"
     assert {s.variant for s in records["furina"].evaluations} == {"unmerged", "merged"}
 
 
@@ -71,7 +72,7 @@ def test_no_cell_runs_again(
 
     monkeypatch.setattr(cell, "run_cell", fail)
     with pytest.raises(FurinaError, match="Of 3 runs 1 diverged"):
-        run_suite(read_suite(world.root / "cells"), world.places)
+        run_suite(read_suite(world.root / "own"), world.folders)
     assert capsys.readouterr().out.count("skipped") == 2
 
 
@@ -97,7 +98,7 @@ def test_the_report_is_made_from_it_and_holds_right_afterwards(world: World) -> 
     readme.write_text("<!-- furina:table begin -->\n<!-- furina:table end -->\n")
     made = report(world.results, readme=readme)
     tables = {path.parent.parent.name for path in made.files if path.parent.name == "tables"}
-    assert tables == {"cells", "search", "selection"}
+    assert tables == {"own", "search", "selection"}
     text = readme.read_text()
     assert "furina" in text and "lora" in text and "base" in text
     report(world.results, readme=readme, check=True)
@@ -107,9 +108,9 @@ def test_the_report_is_made_from_it_and_holds_right_afterwards(world: World) -> 
 
 
 def test_full_scores_every_test_question(world: World) -> None:
-    suite = read_suite(world.root / "cells").chosen(["base"], full=True)
-    (file,) = run_suite(suite, Places(world.results / "all", world.places.runs))
-    record = RunRecord.read(file)
-    assert file.parent == world.results / "all" / "cells-full" and record.suite == "cells-full"
+    suite = read_suite(world.root / "own").chosen(["base"], full=True)
+    (file,) = run_suite(suite, Folders(world.results / "all", world.folders.runs))
+    ((stored, record),) = suite_records(world.results / "all" / "own-full")
+    assert stored == file and record.suite == "own-full"
     assert {score.n for score in record.evaluations} == {SIZES["test"]}
     assert record.data[0].test_subset == "full"

@@ -15,11 +15,12 @@ from submitit import LocalExecutor
 
 from furina.errors import ConfigurationError
 from furina.records import RunRecord
-from furina.suites import FailedRunsError, Places, Suite, read_suite
+from furina.records.cells import suite_records
+from furina.suites import FailedRunsError, Folders, Suite, read_suite
 from furina.suites import jobs as jobs_module
 from furina.suites.cells import Outcome, run_one
-from furina.suites.grid import Progress
 from furina.suites.jobs import CellJob, Slurm, last_words, run_jobs, slurm_script
+from furina.suites.run import Progress
 from tests.experiment.helpers import OPTIONS, SMALL, write_data
 from tests.suites.helpers import lora, write_suite
 
@@ -30,22 +31,28 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     shared = {**SMALL, "steps": 2, "latency_rounds": 0, "data_dir": write_data(folder / "data")}
     furina = {"method": "furina", "adapter": OPTIONS["furina"]}
     files = {"base": {"method": "base"}, "furina": furina, "lora": lora(adapter=OPTIONS["lora"])}
-    return read_suite(write_suite(folder / "cells", shared, **files))
+    return read_suite(write_suite(folder / "own", shared, **files))
 
 
 @pytest.fixture(scope="module")
 def alone(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """The base's and LoRA's records by file, made by this process."""
+    """The base's and LoRA's records by name, made by this process."""
     folder = tmp_path_factory.mktemp("alone")
-    places = Places(folder / "results", folder / "runs")
+    folders = Folders(folder / "results", folder / "runs")
     few = suite.chosen(["base", "lora"])
-    files = [file for config in few.runs if (file := run_one(few, config, places).file)]
-    return {file.name: without_course(RunRecord.read(file)) for file in files}
+    for config in few.runs:
+        run_one(few, config, folders)
+    return {name: without_course(record) for name, record in records_of(folders).items()}
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def records_of(folders: Folders) -> dict[str, RunRecord]:
+    found = suite_records(folders.results / "own")
+    return {record.name: record for _, record in found}
 
 
 def without_course(record: RunRecord) -> dict[str, Any]:
@@ -73,13 +80,12 @@ def test_a_grid_runs_as_processes_gives_what_one_process_gives_and_outlives_a_ki
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs_module, "CellJob", Doomed)
-    places = Places(tmp_path / "results", tmp_path / "runs")
+    folders = Folders(tmp_path / "results", tmp_path / "runs")
     with pytest.raises(FailedRunsError, match=r"Of 3 runs 1 failed: furina.*ended without a"):
-        run_jobs(suite, places, jobs=2)
-    folder = tmp_path / "results" / "cells"
-    records = {path.name: RunRecord.read(path) for path in folder.glob("*.json")}
-    assert set(records) == {f"{run.name}.json" for run in suite.runs}
-    killed = records.pop("furina--arc_easy--seed0.json")
+        run_jobs(suite, folders, jobs=2)
+    records = records_of(folders)
+    assert set(records) == {run.name for run in suite.runs}
+    killed = records.pop("furina--arc_easy--seed0")
     assert killed.status == "failed"
     assert killed.error == "its process ended without a result, killed or out of memory"
     assert {name: without_course(record) for name, record in records.items()} == alone
@@ -104,7 +110,7 @@ def test_a_failure_tells_the_last_words_of_the_process_itself(stream: str, words
 
 def test_the_script_for_slurm_asks_for_what_is_said(suite: Suite, tmp_path: Path) -> None:
     asked = Slurm(partition="gpu", hours=1.5, gpus_per_node=2, mem_gb=40, setup=("module load x",))
-    script = slurm_script(suite, Places(tmp_path, tmp_path / "runs"), 1, asked)
+    script = slurm_script(suite, Folders(tmp_path, tmp_path / "runs"), 1, asked)
     flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
     assert script.startswith("#!/bin/bash")
     assert flags["partition"] == "gpu" and flags["time"] == "90" and flags["mem"] == "40GB"
@@ -115,8 +121,8 @@ def test_the_script_for_slurm_asks_for_what_is_said(suite: Suite, tmp_path: Path
 def test_a_job_without_accelerators_asks_for_none_and_the_shortest_takes_a_minute(
     suite: Suite, tmp_path: Path
 ) -> None:
-    places = Places(tmp_path, tmp_path / "runs")
-    script = slurm_script(suite, places, 1, Slurm(gpus_per_node=0, hours=0.001))
+    folders = Folders(tmp_path, tmp_path / "runs")
+    script = slurm_script(suite, folders, 1, Slurm(gpus_per_node=0, hours=0.001))
     assert "gpus-per-node" not in script and "#SBATCH --time=1\n" in script
 
 
@@ -135,7 +141,7 @@ def test_without_slurm_it_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="There is no Slurm here"):
-        run_jobs(suite, Places(tmp_path, tmp_path / "runs"), 1, Slurm())
+        run_jobs(suite, Folders(tmp_path, tmp_path / "runs"), 1, Slurm())
 
 
 class ArrayHere(LocalExecutor):
@@ -157,9 +163,11 @@ def test_a_job_array_gives_what_one_process_gives(
 ) -> None:
     monkeypatch.setattr(jobs_module, "SlurmExecutor", ArrayHere)
     few = suite.chosen(["base", "lora"])
-    files = run_jobs(few, Places(tmp_path / "results", tmp_path / "runs"), 1, Slurm(hours=2))
+    folders = Folders(tmp_path / "results", tmp_path / "runs")
+    run_jobs(few, folders, 1, Slurm(hours=2))
     assert ArrayHere.asked["array_parallelism"] == 1 and ArrayHere.asked["time"] == 120
-    assert {file.name: without_course(RunRecord.read(file)) for file in files} == alone
+    found = {name: without_course(record) for name, record in records_of(folders).items()}
+    assert found == alone
 
 
 def test_the_time_left_of_an_array_does_not_count_the_queue(
@@ -187,10 +195,10 @@ def test_the_time_left_of_an_array_does_not_count_the_queue(
     monkeypatch.setattr(
         jobs_module, "_submit_array", lambda *given: [Timed(600.0 * (i + 1)) for i in range(3)]
     )
-    run_jobs(suite, Places(tmp_path, tmp_path / "runs"), 1, Slurm())
+    run_jobs(suite, Folders(tmp_path, tmp_path / "runs"), 1, Slurm())
     assert said[1::2] == ["  2 left", "  1 left, about 10:00 min"]
 
 
 def test_a_job_that_slurm_stops_is_queued_again_as_it_is(suite: Suite, tmp_path: Path) -> None:
-    job = CellJob(suite, suite.runs[0], Places(tmp_path, tmp_path), None)
+    job = CellJob(suite, suite.runs[0], Folders(tmp_path, tmp_path), None)
     assert job.checkpoint().function is job

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from furina.records import RunRecord
+from furina.records.cells import suite_records
 from furina.storage import sha256_file
-from furina.suites import Places, read_suite, run_suite
+from furina.suites import Folders, read_suite, run_suite
 from tests.experiment.helpers import OPTIONS, SMALL, time_few_tokens, write_data
 from tests.suites.helpers import lora, write_suite
 from tests.training.helpers import PROCESSES
@@ -25,7 +26,7 @@ def run(root: Path, place: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         time_few_tokens(patch)
         run_suite(
-            read_suite(root / "cells"), Places(root / place / "results", root / place / "runs")
+            read_suite(root / "own"), Folders(root / place / "results", root / place / "runs")
         )
 
 
@@ -41,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = {**SMALL, "data_dir": write_data(root / "data")}
     furina = {"method": "furina", "adapter": OPTIONS["furina"]}
     write_suite(
-        root / "cells",
+        root / "own",
         shared,
         base={"method": "base"},
         furina={**furina, "sweep": {"seed": [0, 1]}},
@@ -57,6 +58,17 @@ def without_course(record: RunRecord) -> dict[str, Any]:
     training = record.training
     plain["training"] = training and {**vars(training), "seconds": 0, "peak_memory_bytes": 0}
     return plain
+
+
+def cells(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """Return each run's record, and the hashes of the files beside it."""
+    return {
+        record.name: (
+            without_course(record),
+            {part.name: sha256_file(part) for part in file.parent.glob("samples-*")},
+        )
+        for file, record in suite_records(folder)
+    }
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -83,16 +95,9 @@ def test_kills_at_random_moments_change_no_result(root: Path, kills: int) -> Non
     last.join(600)
     assert last.exitcode == 0
     folders = [root / place / "results" for place in places]
-    names = [
-        sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
-        for folder in folders
-    ]
-    assert names[0] == names[1] and len(names[0]) == 4 + 7  # records, and samples of each variant
-    for name in names[0]:
-        files = [folder / name for folder in folders]
-        if name.endswith(".json"):
-            ours, theirs = (without_course(RunRecord.read(file)) for file in files)
-            assert ours == theirs, name
-        else:
-            assert sha256_file(files[0]) == sha256_file(files[1]), name
-    assert list((root / places[1] / "results").rglob(".*")) == []  # nothing half-written
+    whole_cells, killed_cells = (cells(folder / "own") for folder in folders)
+    assert whole_cells == killed_cells and len(whole_cells) == 4
+    assert sum(len(samples) for _, samples in whole_cells.values()) == 7  # of each variant
+    hidden = {file.name for file in folders[1].rglob(".*")}
+    assert hidden == {".lock"}  # nothing half-written
+    assert len(list((folders[1] / "cells").iterdir())) == 4 + 1

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from furina.errors import ConfigurationError
-from furina.suites import read_suite, reading
+from furina.suites import files, read_suite
+from furina.suites.files import SHIPPED
 from furina.suites.reading import _VARIED
-from furina.suites.suites import SHIPPED
 from tests.records.fakes import search_record, selection_record
 from tests.suites.helpers import SEARCH, lora, values, write_suite
 
@@ -388,7 +388,7 @@ def test_the_shipped_suites_are_known_outside_the_checkout(
 def test_where_no_suites_are_shipped_a_name_is_answered_with_where_they_lie(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "SHIPPED", copied.parent / "site-packages" / "experiments")
+    monkeypatch.setattr(files, "SHIPPED", copied.parent / "site-packages" / "experiments")
     for path in ("main", copied):
         with pytest.raises(ConfigurationError) as caught:
             read_suite(path, "cpu")

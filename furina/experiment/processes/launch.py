@@ -17,10 +17,10 @@ import torch
 
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.experiment.failures import failure
+from furina.experiment.processes.failures import failure
 from furina.kernels.processor import best_device
 
-WORKER = "furina.experiment.worker"
+WORKER = "furina.experiment.processes.worker"
 """The module that each process runs."""
 PATIENCE = 3600
 """Seconds that a machine waits for the others to start."""

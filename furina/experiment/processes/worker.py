@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from furina.experiment.failures import note
+from furina.experiment.processes.failures import note
 
 LOOK = 0.5
 """Seconds between two looks at whether the launching process is still there."""

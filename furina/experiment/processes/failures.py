@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 LAST_LINES = 3
-"""Lines of a failed process's output that its sentence ends with."""
+"""Lines of a failed process's output that its message ends with."""
 TOGETHER = 10
-"""Seconds in which those end that one process takes with it; a launcher waits longer to kill."""
+"""Seconds within which the other processes fail once one has; the launcher kills them later."""
 
 
 def note(error: BaseException) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
+from furina.suites.files import EXPERIMENTS, SHIPPED
 
 Study = Literal["cells", "search", "selection"]
 Scale = Literal["cpu", "paper"]
-EXPERIMENTS = Path("experiments")
-SHIPPED = Path(__file__).parents[2] / EXPERIMENTS
-"""The suites of the checkout that this package is part of; an installed wheel has none."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,14 @@ class Suite:
 
     `study` is "cells" (fine-tune, score, merge, time), "search" (score on held-out train questions)
     or "selection" (expert selection on held-out train questions). `scale` is None for a suite that
-    has only one. `full` is whether all test questions are scored.
+    has only one. `full` is whether all test questions are scored. `origins` says for each run which
+    file or option gives a value, by the option's name; the others are defaults.
     """
 
     path: Path
     study: Study
     runs: tuple[RunConfig, ...] = field(repr=False)
+    origins: tuple[Mapping[str, str], ...] = field(repr=False, compare=False)
     scale: Scale | None = None
     full: bool = False
 
@@ -40,13 +40,13 @@ class Suite:
 
     @property
     def folder(self) -> str:
-        """Return the folder of a study's records; those of cells are in their suite's."""
+        """Return the folder of a study's records; cells are listed in their suite's."""
         return named(Path(self.study), None if self.scale == "cpu" else self.scale)
 
     @property
     def rows(self) -> list[str]:
         """Return the rows of its table, in order."""
-        return list(dict.fromkeys(row_of(run) for run in self.runs))
+        return list(dict.fromkeys(run.table_row for run in self.runs))
 
     def command(self, config: RunConfig) -> str:
         """Return the command that runs one of its runs again."""
@@ -54,7 +54,7 @@ class Suite:
         path = self.path.name if is_known else str(self.path)
         words = ["furina", "run", path]
         words += ["--scale", self.scale] if self.scale else []
-        words += ["--rows", row_of(config)] + ["--full"] * self.full
+        words += ["--rows", config.table_row] + ["--full"] * self.full
         return shlex.join(words)
 
     def chosen(
@@ -75,48 +75,46 @@ class Suite:
             )
         if seeds is not None and seeds < 1:
             raise ConfigurationError(f"--seeds {seeds} must be at least 1.")
-        places = _only(self, "row", rows, [row_of(run) for run in self.runs])
-        places &= _only(self, "task", tasks, [run.task for run in self.runs])
-        kept = [run for place, run in enumerate(self.runs) if place in places]
+        wanted_rows = self._known("row", rows, self.rows)
+        wanted_tasks = self._known("task", tasks, [run.task for run in self.runs])
+        kept = [
+            (run, origins)
+            for run, origins in zip(self.runs, self.origins, strict=True)
+            if run.table_row in wanted_rows and run.task in wanted_tasks
+        ]
         if not kept:
             raise ConfigurationError(
                 f"{self.path} has no runs of {', '.join(rows)} on {', '.join(tasks)}."
             )
-        if seeds is not None:
-            kept = _seeded(kept, seeds)
+        if seeds is not None:  # no seed moves the base
+            kept = [
+                (run.updated({"seed": seed}), {**origins, "seed": "--seeds"})
+                for run, origins in kept
+                for seed in range(1 if run.is_base else seeds)
+            ]
         if full:
-            kept = [run.updated({"test_size": None, "suite": f"{run.suite}-full"}) for run in kept]
-        return replace(self, runs=tuple(kept), full=full)
+            kept = [
+                (
+                    run.updated({"test_size": None, "suite": f"{run.suite}-full"}),
+                    {**origins, "test_size": "--full", "suite": "--full"},
+                )
+                for run, origins in kept
+            ]
+        kept = [pair for i, pair in enumerate(kept) if all(pair[0] != run for run, _ in kept[:i])]
+        runs, origins = zip(*kept, strict=True)
+        return replace(self, runs=runs, origins=origins, full=full)
+
+    def _known(self, what: str, wanted: Sequence[str], names: Sequence[str]) -> set[str]:
+        """Return the rows or tasks that are wanted, all if none is named."""
+        known = dict.fromkeys(names)
+        for name in wanted:
+            if name not in known and name != "all":
+                raise ConfigurationError(
+                    f"{self.path} has no runs of {what} {name!r}.{nearest(name, [*known, 'all'])}"
+                )
+        return set(known) if not wanted or "all" in wanted else set(wanted)
 
 
 def named(path: Path, scale: Scale | None) -> str:
     """Return what the records of a suite's folder are kept under at a scale."""
     return path.resolve().name + (f"-{scale}" if scale else "")
-
-
-def row_of(config: RunConfig) -> str:
-    """Return the row of its suite's table that a run belongs to."""
-    return config.row or config.method
-
-
-def title(config: RunConfig) -> str:
-    """Return what a run is called in messages."""
-    return f"{row_of(config)} on {config.task}, seed {config.seed}"
-
-
-def _only(suite: Suite, what: str, wanted: Sequence[str], names: list[str]) -> set[int]:
-    """Return the places of the runs whose row or task is wanted, all if none is named."""
-    known = list(dict.fromkeys(names))
-    for name in wanted:
-        if name not in known and name != "all":
-            raise ConfigurationError(
-                f"{suite.path} has no runs of {what} {name!r}.{nearest(name, [*known, 'all'])}"
-            )
-    every = not wanted or "all" in wanted
-    return {place for place, name in enumerate(names) if every or name in wanted}
-
-
-def _seeded(runs: list[RunConfig], seeds: int) -> list[RunConfig]:
-    """Return each run with the seeds 0 to n − 1; the base, which none moves, once."""
-    made = [run.updated({"seed": n}) for run in runs for n in range(1 if run.is_base else seeds)]
-    return [run for index, run in enumerate(made) if run not in made[:index]]

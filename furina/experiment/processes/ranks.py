@@ -13,8 +13,8 @@ from furina.kernels.processor import use_cores
 from furina.model.parameters import adapter_state_dict
 
 
-class Left(NamedTuple):
-    """What the processes had together when they parted."""
+class Gathered(NamedTuple):
+    """What the processes have together when the training is over."""
 
     tensors: dict[str, Tensor]
     """The adapter's whole tensors, on the CPU."""
@@ -46,8 +46,8 @@ def take_place() -> int:
     return int(os.environ["RANK"])
 
 
-def leave(model: nn.Module, peak_memory_bytes: int) -> Left:
-    """Gather what is left of the training and end the group; all processes call it.
+def leave(model: nn.Module, peak_memory_bytes: int) -> Gathered:
+    """Gather what the training made and end the group; all processes call it.
 
     From here on each is alone: nothing that one of them runs can wait for another.
     """
@@ -55,4 +55,4 @@ def leave(model: nn.Module, peak_memory_bytes: int) -> Left:
     peaks = [0] * distributed.get_world_size()
     distributed.all_gather_object(peaks, peak_memory_bytes)
     distributed.destroy_process_group()
-    return Left(tensors, max(peaks))
+    return Gathered(tensors, max(peaks))

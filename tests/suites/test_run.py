@@ -13,10 +13,11 @@ from furina.errors import ConfigurationError, FurinaError
 from furina.experiment import cell
 from furina.experiment.config import RunConfig
 from furina.records import RunRecord
-from furina.suites import FailedRunsError, Places, Suite, read_suite, run_suite
+from furina.records.cells import suite_cells, suite_records
+from furina.suites import FailedRunsError, Folders, Suite, read_suite, run_suite
 from furina.suites import cells as cells_module
 from furina.suites.cells import run_one
-from furina.suites.grid import Progress
+from furina.suites.run import Progress
 from tests.records.fakes import run_record
 from tests.suites.helpers import lora, write_suite
 
@@ -53,17 +54,25 @@ class World:
     stand_in: StandIn
 
     @property
-    def places(self) -> Places:
-        return Places(self.root / "results", self.root / "runs")
+    def folders(self) -> Folders:
+        return Folders(self.root / "results", self.root / "runs")
 
     def run(self, suite: Path | Suite) -> list[tuple[str, int]]:
         """Return (method, seed) of the cells that this call ran."""
         self.stand_in.ran.clear()
-        run_suite(read_suite(suite) if isinstance(suite, Path) else suite, self.places)
+        run_suite(read_suite(suite) if isinstance(suite, Path) else suite, self.folders)
         return [(config.method, config.seed) for config in self.stand_in.ran]
 
+    def file(self, name: str) -> Path:
+        """Return the record's file of SUITE/RUN."""
+        suite, _, run = name.partition("/")
+        files = {cell.name: cell.file for cell in suite_cells(self.folders.results / suite)}
+        return files[run]
+
     def record(self, name: str) -> RunRecord:
-        return RunRecord.read(self.places.results / f"{name}.json")
+        suite, _, run = name.partition("/")
+        records = suite_records(self.folders.results / suite)
+        return {record.name: record for _, record in records}[run]
 
 
 @pytest.fixture
@@ -83,7 +92,7 @@ def test_a_finished_cell_is_skipped_and_its_record_is_there_again(
     world: World, pair: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert world.run(pair) == [("base", 0), ("lora", 0), ("lora", 1)]
-    (world.places.results / "pair" / "lora--arc_easy--seed1.json").unlink()
+    world.file("pair/lora--arc_easy--seed1").unlink()
     capsys.readouterr()
     assert world.run(pair) == []
     assert capsys.readouterr().out.count("skipped") == 3
@@ -113,6 +122,8 @@ def test_suites_share_a_cell_and_each_has_its_record_under_its_own_names(
     assert (record.suite, record.row, record.method) == ("two", "plain", "lora")
     assert record.command.endswith("two --rows plain")
     assert RunConfig().updated(record.config).row == "plain"
+    assert world.record("one/lora--arc_easy--seed0").command.endswith("one --rows lora")
+    assert world.file("one/lora--arc_easy--seed0") == world.file("two/plain--arc_easy--seed0")
 
 
 def test_what_failed_is_recorded_tried_again_and_does_not_stop_the_others(
@@ -145,27 +156,27 @@ def test_a_failure_never_replaces_the_record_of_a_success(
 ) -> None:
     folder = write_suite(tmp_path / "s", {}, lora=lora())
     world.run(folder)
-    before = (world.places.results / "s" / "lora--arc_easy--seed0.json").read_bytes()
+    before = world.file("s/lora--arc_easy--seed0").read_bytes()
 
     def fail(*arguments: object) -> None:
         raise FurinaError("no data")
 
     monkeypatch.setattr(cell, "run_cell", fail)
-    elsewhere = Places(world.places.results, tmp_path / "other runs")
+    elsewhere = Folders(world.folders.results, tmp_path / "other runs")
     with pytest.raises(FailedRunsError, match="no data"):
         run_suite(read_suite(folder), elsewhere)
-    assert (world.places.results / "s" / "lora--arc_easy--seed0.json").read_bytes() == before
+    assert world.file("s/lora--arc_easy--seed0").read_bytes() == before
 
 
 def test_a_cell_that_another_process_holds_comes_last_and_is_not_run_twice(
     world: World, pair: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suite = read_suite(pair)
-    folder = world.places.of(suite.runs[0])
+    folder = world.folders.of(suite.runs[0])
     folder.parent.mkdir(parents=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     lock.acquire()
-    assert run_one(suite, suite.runs[0], world.places).state == "busy"
+    assert run_one(suite, suite.runs[0], world.folders).state == "busy"
 
     def released(seconds: float) -> None:
         lock.release()
@@ -182,7 +193,7 @@ def test_two_writers_never_run_one_cell(
     monkeypatch.setattr(cells_module, "BUSY_WAIT", 0.01)
     suite = read_suite(write_suite(tmp_path / "s", {}, lora=lora()))
     threads = [
-        threading.Thread(target=cells_module.run_when_free, args=(suite, run, world.places))
+        threading.Thread(target=cells_module.run_when_free, args=(suite, run, world.folders))
         for run in suite.runs * 10
     ]
     for thread in threads:

@@ -14,8 +14,9 @@ from furina.errors import ConfigurationError, FurinaError
 from furina.experiment.config import RunConfig
 from furina.progress import duration
 from furina.records import RecordError, RunRecord
-from furina.suites.cells import Outcome, Places, run_one, run_when_free
-from furina.suites.suites import Suite, title
+from furina.records.cells import suite_cells
+from furina.suites.cells import Folders, Outcome, run_one, run_when_free
+from furina.suites.suite import Suite
 
 
 class FailedRunsError(FurinaError):
@@ -42,7 +43,7 @@ class Progress:
 
     def begin(self, config: RunConfig) -> float:
         """Announce a cell and return when it began."""
-        self.say(f"[{self.done + 1}/{self.done + len(self.waiting)}] {title(config)}")
+        self.say(f"[{self.done + 1}/{self.done + len(self.waiting)}] {config.title}")
         return self.clock()
 
     def end(self, config: RunConfig, outcome: Outcome, seconds: float) -> None:
@@ -55,7 +56,7 @@ class Progress:
         if outcome.state == "finished":
             self.seconds.append((config, seconds))
         error = f": {outcome.error}" if outcome.error else ""
-        self.say(f"  {title(config)} {outcome.state} after {duration(seconds)}{error}")
+        self.say(f"  {config.title} {outcome.state} after {duration(seconds)}{error}")
         if self.waiting:
             left = self.left()
             about = "" if left is None else f", about {duration(left)}"
@@ -80,52 +81,54 @@ class Progress:
         return None
 
 
-def run_suite(suite: Suite, places: Places) -> list[Path]:
+def run_suite(suite: Suite, folders: Folders) -> list[Path]:
     """Run every cell that is not finished, one after the other; returns the records' files.
 
     A cell that another process is running comes last, after that process. Raises FailedRunsError
     at the end if runs failed or diverged.
     """
-    require_one_dtype(suite, places)
+    require_one_dtype(suite, folders)
     progress = Progress(list(suite.runs))
     outcomes: dict[int, Outcome] = {}
     for run in (run_one, run_when_free):
-        for place, config in enumerate(suite.runs):
-            if place in outcomes:
+        for index, config in enumerate(suite.runs):
+            if index in outcomes:
                 continue
             began = progress.begin(config)
-            outcome = run(suite, config, places)
+            outcome = run(suite, config, folders)
             if outcome.state == "busy":
                 progress.say("  another process is running it: it comes last")
                 continue
             progress.end(config, outcome, progress.clock() - began)
-            outcomes[place] = outcome
-    return files_of(suite, [outcomes[place] for place in sorted(outcomes)])
+            outcomes[index] = outcome
+    return files_of(suite, [outcomes[index] for index in sorted(outcomes)])
 
 
-def require_one_dtype(suite: Suite, places: Places) -> None:
+def require_one_dtype(suite: Suite, folders: Folders) -> None:
     """Refuse to put records beside others of the suite that were computed in another dtype.
 
     Raises ConfigurationError; those that the runs replace do not count.
     """
     if suite.study != "cells":
         return
-    replaced = {places.results / run.suite / f"{run.name}.json" for run in suite.runs}
+    replaced = {(run.suite, run.name) for run in suite.runs}
     for name, dtype in {(run.suite, run.resolved().dtype) for run in suite.runs}:
-        for file in sorted(set((places.results / name).glob("*.json")) - replaced):
+        for cell in suite_cells(folders.results / name):
+            if (name, cell.name) in replaced:
+                continue
             with suppress(RecordError):  # a damaged one is the report's to name
-                other = RunRecord.read(file).config.get("dtype")
+                other = RunRecord.read(cell.file).config.get("dtype")
                 if other != dtype:
                     raise ConfigurationError(
-                        f"{file} was computed in {other}, and these runs would be in {dtype}: no "
-                        "table holds both, so name a new folder with --results, or run all rows."
+                        f"{cell.file} was computed in {other}, and these runs would be in {dtype}: "
+                        "no table holds both, so name a new folder with --results, or run all rows."
                     )
 
 
 def files_of(suite: Suite, outcomes: list[Outcome]) -> list[Path]:
     """Return the files of the runs that succeeded; raises FailedRunsError if some did not."""
     errors = [
-        f"{title(config)}: {outcome.error}"
+        f"{config.title}: {outcome.error}"
         for config, outcome in zip(suite.runs, outcomes, strict=True)
         if outcome.error
     ]

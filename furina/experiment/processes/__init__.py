@@ -1,0 +1,1 @@
+"""The processes of a run that several devices train: start them, wait, and tell why they end."""
