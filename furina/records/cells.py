@@ -84,9 +84,13 @@ def suite_records(folder: Path) -> list[tuple[Path, RunRecord]]:
         record = RunRecord.read(file)
         if line is not None:
             row = "" if line.row == record.method else line.row
-            config = {**record.config, "suite": folder.name, "row": row}
-            names = {"suite": folder.name, "name": line.name, "command": line.command}
-            record = replace(record, config=config, **names)
+            record = replace(
+                record,
+                suite=folder.name,
+                name=line.name,
+                config={**record.config, "suite": folder.name, "row": row},
+                command=line.command,
+            )
         found.append((file, record))
     return found
 
@@ -99,8 +103,14 @@ def suite_activity(folder: Path) -> dict[Path, ActivityRecord]:
         if file.exists():
             record = ActivityRecord.read(file)
             if line is not None:
-                names = {"row": line.row, "task": line.task, "command": line.command}
-                record = replace(record, suite=folder.name, seed=line.seed, **names)
+                record = replace(
+                    record,
+                    suite=folder.name,
+                    row=line.row,
+                    task=line.task,
+                    seed=line.seed,
+                    command=line.command,
+                )
             found[folder / record.file_name] = record
     return found
 
@@ -123,9 +133,9 @@ def publish(
     line = ListedCell(row, record.task, record.seed, name, command)
     folder = results / CELLS / name
     with _locked(results):
-        for part in _parts(record, run_dir) if run_dir else ():
+        for part, source in (_parts(record, run_dir) if run_dir else {}).items():
             remove_leftovers(folder / part)
-            write_bytes(folder / part, (run_dir / part).read_bytes())
+            write_bytes(folder / part, source.read_bytes())
         remove_leftovers(folder / RECORD)
         record.write(folder / RECORD)
         before = _lines(results / suite)
@@ -143,11 +153,12 @@ def _lines(folder: Path) -> tuple[ListedCell, ...]:
     return CellList.read(file).cells if file.exists() else ()
 
 
-def _parts(record: RunRecord, run_dir: Path) -> Iterator[str]:
-    """Yield what a cell has beside its record."""
-    yield from {str(score.samples) for score in record.evaluations if score.samples}
+def _parts(record: RunRecord, run_dir: Path) -> dict[str, Path]:
+    """Return what a cell has beside its record, by name."""
+    names = {score.samples for score in record.evaluations if score.samples}
     if (run_dir / ACTIVITY).exists():
-        yield ACTIVITY
+        names.add(ACTIVITY)
+    return {name: run_dir / name for name in sorted(names)}
 
 
 def _drop(results: Path, cells: set[str]) -> None:

@@ -112,7 +112,7 @@ class _Running:
 
     index: int
     config: RunConfig
-    job: Job[Outcome]
+    job: Job[Any]
     began: float
     started: str = field(default_factory=timestamp)
 
@@ -138,7 +138,11 @@ def run_jobs(suite: Suite, folders: Folders, jobs: int, slurm: Slurm | None = No
 
 
 def _drain(
-    suite: Suite, folders: Folders, start: Callable[[int], Job[Outcome]], started: int, at_once: int
+    suite: Suite,
+    folders: Folders,
+    start: Callable[[int], Job[Any]],
+    started: int,
+    at_once: int,
 ) -> list[Outcome]:
     """Start a job for every run, `started` at a time, and wait for them all.
 
