@@ -134,6 +134,8 @@ def _print_groups(config: RunConfig) -> None:
 
 def run_options(parser: ArgumentParser, words: Sequence[str]) -> None:
     """Add the options of `furina run`."""
+    from furina.suites.jobs import Slurm
+
     parser.add_argument(
         "suite",
         nargs="?",
@@ -177,22 +179,12 @@ def run_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         default=None,
         help="with --dry-run, what to plan for: cpu, a100-80gb, h100-80gb, h200, rtx-4090 or l40s",
     )
-    _add_folders(parser)
-    _add_cluster(parser)
-
-
-def _add_folders(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder that takes the records"
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs"
     )
-
-
-def _add_cluster(parser: ArgumentParser) -> None:
-    from furina.suites.jobs import Slurm
-
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at once, each a process or a job of its own"
     )

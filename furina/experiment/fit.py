@@ -22,7 +22,6 @@ from furina.model.parameters import load_adapter_state_dict
 from furina.progress import part, say
 from furina.records import Training, codec
 from furina.storage import write_json
-from furina.training import LossHistory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,12 +54,15 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     config = config.resolved()
     _check(config)
     finished = run_dir / "training.json"
-    if not finished.exists() and config.world_size == 1:
-        return _fit_alone(config, run_dir)
-    data, was_finished = run_data(config), finished.exists()
+    was_finished = finished.exists()
+    if not was_finished and config.world_size == 1:
+        fitted = fit_here(config, run_dir)
+        assert fitted is not None
+        return fitted
+    data = run_data(config)
     if not was_finished:
         if is_rank():
-            fit_as_rank(config, run_dir)
+            fit_here(config, run_dir)
         else:
             _fit_by_others(config, run_dir, data)
         _await(finished)
@@ -70,24 +72,31 @@ def fit(config: RunConfig, run_dir: Path) -> Fitted:
     return fitted
 
 
-def fit_as_rank(config: RunConfig, run_dir: Path) -> None:
-    """Train as one of the processes that torchrun has started; rank 0 measures and saves.
+def fit_here(config: RunConfig, run_dir: Path) -> Fitted | None:
+    """Train in this process, alone or as one of several; the first one measures and saves.
 
-    It does so when the others have left, with the whole model on one device.
+    It does so when the others have left, with the whole model on one device; they return None.
     """
-    rank, sharded = take_place(), config.strategy == "fsdp"
+    alone, sharded = config.world_size == 1, config.strategy == "fsdp"
+    rank = 0 if alone else take_place()
     # A model that is sharded need not fit into a device: each takes its parts from the CPU.
     model, data = _prepared(config, None if sharded else best_device())
     if rank == 0:
-        claim(config, run_dir)
+        claim(config, run_dir)  # only now: a config that cannot run must not own the folder
     history = train(config, run_dir, model, data)
-    tensors, peak = leave(model, history.peak_memory_bytes)
-    if rank:
-        return
-    if sharded:
-        model = adapted(config, best_device())
-        load_adapter_state_dict(model, tensors)
-    _keep(config, run_dir, model, data, history, peak)
+    peak = history.peak_memory_bytes
+    if not alone:
+        tensors, peak = leave(model, peak)
+        if rank:
+            return None
+        if sharded:
+            model = adapted(config, best_device())
+            load_adapter_state_dict(model, tensors)
+    training = measured(config, model, data, history, peak)
+    save(model, run_dir / "adapter")
+    write_json(run_dir / "training.json", asdict(training))
+    (run_dir / "last.ckpt").unlink(missing_ok=True)
+    return Fitted(model, data.tokenizer, data, training)
 
 
 def claim(config: RunConfig, run_dir: Path) -> None:
@@ -142,14 +151,6 @@ def _check(config: RunConfig) -> None:
         require_devices(config)
 
 
-def _fit_alone(config: RunConfig, run_dir: Path) -> Fitted:
-    model, data = _prepared(config, best_device())
-    claim(config, run_dir)  # only now: a config that cannot run must not own the folder
-    history = train(config, run_dir, model, data)
-    training = _keep(config, run_dir, model, data, history, history.peak_memory_bytes)
-    return Fitted(model, data.tokenizer, data, training)
-
-
 def _fit_by_others(config: RunConfig, run_dir: Path, data: TaskDataModule) -> None:
     """Let processes of their own train; they find the config in the claimed folder."""
     data.setup("fit")  # what cannot be read is one process's error, before any starts
@@ -172,22 +173,6 @@ def _prepared(config: RunConfig, device: str | None) -> tuple[PreTrainedModel, T
     data.setup("fit")
     replace(config, steps=optimiser_steps(config, data), epochs=None).check_sizes()
     return model, data
-
-
-def _keep(
-    config: RunConfig,
-    run_dir: Path,
-    model: PreTrainedModel,
-    data: TaskDataModule,
-    history: LossHistory,
-    peak: int,
-) -> Training:
-    """Write what was trained, and what it cost, in place of the last checkpoint."""
-    training = measured(config, model, data, history, peak)
-    save(model, run_dir / "adapter")
-    write_json(run_dir / "training.json", asdict(training))
-    (run_dir / "last.ckpt").unlink(missing_ok=True)
-    return training
 
 
 def _finished(config: RunConfig, run_dir: Path, data: TaskDataModule) -> Fitted:

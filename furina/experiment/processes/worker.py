@@ -20,12 +20,12 @@ def main(run_dir: Path, launcher: int) -> None:
     end_with(launcher)
     try:
         from furina.experiment.config import RunConfig
-        from furina.experiment.fit import fit_as_rank
+        from furina.experiment.fit import fit_here
         from furina.progress import shown
 
         saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
         with shown(sys.stdout):
-            fit_as_rank(RunConfig().updated(saved), run_dir)
+            fit_here(RunConfig().updated(saved), run_dir)
     except Exception as error:
         note(error)
         sys.exit(1)
