@@ -70,8 +70,8 @@ class TestSet(NamedTuple):
 def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
     """Run one cell in `run_dir` and return its record, whose samples are files there.
 
-    The record says the dtype that "auto" stood for, and of a run that diverges that it did. One
-    that was killed counts from its first start: what it has kept was made by the code of then.
+    The record names the dtype that "auto" stood for, and says so if the run diverged. A resumed run
+    counts from its first start, since the code of that time made the parts that it kept.
     """
     config = config.resolved()
     config.check_tasks()
@@ -121,7 +121,7 @@ def run_cell(config: RunConfig, run_dir: Path, command: str) -> RunRecord:
 
 
 def failed_cell(config: RunConfig, command: str, started: str, error: str) -> RunRecord:
-    """Return the record of a cell that no number came out of."""
+    """Return the record of a cell that failed and has no numbers."""
     backbone = Backbone(config.backbone, "")
     return _record(config.resolved(), command, started, backbone, status="failed", error=error)
 
@@ -317,5 +317,5 @@ def _data(config: RunConfig, tests: tuple[TestSet, ...], fitted: Fitted | None) 
 @cache
 @part("loading and hashing the backbone")
 def _backbone(name: str, dtype: str) -> Backbone:
-    """Describe the backbone as it is loaded, not as an adapter's run left it."""
+    """Describe the backbone as it is loaded, before an adapter changes it."""
     return Backbone(name, backbone_hash(load_backbone(name, dtype)))

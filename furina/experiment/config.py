@@ -221,8 +221,8 @@ class RunConfig:
             )
         if len(set(self.scored)) < len(self.scored):
             raise ConfigurationError(f"score names something twice: {', '.join(self.score)}.")
-        for name, asked in self.scored:
-            get_protocol(asked).require(get_task(name))
+        for name, other in self.scored:
+            get_protocol(other).require(get_task(name))
 
     def _check_types(self) -> None:
         if not isinstance(self.adapter, dict):
@@ -251,7 +251,7 @@ class RunConfig:
     def scored(self) -> tuple[tuple[str, str], ...]:
         """Return the (task, protocol) pairs that are scored."""
         pairs = (entry.partition(":") for entry in self.score or self.trained)
-        return tuple((task, asked or self.protocol) for task, _, asked in pairs)
+        return tuple((task, protocol or self.protocol) for task, _, protocol in pairs)
 
     @property
     def table_row(self) -> str:

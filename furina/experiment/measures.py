@@ -1,4 +1,4 @@
-"""What a finished training leaves in its record, measured by one process on one device."""
+"""Measure what the record says of a finished training, in one process on one device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def measured(
     history: LossHistory,
     peak_memory_bytes: int,
 ) -> Training:
-    """Return the record of a training whose device of most memory needed `peak_memory_bytes`."""
+    """Return the training's record; `peak_memory_bytes` is the largest peak of its devices."""
     counts, steps = describe(model), optimiser_steps(config, data)
     has_auxiliary = state_of(model).config.has_auxiliary_loss
     return Training(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def run_data(config: RunConfig) -> TaskDataModule:
-    """Return the rows that a run trains on and holds out; nothing is read yet."""
+    """Return the data module of a run's training and held-out rows; it has read nothing yet."""
     return TaskDataModule(
         load_tokenizer(config.backbone),
         config.mixture or config.task,
@@ -71,9 +71,9 @@ def adapted(config: RunConfig, device: str | None) -> PreTrainedModel:
 def optimiser_steps(config: RunConfig, data: TaskDataModule) -> int:
     """Return a run's number of optimiser steps: its own, or that of its epochs.
 
-    These have ⌈epochs · train rows / batch size⌉ steps, so as many rows are trained as `epochs`
-    passes hold. `StepBatches` leaves out the rows of a pass that do not fill a step: so many of
-    the next pass take their place.
+    Epochs come to ⌈epochs · train rows / batch size⌉ steps, which train as many rows as `epochs`
+    passes hold. `StepBatches` drops the rows of a pass that do not fill a step; rows of the next
+    pass take their place.
     """
     if config.steps is not None:
         return config.steps
@@ -94,9 +94,9 @@ def planned_steps(config: RunConfig) -> int:
 def train(
     config: RunConfig, run_dir: Path, model: PreTrainedModel, data: TaskDataModule
 ) -> LossHistory:
-    """Train, from the last checkpoint in `run_dir` if there is one; the model is left trained.
+    """Train the model in place, from the last checkpoint in `run_dir` if there is one.
 
-    Of several processes each calls this with the same arguments.
+    Each of several processes calls this with the same arguments.
     """
     with part("training"), _attention(config, model, data):
         history = _train(config, run_dir, model, data)

@@ -25,8 +25,8 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
     """
     config = config.resolved()
     config.check_tasks()
-    asked = get_protocol(config.protocol)
-    if config.mixture or config.score or not isinstance(asked, ChoiceProtocol):
+    protocol = get_protocol(config.protocol)
+    if config.mixture or config.score or not isinstance(protocol, ChoiceProtocol):
         raise ConfigurationError(
             "A search scores the held-out questions of one task under protocol text or label: "
             "leave mixture and score out."
@@ -48,7 +48,7 @@ def search_trial(config: RunConfig, run_dir: Path, command: str) -> SearchRecord
         magnitude_multiplier=options.get("magnitude_lr_multiplier"),
         steps=0 if config.is_base else planned_steps(config),
         seed=config.seed,
-        metric=asked.metrics[0],
+        metric=protocol.metrics[0],
         value=value,
         stderr=stderr,
         n=config.validation_size,

@@ -48,7 +48,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: the file of its record, and why it has no numbers if it has none."""
+    """How a cell ended: the file of its record, and the reason if it has no numbers."""
 
     state: State
     file: Path | None = None
@@ -56,10 +56,10 @@ class Outcome:
 
 
 def run_one(suite: Suite, config: RunConfig, folders: Folders) -> Outcome:
-    """Run a cell, or publish it again if it is finished, and say what became of it.
+    """Run a cell, or publish it again if it is finished, and return its outcome.
 
-    A cell that another process is running is left to it. One that was killed goes on where it was;
-    one that failed is tried again, one that diverged is not: it would diverge again.
+    A cell that another process is running is left to that process. A killed cell resumes, a failed
+    one is tried again, and a diverged one is not, for it would diverge again.
     """
     folder, started = folders.of(config), timestamp()
     try:
@@ -77,14 +77,14 @@ def run_one(suite: Suite, config: RunConfig, folders: Folders) -> Outcome:
 
 
 def run_when_free(suite: Suite, config: RunConfig, folders: Folders) -> Outcome:
-    """Do what `run_one` does, after the process that is running the cell if there is one."""
+    """Do what `run_one` does, once no other process is running the cell."""
     while (outcome := run_one(suite, config, folders)).state == "busy":
         time.sleep(BUSY_WAIT)
     return outcome
 
 
 def help_to_train(config: RunConfig, folders: Folders) -> None:
-    """Take a further machine's part in training a cell, which the first one scores and records."""
+    """Train a cell as a further machine; the first machine scores and records it."""
     from furina.experiment.fit import fit
 
     folder = folders.of(config)
@@ -93,7 +93,7 @@ def help_to_train(config: RunConfig, folders: Folders) -> None:
 
 
 def _run(suite: Suite, config: RunConfig, folder: Path, results: Path) -> Outcome:
-    """Run a cell unless its folder keeps a record, and publish that: studies may share a folder."""
+    """Run a cell unless its folder has this study's record, and publish the record."""
     command, file = suite.command(config), folder / f"record-{suite.study}.json"
     state: State = "skipped" if file.exists() else "finished"
     if state == "finished":

@@ -146,8 +146,8 @@ def _drain(
 ) -> list[Outcome]:
     """Start a job for every run, `started` at a time, and wait for them all.
 
-    Of those, `at_once` run at a time: a job of Slurm's is started long before it runs, so it is
-    taken to have begun no sooner than there was room for it.
+    `at_once` of them run at a time. Slurm's jobs are submitted long before they run, so a job is
+    assumed to begin when there is room for it.
     """
     progress = Progress(list(suite.runs), jobs=at_once)
     rooms = [progress.clock()] * at_once
@@ -173,7 +173,7 @@ def _drain(
 
 
 def _outcome(suite: Suite, folders: Folders, ended: _Running) -> Outcome:
-    """Return what a job that has ended came to; one that was killed has failed."""
+    """Return the outcome of a job that has ended; a killed job has failed."""
     try:
         outcome: Outcome = ended.job.results()[0]
     except UncompletedJobError as error:

@@ -1,4 +1,4 @@
-"""Run what a suite has no record of, here or on a cluster, and say how it goes."""
+"""Run a suite's unfinished cells one after the other, and report the progress."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _print(text: str) -> None:
 
 @dataclass
 class Progress:
-    """Say what became of each cell, and how long the rest will take at the pace of those run.
+    """Report how each cell ended, and how long the rest will take at the pace so far.
 
-    `waiting` are the cells that have not ended, and `seconds` what those took that were run.
+    `waiting` are the cells that have not ended; `seconds` is how long each finished one took.
     """
 
     waiting: list[RunConfig]
@@ -47,7 +47,7 @@ class Progress:
         return self.clock()
 
     def end(self, config: RunConfig, outcome: Outcome, seconds: float) -> None:
-        """Say what became of a cell."""
+        """Report how a cell ended."""
         self.done += 1
         self.waiting.remove(config)
         if outcome.state == "skipped":
@@ -63,12 +63,12 @@ class Progress:
             self.say(f"  {len(self.waiting)} left{about}")
 
     def left(self) -> float | None:
-        """Return the seconds that the rest takes, if none of it is finished; None if unknown."""
+        """Return the seconds that the waiting cells will take, None if unknown."""
         each = [self._expected(config) for config in self.waiting]
         return None if None in each else sum(filter(None, each)) / self.jobs
 
     def _expected(self, config: RunConfig) -> float | None:
-        """Return the mean of the cells that are most like one; base says nothing of training."""
+        """Return the mean time of the most similar cells; base tells nothing about training."""
         alike: tuple[Callable[[RunConfig], object], ...] = (
             lambda each: (each.method, each.task),
             lambda each: each.method,

@@ -1,4 +1,4 @@
-"""How a training process that failed tells the one that launched it why, through a file."""
+"""Tell the launching process, through a file, why a training process failed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOGETHER = 10
 
 
 def note(error: BaseException) -> None:
-    """Write `error` where torchelastic looks for it, if it has started this process."""
+    """Write `error` to the file that torchelastic reads, if torchelastic started this process."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         return
@@ -43,10 +43,11 @@ def note(error: BaseException) -> None:
 def failure(
     failures: Mapping[int, ProcessFailure], output: Mapping[int, str], log: Path
 ) -> FurinaError:
-    """Return the error of the process that failed first, as it was if it is one of furina's.
+    """Return the error of the process that failed first.
 
-    Of any other, and of a process that was killed, it is one sentence with the last lines of its
-    `output`, all of which goes to `log`.
+    An error of furina's own is returned as it was raised. Any other error, or a killed process,
+    becomes one sentence that ends with the last lines of the process's `output`; the whole output
+    goes to `log`.
     """
     known = (_restored(each.error_file_data) for each in failures.values())
     error = next((each for each in known if each is not None), None)
@@ -64,10 +65,10 @@ def failure(
 
 
 def _first(failures: Mapping[int, ProcessFailure]) -> int:
-    """Return the process whose end was the others' end.
+    """Return the process whose failure made the others fail.
 
-    What is killed takes others with it, whose own complaints may be noted earlier; and those that
-    are left the launcher ends, with SIGTERM and in the end with SIGKILL.
+    When a process is killed, the others fail too and may write their errors earlier. The launcher
+    ends the rest with SIGTERM, and with SIGKILL if that is not enough.
     """
     began = min(each.timestamp for each in failures.values())
 
@@ -80,7 +81,7 @@ def _first(failures: Mapping[int, ProcessFailure]) -> int:
 
 
 def _restored(noted: Mapping[str, Any]) -> FurinaError | None:
-    """Return the error of furina's own that was noted, None if it was no such one."""
+    """Return the error that was written to the file if it is furina's own, else None."""
     from furina.training import CheckpointError, DivergedError
 
     kind = noted.get("kind")

@@ -49,11 +49,11 @@ def require_devices(config: RunConfig) -> None:
 
 
 def launch(config: RunConfig, run_dir: Path) -> None:
-    """Train the run that is claimed in `run_dir` with as many processes as its config says.
+    """Train the run whose config is in `run_dir` with as many processes as the config says.
 
-    Those of this machine are started here. Under Slurm each machine's task calls this, and all
-    train together. What the first process prints is seen here, what the others print only if one
-    of them fails: then the rest are ended. Should this process end, they end with it.
+    This starts the processes of this machine; under Slurm each machine's task calls it, and all
+    train together. The output of the first process is shown. The output of the others is shown only
+    if one of them fails, which ends the rest. The processes exit when this one exits.
 
     Raises the FurinaError that a process raised, or one that says how a process ended.
     """
@@ -116,7 +116,7 @@ def rendezvous(num_nodes: int, run_id: str) -> dict[str, Any]:
 
 
 def _is_heeded(number: signal.Signals) -> bool:
-    """Return whether a signal has an effect here: under nohup that of hanging up has none."""
+    """Return whether this process heeds a signal: under nohup it ignores SIGHUP."""
     return signal.getsignal(number) is not signal.SIG_IGN
 
 
@@ -131,9 +131,9 @@ def _output(logs: Path, failures: Mapping[int, Any]) -> dict[int, str]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keep torchelastic's log messages off the terminal, and signals meaning what they meant.
+    """Keep torchelastic's log messages off the terminal, and restore the signal handlers.
 
-    It replaces the handlers of signals; one that came is sent again once they are back.
+    torchelastic replaces them; a signal that arrived meanwhile is raised again afterwards.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 

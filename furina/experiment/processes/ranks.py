@@ -38,7 +38,7 @@ def require_world(size: int) -> None:
 
 
 def take_place() -> int:
-    """Take the device that is this process's, or its share of the threads; returns its rank."""
+    """Select this process's device, or its share of the threads, and return its rank."""
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     else:
@@ -49,7 +49,7 @@ def take_place() -> int:
 def leave(model: nn.Module, peak_memory_bytes: int) -> Gathered:
     """Gather what the training made and end the group; all processes call it.
 
-    From here on each is alone: nothing that one of them runs can wait for another.
+    Afterwards the processes are independent: none can wait for another.
     """
     tensors = {name: tensor.cpu() for name, tensor in adapter_state_dict(model).items()}
     peaks = [0] * distributed.get_world_size()

@@ -12,11 +12,11 @@ from pathlib import Path
 from furina.experiment.processes.failures import note
 
 LOOK = 0.5
-"""Seconds between two looks at whether the launching process is still there."""
+"""Seconds between two checks that the launching process is still running."""
 
 
 def main(run_dir: Path, launcher: int) -> None:
-    """Train the run that is claimed in `run_dir`, and end when the process `launcher` does."""
+    """Train the run whose config is in `run_dir`, and exit when the process `launcher` exits."""
     end_with(launcher)
     try:
         from furina.experiment.config import RunConfig
@@ -32,7 +32,7 @@ def main(run_dir: Path, launcher: int) -> None:
 
 
 def end_with(launcher: int) -> None:
-    """Let this process end when the one that started it is gone, even if that was killed."""
+    """Exit this process when its launcher is gone, even if the launcher was killed."""
 
     def watch() -> None:
         while os.getppid() == launcher:
