@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from furina.experiment.processes.worker import main
+from furina.experiment.worker import main
 from furina.training import LossHistory
 
 kept = LossHistory.on_train_batch_end

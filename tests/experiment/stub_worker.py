@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from furina import errors
-from furina.experiment.processes import worker
+from furina.experiment import worker
 from furina.experiment.processes.failures import note
 
 

@@ -20,7 +20,7 @@ from furina.experiment.config import RunConfig
 from furina.experiment.processes.failures import failure
 from furina.kernels.processor import best_device
 
-WORKER = "furina.experiment.processes.worker"
+WORKER = "furina.experiment.worker"
 """The module that each process runs."""
 PATIENCE = 3600
 """Seconds that a machine waits for the others to start."""
