@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,6 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from furina.cli.wording import HelpFormatter, metavar, sentence
 from furina.errors import ConfigurationError, nearest
-from furina.options.signatures import Option
 
 
 @dataclass(frozen=True)
@@ -54,31 +53,17 @@ def add_fields(
 ) -> None:
     """Add one option per field of the dataclass `config`, with its docstring and default."""
     hints, help_texts = get_type_hints(config), _field_docstrings(config)
-    options = {
-        field.name: Option(hints[field.name], _default(field), help_texts[field.name])
-        for field in fields(config)
-        if field.name not in skip
-    }
-    add_options(parser, options, prefix, title)
-
-
-def add_options(
-    parser: ArgumentParser, options: Mapping[str, Option], prefix: str, title: str
-) -> None:
-    """Add a group of options, each `--PREFIXNAME`."""
     group = parser.add_argument_group(title)
-    for name, option in options.items():
-        group.add_argument(
-            f"--{prefix}{name.replace('_', '-')}",
-            type=option.hint,
-            default=option.default,
-            metavar=metavar(option.hint),
-            help=option.help.replace("%", "%%"),
-        )
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    for field in fields(config):
+        if field.name not in skip:
+            has_value = field.default_factory is MISSING
+            group.add_argument(
+                f"--{prefix}{field.name.replace('_', '-')}",
+                type=hints[field.name],
+                default=field.default if has_value else field.default_factory(),
+                metavar=metavar(hints[field.name]),
+                help=" ".join(help_texts[field.name].split()).replace("%", "%%"),
+            )
 
 
 @cache

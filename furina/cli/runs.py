@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from furina.cli.parsing import add_fields, add_options, option_values, read_yaml
+from furina.cli.parsing import add_fields, option_values, read_yaml
 from furina.cli.shared import MAIN_SUITE, console, own_readme, require_backbone
 from furina.data.sources import resolve_source
-from furina.errors import ConfigurationError, nearest
-from furina.options.signatures import method_names, method_options
+from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
@@ -60,7 +59,10 @@ def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
         help=f"optimiser steps; {RunConfig.steps} if epochs is none too",
     )
     add_fields(parser, RunConfig, skip={"adapter", "steps", *SCORING})
-    _add_method_options(parser, _method(words, RunConfig.method))
+    method = _method(words, RunConfig.method)
+    adapter = RunConfig(method=method).adapter_config()
+    if adapter is not None:
+        add_fields(parser, type(adapter), "adapter.", title=f"options of method {method}")
 
 
 def _method(words: Sequence[str], default: str) -> str:
@@ -68,21 +70,6 @@ def _method(words: Sequence[str], default: str) -> str:
     files = [read_yaml(path) for path in option_values(words, "config")]
     named = [str(content["method"]) for content in files if "method" in content]
     return [default, *named, *option_values(words, "method")][-1]
-
-
-def _add_method_options(parser: ArgumentParser, method: str) -> None:
-    if method == "base":
-        return
-    if method not in method_names():
-        known = nearest(method, [*method_names(), "base"])
-        raise ConfigurationError(f"Unknown method {method!r}.{known}")
-    prefix, title, options = "adapter.", f"options of method {method}", method_options(method)
-    if options is not None:
-        add_options(parser, options, prefix, title)
-        return
-    from furina.adapters import methods
-
-    add_fields(parser, methods()[method], prefix, title=title)
 
 
 def fit(options: Namespace) -> None:

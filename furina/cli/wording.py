@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from furina.errors import nearest
-from furina.options.signatures import WORDS, in_words
+from furina.options.hints import WORDS, in_words
 
 _LIMITED = {
     PositiveInt: "a whole number of at least 1",

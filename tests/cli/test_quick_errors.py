@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
 
 from furina.adapters import methods
-from furina.cli import main
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import _field_docstrings
 from furina.cli.shared import ADAPTER_CONFIG, require_adapter
-from furina.errors import AdapterFileError, ConfigurationError
-from furina.experiment.config import RunConfig
-from furina.options.signatures import method_names, method_options
+from furina.errors import AdapterFileError
+from furina.options.registry import _run, _without_torch, registry
 
 ROOT = Path(__file__).parents[2]
 WRONG = {
@@ -92,6 +90,10 @@ WRONG = {
     "run main --jobs 0": "--jobs 0 must be at least 1",
     "run main --dry-run --device h201": "Did you mean 'h200'?",
     "run main --results README.md/x": "README.md is a file",
+    "fit --adapter.rank 0": "furina: rank=0 must be at least 1",
+    "fit --adapter.top-k 9": "top_k=9 must be smaller than the 7 self-routed experts",
+    "fit --method flylora --adapter.active-rank 99": "active_rank=99 must be between 1 and rank=32",
+    "run bounds": "Method lora: rank must be a whole number, not 'many'",
     "run wrong": "Method lora has no option 'rnk'. Did you mean 'rank'?",
 }
 PROGRAM = """
@@ -126,6 +128,11 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     (folder / "experiments" / "wrong").mkdir(parents=True)
     (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
     (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")
+    (folder / "experiments" / "bounds").mkdir()
+    (folder / "experiments" / "bounds" / "defaults.yaml").write_text("steps: 3\n")
+    (folder / "experiments" / "bounds" / "lora.yaml").write_text(
+        "method: lora\nadapter: {rank: many}\n"
+    )
     calls = json.dumps([shlex.split(words) for words in WRONG])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, calls],
@@ -153,29 +160,55 @@ def test_every_command_is_among_them() -> None:
 
 
 @pytest.mark.parametrize("method", methods())
-def test_the_options_read_as_text_are_those_of_the_class(method: str) -> None:
-    assert method in method_names()
-    config, hints = methods()[method], get_type_hints(methods()[method])
-    texts = _field_docstrings(config)
-    expected = [
-        (field.name, hints[field.name], field.default, " ".join(texts[field.name].split()))
-        for field in fields(config)
+def test_without_torch_a_method_has_the_options_that_it_has_with_it(method: str) -> None:
+    quick = without_torch().methods()
+    assert quick[method] is not methods()[method]
+    assert quick.keys() == methods().keys()
+    facts = [
+        (get_type_hints(config), config().to_dict(), _field_docstrings(config))
+        for config in (quick[method], methods()[method])
     ]
-    found = method_options(method)
-    assert found is not None, "its options are not written plainly, and told only after torch"
-    assert [(name, *option) for name, option in found.items()] == expected
+    assert facts[0] == facts[1]
 
 
-def test_options_that_are_not_written_plainly_are_asked_of_the_class(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+NEEDS_TORCH = """
+from dataclasses import dataclass
+import torch
+from furina.adapters.base import register
+from furina.adapters.lora import LoRAConfig
+
+@register("wide")
+@dataclass(frozen=True)
+class WideConfig(LoRAConfig):
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "size: int = torch.iinfo(torch.int8).max",
+        "def __post_init__(self): self.require(torch.is_tensor(torch.ones(1)), 'dropout', 'x')",
+    ],
+)
+def test_a_config_that_needs_torch_is_asked_with_it(
+    needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("furina.cli.runs.method_options", lambda method: None)
-    monkeypatch.setattr("furina.experiment.config.method_options", lambda method: None)
-    for words, expected in (("--adapter.rnak 8", "adapter.rank"), ("--adapter.rank x", "whole")):
-        assert main(["fit", "--method", "lora", *words.split()]) == 2
-        assert expected in capsys.readouterr().err
-    with pytest.raises(ConfigurationError, match="Did you mean 'rank'"):
-        RunConfig(method="lora", adapter={"rnak": 8}).adapter_config()
+    for name in ("base", "lora", "registry"):
+        shutil.copy(ROOT / "furina" / "adapters" / f"{name}.py", tmp_path)
+    monkeypatch.setattr("furina.options.registry._FOLDER", tmp_path)
+    assert [*without_torch().methods()] == ["lora"]
+    (tmp_path / "wide.py").write_text(NEEDS_TORCH.format(needs))
+    assert without_torch() is sys.modules["furina.adapters"]
+
+
+def without_torch() -> Any:
+    """Return the registry as a new process without torch has it."""
+    for kept in (_run, _without_torch):
+        kept.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        return registry()
 
 
 def test_the_quick_look_at_an_adapters_folder_refuses_what_its_reader_refuses(
