@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from safetensors import safe_open
 
 from furina.assets import ASSETS, locate
 from furina.assets.hub import cached_file
@@ -36,6 +39,25 @@ def local_folder(name: str) -> Path | None:
             f"folder {name} either.{meant(name)}"
         )
     return None
+
+
+def require_targets(name: str, targets: Sequence[str] | None) -> None:
+    """Refuse a backbone's name as `local_folder` does, and a target that none of its files knows.
+
+    Only a plain name is looked for, as the last part of names; `adapt` knows the rest.
+    """
+    folder = local_folder(name)
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    known: set[str] = set()
+    for file in files if targets else ():
+        with safe_open(file, "np") as opened:
+            tensors = opened.keys()
+            known.update(part for tensor in tensors for part in tensor.split("."))
+    for target in targets or ():
+        leaf = target.rpartition(".")[2]
+        if known and leaf not in known and not set("*?[") & set(leaf):
+            near = suggestion(leaf, (part for part in known if not part.isdigit()))
+            raise ConfigurationError(f"Target {target!r} matches no module of {name}.{near}")
 
 
 def is_local(name: str) -> bool:

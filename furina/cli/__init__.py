@@ -118,7 +118,7 @@ def _commands() -> str:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<16} {command.summary()}" for name, command in COMMANDS.items()]
     return _HELP.format(commands="\n".join(lines))
 
 

@@ -1,50 +1,94 @@
-"""One parser a command: options from dataclass fields, YAML below what is typed, no typo passes."""
+"""A command is a dataclass whose fields are its options; YAML lies below what is typed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from furina.cli.wording import HelpFormatter, metavar, sentence
-from furina.errors import ConfigurationError, nearest
+from furina.cli.wording import HelpFormatter, metavar, sentence, without_none
+from furina.errors import ConfigurationError, suggestion
+
+REQUIRED = {"required": True}
+"""Metadata of a command's field that is an option although it has no default."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Command:
-    """A subcommand: what its help says, the options it takes, and the function that runs it."""
+    """A subcommand: its docstring is its summary, its fields are its options, `run` does it.
 
-    name: str
-    summary: str
-    example: str
-    options: Callable[[ArgumentParser, Sequence[str]], None]
-    run: Callable[[Namespace], None]
+    A field without a default is an argument by place, a list takes one value or more, and a field's
+    metadata are further settings of `add_argument`.
+    """
 
-    def parser(self, words: Sequence[str]) -> ArgumentParser:
+    example: ClassVar[str]
+
+    def run(self, *rest: Any, **more: Any) -> None:
+        """Do it, with the values of what `add_options` added beside the fields."""
+        raise NotImplementedError
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the word that calls it."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return what it does."""
+        return str(cls.__doc__).rstrip(".")
+
+    @classmethod
+    def parser(cls, words: Sequence[str]) -> ArgumentParser:
         """Build the parser; `words` may decide which options there are (`--method`)."""
         parser = ArgumentParser(
-            prog=f"furina {self.name}",
-            description=f"{self.summary}\n\nexample:\n  {self.example}",
+            prog=f"furina {cls.name()}",
+            description=f"{cls.summary()}\n\nexample:\n  {cls.example}",
             formatter_class=HelpFormatter,
             exit_on_error=False,
         )
-        self.options(parser, words)
+        cls.add_options(parser, words)
         places = [action.dest.upper() for action in parser._actions if not action.option_strings]
         parser.usage = " ".join([parser.prog, "[options]", *places])
         return parser
 
-    def call(self, words: Sequence[str]) -> None:
+    @classmethod
+    def add_options(cls, parser: ArgumentParser, words: Sequence[str]) -> None:
+        """Add an option for each field, those that commands share behind its own."""
+        hints, texts = get_type_hints(cls), _field_docstrings(cls)
+        for field in sorted(fields(cls), key=lambda each: each.name not in cls.__annotations__):
+            hint, settings = hints[field.name], dict(field.metadata)
+            by_place = field.default is MISSING and not settings.get("required")
+            if field.default is not MISSING:
+                settings["default"] = field.default
+            by_place |= settings.get("nargs") in ("*", "?")
+            if hint is bool:
+                settings["action"] = "store_true"
+            else:
+                many = without_none(hint)
+                if get_origin(many) in (list, Sequence):
+                    settings = {"nargs": "+", **settings}
+                    if settings.get("default"):
+                        settings["default"] = [*settings["default"]]
+                    (hint,) = get_args(many)
+                settings |= {"type": hint} | ({} if by_place else {"metavar": metavar(hint)})
+            option = field.name if by_place else _option(field.name)
+            parser.add_argument(option, help=texts[field.name], **settings)
+
+    @classmethod
+    def call(cls, words: Sequence[str]) -> None:
         """Parse `words` and run; raises ConfigurationError for an unknown or mistyped option."""
-        self.run(parse(self.parser(words), words))
+        given = parse(cls.parser(words), words).as_dict()
+        own = {field.name: given.pop(field.name) for field in fields(cls)}
+        cls(**own).run(**given)
 
 
-def add_fields(
+def add_group(
     parser: ArgumentParser,
     config: type,
     prefix: str = "",
@@ -52,18 +96,22 @@ def add_fields(
     title: str = "fields of a config file",
 ) -> None:
     """Add one option per field of the dataclass `config`, with its docstring and default."""
-    hints, help_texts = get_type_hints(config), _field_docstrings(config)
+    hints, texts = get_type_hints(config), _field_docstrings(config)
     group = parser.add_argument_group(title)
     for field in fields(config):
         if field.name not in skip:
             has_value = field.default_factory is MISSING
             group.add_argument(
-                f"--{prefix}{field.name.replace('_', '-')}",
+                _option(field.name, prefix),
                 type=hints[field.name],
                 default=field.default if has_value else field.default_factory(),
                 metavar=metavar(hints[field.name]),
-                help=" ".join(help_texts[field.name].split()).replace("%", "%%"),
+                help=texts[field.name],
             )
+
+
+def _option(field: str, prefix: str = "") -> str:
+    return f"--{prefix}{field.replace('_', '-')}"
 
 
 @cache
@@ -73,7 +121,8 @@ def _field_docstrings(config: type) -> dict[str, str]:
     texts = {}
     for ancestor in reversed(config.__mro__[:-1]):
         for parameter in parse_from_object(ancestor).params:
-            texts[parameter.arg_name] = parameter.description or ""
+            text = " ".join((parameter.description or "").split())
+            texts[parameter.arg_name] = text.replace("%", "%%")
     return texts
 
 
@@ -101,7 +150,13 @@ def _known_option(word: str, parser: ArgumentParser) -> str:
     for spelling in (bare, bare.replace("_", "-"), bare.replace("-", "_")):
         if f"--{spelling}" in known:
             return f"--{spelling}{equals}{value}"
-    raise ConfigurationError(f"{parser.prog} has no option {name}.{nearest(name, known)}")
+    raise ConfigurationError(
+        f"{parser.prog} has no option {name}.{suggestion(name, known)} {_all_of(parser)}"
+    )
+
+
+def _all_of(parser: ArgumentParser) -> str:
+    return f"`{parser.prog} --help` lists all."
 
 
 def option_values(words: Sequence[str], name: str) -> list[str]:
@@ -160,7 +215,9 @@ def _check_keys(path: str, parser: ArgumentParser) -> None:
         if key not in known:
             group = key.rpartition(".")[0]
             near = [name for name in known if name.rpartition(".")[0] == group] or known
-            raise ConfigurationError(f"{path} has an unknown key {key!r}.{nearest(key, near)}")
+            raise ConfigurationError(
+                f"{path} has an unknown key {key!r}.{suggestion(key, near)} {_all_of(parser)}"
+            )
 
 
 def _keys(content: Mapping[Any, Any]) -> Iterator[str]:

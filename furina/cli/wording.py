@@ -49,14 +49,19 @@ def _shown(default: Any) -> str:
 
 def metavar(hint: Any) -> str | None:
     """Return what stands for a value of type `hint` in the help; None where the type is enough."""
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     if get_origin(kind) in (list, tuple, Sequence):
         return "'[A, B]'"
     if get_origin(kind) is dict:
         return "'{A: {…}}'"
-    return _METAVARS.get(kind, "TEXT")
+    shown = (
+        word
+        for each, word in _METAVARS.items()
+        if isinstance(kind, type) and issubclass(kind, each)
+    )
+    return next(shown, "TEXT")
 
 
 def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
@@ -69,7 +74,7 @@ def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
     hint = getattr(action, "_typehint", str)
     value = next(value for name, value in wrong.groupdict().items() if name != "key" and value)
     option = action.option_strings[0] if action.option_strings else action.dest
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if get_origin(kind) is Literal:
         return f"{option} cannot be {value!r}.{nearest(value, map(str, get_args(kind)))}"
     return f"{option} must be {in_words(hint, {**WORDS, **_LIMITED})}, not {value!r}."
@@ -83,6 +88,7 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, types.UnionType)
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
+    """Return the type of an option's values other than null, where it is one."""
     kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else []
     return kinds[0] if len(kinds) == 1 else hint

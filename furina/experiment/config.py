@@ -176,6 +176,21 @@ class RunConfig:
                     f"{name}={value} is a part of file names: leave out slashes and a leading dot."
                 )
 
+    def check_training(self) -> None:
+        """Raise ConfigurationError for what could not be trained, as far as the config tells."""
+        if self.is_base:
+            raise ConfigurationError(
+                "method base has nothing to fit: choose one of `furina methods`."
+            )
+        if self.dtype == "float16":
+            raise ConfigurationError(
+                "dtype=float16 loses small gradients unless the loss is scaled, which furina does "
+                "not do: train in bfloat16, float32 or auto."
+            )
+        self.check_tasks()
+        self.check_sizes()
+        self.adapter_config()
+
     def check_sizes(self) -> None:
         """Raise ConfigurationError for sizes of training that leave an option without effect."""
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:

@@ -10,16 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from furina.adapters import methods
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import _field_docstrings
-from furina.cli.shared import ADAPTER_CONFIG, require_adapter
-from furina.errors import AdapterFileError
+from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, config_checksum
 from furina.options.registry import _run, _without_torch, registry
 
 ROOT = Path(__file__).parents[2]
+READ = {
+    "merge": "out",
+    "export": "out",
+    "evaluate --task arc_easy --adapter-path": "",
+    "latency --adapter-path": "",
+    "analyse --task arc_easy --out x.json": "",
+}
+"""Commands that read an adapter, before and after its folder."""
 WRONG = {
     "evalute": "Did you mean 'evaluate'?",
     "--jsno": "name a command first",
@@ -46,6 +55,12 @@ WRONG = {
     "fit --backbone ./nowhere": "./nowhere is no model folder",
     "fit --backbone smollm2-135m-instuct": "Did you mean 'smollm2-135m-instruct'?",
     "fit --backbone tiny-llama --data-dir nowhere": "no data folder nowhere: correct --data-dir",
+    "fit --backbone nope": "'nope' is no name of a model on the hub",
+    "fit --backbone tiny-lama": "Did you mean 'tiny-llama'?",
+    "fit --backbone org/": "org/ is no model folder: it is not there",
+    "fit --backbone model --targets [q_prj]": "matches no module of model. Did you mean 'q_proj'?",
+    "fit --dtype float16": "dtype=float16 loses small gradients",
+    "fit --steps 3 --warmup-steps 4": "warmup_steps=4 is more than the steps=3 of the run",
     "fit --run-dir README.md/x --backbone tiny-llama": "README.md is a file, not a folder",
     "evaluate --task arc_esy": "Did you mean 'arc_easy'?",
     "evaluate --task arc_easy --protocol txt": "Did you mean 'text'?",
@@ -70,6 +85,17 @@ WRONG = {
     "combine adapter adapter README.md/x": "README.md is a file",
     "combine adapter adapter out --power 3": "--power has no effect without --method from",
     "latency --adapter-path nowhere": "nowhere is not a furina adapter folder",
+    "latency --backbone nope": "'nope' is no name of a model on the hub",
+    **{
+        f"{words} damaged {more}": "has missing, unknown or mistyped keys ['modules']"
+        for words, more in READ.items()
+    },
+    **{f"{words} misspelt {more}": "has no option 'rnk'" for words, more in READ.items()},
+    **{f"{words} bare {more}": "bare has no furina_adapter" for words, more in READ.items()},
+    **{f"{words} nameless {more}": "name it with --backbone" for words, more in READ.items()},
+    **{f"{words} gone {more}": "was trained on ./away" for words, more in READ.items()},
+    "combine adapter nameless out": "nameless does not say which backbone",
+    "combine adapter gone out": "The adapters name several backbones",
     "latency --rounds 0": "--rounds must be a whole number of at least 1, not '0'",
     "latency --rounds many": "--rounds must be a whole number of at least 1, not 'many'",
     "latency --new-tokens 1": "time 2 or more",
@@ -79,6 +105,8 @@ WRONG = {
     "analyse adapter --task arc_easy --out README.md/x": "README.md is a file",
     "report --results nowhere": "There is no folder nowhere",
     "report --results adapter": "There are no records in adapter",
+    "report --results mine --readme README.md --suite man": "holds no suite 'man'. Known: own",
+    "report --results mine --metric acc": "No record holds a metric 'acc'",
     "report --results mine --suite main": "--suite main has no effect",
     "report --results mine --readme nowhere.md": "nowhere.md does not exist",
     "report --results mine --check --metric acc": "leave out --metric",
@@ -96,8 +124,28 @@ WRONG = {
     "run bounds": "Method lora: rank must be a whole number, not 'many'",
     "run wrong": "Method lora has no option 'rnk'. Did you mean 'rank'?",
 }
+ADAPTER = {
+    "format": "furina-adapter",
+    "version": 2,
+    "method": "lora",
+    "options": {},
+    "targets": [],
+    "modules": {},
+    "backbone": {"name": "tiny-llama"},
+    "also_trained": [],
+    "tensors_sha256": "",
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "adapter": {},
+    "bare": {},
+    "nameless": {"backbone": {}},
+    "gone": {"backbone": {"name": "./away"}},
+    "damaged": {"modules": []},
+    "misspelt": {"options": {"rnk": 3}},
+}
+"""Folders of adapters, and what of their config is another."""
 PROGRAM = """
-import contextlib, io, json, sys
+import contextlib, io, json, shlex, sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
@@ -111,7 +159,7 @@ from furina.cli import main
 said = {}
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as stream:
-        said[" ".join(words)] = main(words), stream.getvalue()
+        said[shlex.join(words)] = main(words), stream.getvalue()
 print(json.dumps(said))
 """
 
@@ -121,8 +169,16 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     """Run every wrong command in one process that cannot import torch; return status and words."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "README.md").write_text("mine")
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    for name, change in ADAPTERS.items():
+        config = ADAPTER | change
+        (folder / name).mkdir()
+        text = json.dumps({**config, "sha256": config_checksum(config)})
+        (folder / name / CONFIG_FILE).write_text(text)
+        (folder / name / TENSOR_FILE).touch()
+    (folder / "bare" / TENSOR_FILE).unlink()
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    save_file({"layers.0.q_proj.weight": np.ones(1)}, folder / "model" / "model.safetensors")
     (folder / "mine" / "own").mkdir(parents=True)
     (folder / "mine" / "own" / "record.json").write_text("{}")
     (folder / "experiments" / "wrong").mkdir(parents=True)
@@ -150,7 +206,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
 def test_a_wrong_call_is_one_sentence_and_imports_nothing_heavy(
     words: str, said: dict[str, tuple[int, str]]
 ) -> None:
-    status, message = said[words]
+    status, message = said[shlex.join(shlex.split(words))]
     assert status == 2 and WRONG[words] in message, message
     assert message.startswith("error: ") and message.count("\n") == 1
 
@@ -209,14 +265,3 @@ def without_torch() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "torch")
         return registry()
-
-
-def test_the_quick_look_at_an_adapters_folder_refuses_what_its_reader_refuses(
-    tmp_path: Path,
-) -> None:
-    from furina.model.checkpoint import CONFIG_FILE, read_adapter_config
-
-    assert ADAPTER_CONFIG == CONFIG_FILE
-    for look in (require_adapter, read_adapter_config):
-        with pytest.raises(AdapterFileError, match=r"it has no furina_config.json; pass a folder"):
-            look(tmp_path)
