@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -100,11 +99,11 @@ def add_group(
     group = parser.add_argument_group(title)
     for field in fields(config):
         if field.name not in skip:
-            has_value = field.default_factory is MISSING
+            factory = field.default_factory
             group.add_argument(
                 _option(field.name, prefix),
                 type=hints[field.name],
-                default=field.default if has_value else field.default_factory(),
+                default=field.default if factory is MISSING else factory(),
                 metavar=metavar(hints[field.name]),
                 help=texts[field.name],
             )
@@ -114,7 +113,6 @@ def _option(field: str, prefix: str = "") -> str:
     return f"--{prefix}{field.replace('_', '-')}"
 
 
-@cache
 def _field_docstrings(config: type) -> dict[str, str]:
     from docstring_parser import parse_from_object
 

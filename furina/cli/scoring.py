@@ -190,8 +190,9 @@ def _by_metric(
 
 
 def _write(done: Sequence[tuple[Variant, Evaluation]], folder: Path) -> None:
-    from furina.storage import atomic_directory, write_json
+    from furina.storage import atomic_directory, remove_leftovers, write_json
 
+    remove_leftovers(folder)
     with atomic_directory(folder, last="scores.json") as temporary:
         rows = []
         for variant, evaluation in done:
