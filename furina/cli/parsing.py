@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -129,11 +128,11 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
 
     Raises ConfigurationError in one sentence, naming the nearest option where one is misspelt.
     """
-    words = [_known_option(word, parser) for word in words]
+    words = _joined([_known_option(word, parser) for word in words], "config")
     for path in option_values(words, "config"):
         _check_keys(path, parser)
     try:
-        return parser.parse_args(_config_first(words))
+        return parser.parse_args(sorted(words, key=lambda word: not word.startswith("--config=")))
     except ArgumentError as error:
         raise ConfigurationError(sentence(error, parser)) from error
 
@@ -159,26 +158,14 @@ def _all_of(parser: ArgumentParser) -> str:
 
 def option_values(words: Sequence[str], name: str) -> list[str]:
     """Return the values that `words` gives to --name, in order."""
-    flag = f"--{name}"
-    pairs = zip_longest(words, words[1:], fillvalue="")
-    return [
-        word.removeprefix(f"{flag}=") if word != flag else following
-        for word, following in pairs
-        if word == flag or word.startswith(f"{flag}=")
-    ]
+    start = f"--{name}="
+    return [word.removeprefix(start) for word in _joined(words, name) if word.startswith(start)]
 
 
-def _config_first(words: Sequence[str]) -> list[str]:
-    files = option_values(words, "config")
-    rest, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word == "--config":
-            skip = True
-        elif not word.startswith("--config="):
-            rest.append(word)
-    return [f"--config={file}" for file in files] + rest
+def _joined(words: Sequence[str], name: str) -> list[str]:
+    """Return `words` with --name and its value as one of them."""
+    flag, rest = f"--{name}", iter(words)
+    return [f"{flag}={next(rest, '')}" if word == flag else word for word in rest]
 
 
 class _Loader(yaml.SafeLoader):

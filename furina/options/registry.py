@@ -18,6 +18,8 @@ from typing import Any
 
 _PACKAGE = "furina.adapters"
 _FOLDER = Path(__file__).parents[1] / "adapters"
+_HEAVY = ("torch", "furina.kernels")
+"""What is not imported."""
 
 
 def registry() -> Any:
@@ -55,21 +57,15 @@ def _run(name: str) -> ModuleType:
             names = {alias.asname or alias.name: alias.name for alias in statement.names}
             held = vars(_run(source))
             vars(module).update({own: held[name] for own, name in names.items() if name in held})
-        elif not isinstance(statement, ast.Import | ast.ImportFrom) or _is_light(statement):
+        elif not any(name.startswith(_HEAVY) for name in _imported(statement)):
             _execute(statement, module, file)
     return module
 
 
-def _is_light(statement: ast.Import | ast.ImportFrom) -> bool:
-    """Tell whether an import is of Python's own modules or of furina's that know no torch."""
-    if isinstance(statement, ast.Import):
-        names = [alias.name for alias in statement.names]
-    else:
-        names = [statement.module or ""]
-    light = ("furina.errors", "furina.options.")
-    return all(name.partition(".")[0] in sys.stdlib_module_names for name in names) or all(
-        name.startswith(light) for name in names
-    )
+def _imported(statement: ast.stmt) -> list[str]:
+    if isinstance(statement, ast.ImportFrom):
+        return [statement.module or ""]
+    return [a.name for a in statement.names] if isinstance(statement, ast.Import) else []
 
 
 def _execute(statement: ast.stmt, module: ModuleType, file: Path) -> None:
