@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from jsonargparse import ArgumentParser
 
-from furina.backbones.names import require_targets
+from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.names import local_folder, require_targets
 from furina.cli.parsing import Command, add_group, option_values, read_yaml
 from furina.cli.shared import MAIN_SUITE, console, own_readme
 from furina.data.sources import resolve_source
@@ -200,6 +201,8 @@ class Run(Command):
         for backbone, targets in {(run.backbone, run.targets) for run in suite.runs}:
             if not self.dry_run:
                 require_targets(backbone, targets)
+            elif backbone not in ARCHITECTURES:
+                local_folder(backbone)
         from furina.kernels.processor import use_cores
 
         use_cores()

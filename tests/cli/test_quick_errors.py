@@ -122,6 +122,8 @@ WRONG = {
     "fit --adapter.top-k 9": "top_k=9 must be smaller than the 7 self-routed experts",
     "fit --method flylora --adapter.active-rank 99": "active_rank=99 must be between 1 and rank=32",
     "run bounds": "Method lora: rank must be a whole number, not 'many'",
+    "run elsewhere": "'nope' is no name of a model on the hub",
+    "run elsewhere --dry-run": "'nope' is no name of a model on the hub",
     "run wrong": "Method lora has no option 'rnk'. Did you mean 'rank'?",
 }
 ADAPTER = {
@@ -144,6 +146,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "misspelt": {"options": {"rnk": 3}},
 }
 """Folders of adapters, and what of their config is another."""
+SUITES = {
+    "wrong": "adapter: {rnk: 3}",
+    "bounds": "adapter: {rank: many}",
+    "elsewhere": "backbone: nope",
+}
+"""Suites of one row, and a line of its file."""
 PROGRAM = """
 import contextlib, io, json, shlex, sys
 
@@ -181,14 +189,11 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     save_file({"layers.0.q_proj.weight": np.ones(1)}, folder / "model" / "model.safetensors")
     (folder / "mine" / "own").mkdir(parents=True)
     (folder / "mine" / "own" / "record.json").write_text("{}")
-    (folder / "experiments" / "wrong").mkdir(parents=True)
-    (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
-    (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")
-    (folder / "experiments" / "bounds").mkdir()
-    (folder / "experiments" / "bounds" / "defaults.yaml").write_text("steps: 3\n")
-    (folder / "experiments" / "bounds" / "lora.yaml").write_text(
-        "method: lora\nadapter: {rank: many}\n"
-    )
+    for name, line in SUITES.items():
+        suite = folder / "experiments" / name
+        suite.mkdir(parents=True)
+        (suite / "defaults.yaml").write_text("steps: 3\n")
+        (suite / "lora.yaml").write_text(f"method: lora\n{line}\n")
     calls = json.dumps([shlex.split(words) for words in WRONG])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, calls],
