@@ -14,7 +14,7 @@ from furina.assets import intact, is_offline
 from furina.assets.convert import quiet_transformers
 from furina.assets.hub import cached_file, cached_model, reason, refusal
 from furina.backbones.architectures import ARCHITECTURES
-from furina.backbones.names import KNOWN, MODELS, is_local, local_folder, meant, refuse_adapters
+from furina.backbones.names import is_local, local_folder, meant, models, refuse_adapters
 from furina.backbones.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
 from furina.errors import ConfigurationError, nearest
 from furina.kernels.processor import AUTO, resolve_dtype
@@ -88,7 +88,7 @@ def load_backbone(
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
         _require_whole(name, model, weights)
-    again: Any = name if name in KNOWN else published_name(model)
+    again: Any = name if name in (*models(), *TINY) else published_name(model)
     model.backbone_name = again
     torch.nn.Module.to(model, device or "cpu")
     torch.nn.Module.eval(model)
@@ -159,7 +159,7 @@ def _source(name: str, weights: bool = False) -> str:
 
     So is an asset whose files, with `weights` the weights too, are not as they were made.
     """
-    if name in MODELS:
+    if name in models():
         return str(intact(name, weights))
     folder = local_folder(name)
     if folder is not None:

@@ -14,8 +14,10 @@ from furina.backbones.tiny import TINY
 from furina.errors import ConfigurationError, nearest, suggestion
 from furina.model.config_file import CONFIG_FILE
 
-MODELS = tuple(asset.name for asset in ASSETS.values() if asset.kind == "model")
-KNOWN = (*MODELS, *TINY)
+
+def models() -> list[str]:
+    """Return the models that `furina assets` fetches."""
+    return [asset.name for asset in ASSETS.values() if asset.kind == "model"]
 
 
 def local_folder(name: str) -> Path | None:
@@ -24,8 +26,10 @@ def local_folder(name: str) -> Path | None:
     Raises ConfigurationError for a name that leads to no model or to an adapter, and AssetError
     for an asset that is not cached.
     """
-    if name in KNOWN:
-        return locate(name) if name in MODELS else None
+    if name in TINY:
+        return None
+    if name in models():
+        return locate(name)
     folder = Path(name).expanduser()
     refuse_adapters(name, folder)
     if (folder / "config.json").is_file():
@@ -82,5 +86,5 @@ def refuse_adapters(name: str, folder: Path) -> None:
 def meant(name: str) -> str:
     """Return what may have been meant: of a hub's name or a folder only what is almost the same."""
     if "/" not in name:
-        return nearest(name, KNOWN)
-    return suggestion(name.rpartition("/")[2].lower(), KNOWN, cutoff=0.8)
+        return nearest(name, [*models(), *TINY])
+    return suggestion(name.rpartition("/")[2].lower(), [*models(), *TINY], cutoff=0.8)

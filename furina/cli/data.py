@@ -106,7 +106,12 @@ def _show(options: Data) -> None:
         raise ConfigurationError("furina data show takes one task: furina data show arc_easy.")
     task = get_task(options.tasks[0])
     items = load_items(task.name, options.split, options.source, options.data_dir)
-    item = _item(items, options)
+    if not 0 <= options.index < len(items):
+        raise ConfigurationError(
+            f"--index {options.index} is not possible with {len(items)} items: choose 0 to "
+            f"{len(items) - 1}."
+        )
+    item = items[options.index]
     source = resolve_source(options.source, options.data_dir)
     rows = ", ".join(f"{split} {count:,}" for split, count in task.rows.items())
     print(f"{task.title} ({task.name}), {task.kind}; licence: {task.licence}")
@@ -116,16 +121,6 @@ def _show(options: Data) -> None:
     for name, protocol in protocols().items():
         print(f"\n=== {name}, version {protocol.version}: {protocol.summary}")
         _print_prompt(task, item, name)
-
-
-def _item(items: Sequence[Item], options: Data) -> Item:
-    index: int = options.index
-    if not 0 <= index < len(items):
-        raise ConfigurationError(
-            f"--index {index} is not possible with {len(items)} items: choose 0 to "
-            f"{len(items) - 1}."
-        )
-    return items[index]
 
 
 def _print_prompt(task: Task, item: Item, name: str) -> None:

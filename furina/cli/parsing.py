@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -58,25 +58,22 @@ class Command:
     @classmethod
     def add_options(cls, parser: ArgumentParser, words: Sequence[str]) -> None:
         """Add an option for each field, those that commands share behind its own."""
-        hints, texts = get_type_hints(cls), _field_docstrings(cls)
-        for field in sorted(fields(cls), key=lambda each: each.name not in cls.__annotations__):
-            hint, settings = hints[field.name], dict(field.metadata)
-            by_place = field.default is MISSING and not settings.get("required")
-            if field.default is not MISSING:
-                settings["default"] = field.default
-            by_place |= settings.get("nargs") in ("*", "?")
-            if hint is bool:
-                settings["action"] = "store_true"
-            else:
-                many = without_none(hint)
-                if get_origin(many) in (list, Sequence):
-                    settings = {"nargs": "+", **settings}
-                    if settings.get("default"):
-                        settings["default"] = [*settings["default"]]
-                    (hint,) = get_args(many)
-                settings |= {"type": hint} | ({} if by_place else {"metavar": metavar(hint)})
-            option = field.name if by_place else _option(field.name)
-            parser.add_argument(option, help=texts[field.name], **settings)
+        own = sorted(fields(cls), key=lambda field: field.name not in cls.__annotations__)
+        for field, settings in _settings(cls, own):
+            kind = without_none(settings["type"])
+            if get_origin(kind) in (list, Sequence):
+                (settings["type"],) = get_args(kind)
+                settings |= {"nargs": "+", "metavar": metavar(settings["type"])}
+                if "default" in settings:
+                    settings["default"] = settings["default"] and [*settings["default"]]
+            settings |= field.metadata
+            name = _option(field.name)
+            if settings.get("nargs") in ("*", "?") or not {"default", "required"} & {*settings}:
+                del settings["metavar"]
+                name = field.name
+            elif kind is bool:
+                settings = {"action": "store_true", "help": settings["help"]}
+            parser.add_argument(name, **settings)
 
     @classmethod
     def call(cls, words: Sequence[str]) -> None:
@@ -94,18 +91,25 @@ def add_group(
     title: str = "fields of a config file",
 ) -> None:
     """Add one option per field of the dataclass `config`, with its docstring and default."""
-    hints, texts = get_type_hints(config), _field_docstrings(config)
     group = parser.add_argument_group(title)
-    for field in fields(config):
-        if field.name not in skip:
-            factory = field.default_factory
-            group.add_argument(
-                _option(field.name, prefix),
-                type=hints[field.name],
-                default=field.default if factory is MISSING else factory(),
-                metavar=metavar(hints[field.name]),
-                help=texts[field.name],
-            )
+    wanted = [field for field in fields(config) if field.name not in skip]
+    for field, settings in _settings(config, wanted):
+        group.add_argument(_option(field.name, prefix), **settings)
+
+
+def _settings(
+    config: type, wanted: Iterable[Field[Any]]
+) -> Iterator[tuple[Field[Any], dict[str, Any]]]:
+    """Yield each field of a dataclass with its type, help and default for `add_argument`."""
+    hints, texts = get_type_hints(config), _field_docstrings(config)
+    for field in wanted:
+        hint = hints[field.name]
+        settings = {"type": hint, "metavar": metavar(hint), "help": texts[field.name]}
+        if field.default is not MISSING:
+            settings["default"] = field.default
+        elif field.default_factory is not MISSING:
+            settings["default"] = field.default_factory()
+        yield field, settings
 
 
 def _option(field: str, prefix: str = "") -> str:

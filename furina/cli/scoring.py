@@ -27,7 +27,6 @@ from furina.records import RecordError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from furina.data.items import Item
     from furina.data.protocols import Protocol
     from furina.evaluation.evaluation import Evaluation
     from furina.records import Spread, Variant
@@ -87,6 +86,8 @@ class Evaluate(WithData, _WithModel):
     def run(self) -> None:
         """Score every task and variant, print the table, write the outputs if asked to."""
         from furina.data.protocols import GenerationProtocol, get_protocol
+        from furina.data.sources import load_items
+        from furina.data.splits import test_subset
         from furina.data.tasks import get_task
 
         require_new(self.output)
@@ -98,7 +99,10 @@ class Evaluate(WithData, _WithModel):
                 protocol.require_consent(task, self.execute_code)
         self._refuse_idle(protocol)
         backbone = self.backbone_of(*self.adapters)
-        items = {task: self._items(task) for task in dict.fromkeys(self.task)}
+        items = {}
+        for name in dict.fromkeys(self.task):
+            every = load_items(name, self.split, self.source, self.data_dir)
+            items[name] = test_subset(every, self.size, self.seed or 0)[1]
         model = self.load(backbone)
         from furina.backbones.load import load_tokenizer
         from furina.evaluation.harness import evaluate
@@ -122,13 +126,6 @@ class Evaluate(WithData, _WithModel):
         _print(done)
         if self.output is not None:
             _write(done, self.output)
-
-    def _items(self, task: str) -> list[Item]:
-        from furina.data.sources import load_items
-        from furina.data.splits import test_subset
-
-        rows = load_items(task, self.split, self.source, self.data_dir)
-        return test_subset(rows, self.size, self.seed or 0)[1]
 
     def _refuse_idle(self, protocol: Protocol) -> None:
         """Refuse options that would change nothing."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from furina.assets import ASSETS
-from furina.backbones.names import MODELS, local_folder
+from furina.backbones.names import local_folder, models
 from furina.cli.parsing import Command
 from furina.errors import ConfigurationError, FurinaError
 from furina.model.config_file import adapter_config, read_adapter_config
@@ -97,7 +97,7 @@ def require_new(folder: Path | None) -> None:
 def _known_name(backbone: Mapping[str, Any]) -> str:
     """Return what an adapter calls its backbone; of an asset's place in a cache, the asset."""
     name = str(backbone.get("name") or "")
-    places = {ASSETS[model].cached_name: model for model in MODELS}
+    places = {ASSETS[model].cached_name: model for model in models()}
     return places.get(Path(name).name, name)
 
 
