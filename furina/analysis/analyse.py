@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ def analyse(
     ]
     pad = tokenizer.pad_token_id or 0  # masked
     rows = [(pad,), *(example.input_ids for sample in samples for example in sample.examples)]
-    check_vocabulary(tokenizer, rows, len(model.get_input_embeddings().weight))
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, rows, len(embedding.weight))
     found = [
         _activity(sample, collect(model, _batches(sample.examples, batch_size, pad, model.device)))
         for sample in samples

@@ -118,7 +118,7 @@ class TaskDataModule(lightning.LightningDataModule):
         That are tokens, and positions where they are learned. A plain loop has no trainer, and is
         not known to have a model.
         """
-        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
         if not hasattr(model, "get_input_embeddings"):
             return
         rows = [row.input_ids for row in self._train + self._validation]
