@@ -13,7 +13,7 @@ import torch
 
 import furina
 from furina.errors import AdapterFileError
-from furina.model.checkpoint import CONFIG_FILE, TENSOR_FILE
+from furina.model.config_file import CONFIG_FILE, TENSOR_FILE
 from tests.helpers import BACKBONES, perturb, small
 
 

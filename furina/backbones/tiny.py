@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = ("tiny-llama", "tiny-qwen2")
@@ -73,6 +72,7 @@ def tiny_config(name: str) -> PreTrainedConfig:
 
 def tiny_model(name: str, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """Return the same random weights for every dtype and processor, rounded once."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     def build(dtype: torch.dtype) -> PreTrainedModel:

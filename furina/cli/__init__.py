@@ -102,24 +102,19 @@ def _left(done: SystemExit) -> int:
 
 def _dispatch(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview(), end="")
+        lines = (f"  {name:<16} {command.summary()}" for name, command in COMMANDS.items())
+        print(_HELP.format(commands="\n".join(lines)), end="")
     elif words[0] == "--version":
         print(f"furina {__version__}")
     elif words[0] in COMMANDS:
         COMMANDS[words[0]].call(words[1:])
     elif words[0].startswith("-"):
-        raise ConfigurationError(f"Unknown option {words[0]}: name a command first.{_commands()}")
+        known = ", ".join(COMMANDS)
+        raise ConfigurationError(
+            f"Unknown option {words[0]}: name a command first. Known: {known}."
+        )
     else:
         raise ConfigurationError(f"Unknown command {words[0]!r}.{nearest(words[0], COMMANDS)}")
-
-
-def _commands() -> str:
-    return f" Known: {', '.join(COMMANDS)}."
-
-
-def _overview() -> str:
-    lines = [f"  {name:<16} {command.summary}" for name, command in COMMANDS.items()]
-    return _HELP.format(commands="\n".join(lines))
 
 
 def _explain(error: Exception) -> tuple[int, str]:
@@ -146,12 +141,5 @@ class _Lines(logging.Handler):
         print(record.getMessage(), file=sys.stderr)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: object = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from jsonargparse import ArgumentParser, Namespace
 from rich.markup import escape
 from rich.table import Column, Table
 
-from furina.cli.shared import add_data_source, console
+from furina.cli.shared import WithData, console
 from furina.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,45 +24,37 @@ _READS = {
     "show": {"split", "index", "source", "data_dir"},
     "audit": {"source", "data_dir", "json"},
 }
-_DEFAULTS = {"split": "test", "index": 0, "source": "auto", "data_dir": None, "json": False}
 
 
-def data_options(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of `furina data`."""
-    parser.add_argument(
-        "action",
-        type=Literal["list", "show", "audit"],
-        help="list: every task; show: one of its items as each protocol asks it; audit: counts, "
-        "repeats, and test items that stand in train",
-    )
-    parser.add_argument(
-        "tasks", nargs="*", type=str, help="one for show; for audit, all at hand when none is named"
-    )
-    parser.add_argument(
-        "--split",
-        type=Literal["train", "validation", "test"],
-        default=_DEFAULTS["split"],
-        help="show: which items of the task",
-    )
-    parser.add_argument(
-        "--index", type=int, default=_DEFAULTS["index"], help="show: which item of the split"
-    )
-    add_data_source(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="list and audit: print JSON in place of a table"
-    )
+@dataclass(kw_only=True)
+class Data(WithData):
+    """List the benchmarks, show an item as each protocol asks it, count repeats and leaks."""
+
+    example: ClassVar[str] = "furina data show arc_easy"
+
+    action: Literal["list", "show", "audit"]
+    """list: every task; show: one of its items as each protocol asks it; audit: counts, repeats,
+    and test items that stand in train"""
+    tasks: list[str] = field(metadata={"nargs": "*"})
+    """one for show; for audit, all at hand when none is named"""
+    split: Literal["train", "validation", "test"] = "test"
+    """show: which items of the task"""
+    index: int = 0
+    """show: which item of the split"""
+    json: bool = False
+    """list and audit: print JSON in place of a table"""
+
+    def run(self) -> None:
+        """List, show or audit."""
+        for option in fields(self):
+            idle = option.default is not MISSING and option.name not in _READS[self.action]
+            if idle and getattr(self, option.name) != option.default:
+                name = option.name.replace("_", "-")
+                raise ConfigurationError(f"furina data {self.action} does not read --{name}.")
+        {"list": _list, "show": _show, "audit": _audit}[self.action](self)
 
 
-def data(options: Namespace) -> None:
-    """List, show or audit."""
-    for name in sorted(_DEFAULTS.keys() - _READS[options.action]):
-        if options[name] != _DEFAULTS[name]:
-            option = name.replace("_", "-")
-            raise ConfigurationError(f"furina data {options.action} does not read --{option}.")
-    {"list": _list, "show": _show, "audit": _audit}[options.action](options)
-
-
-def _list(options: Namespace) -> None:
+def _list(options: Data) -> None:
     from furina.data.tasks import tasks
 
     if options.tasks:
@@ -106,7 +97,7 @@ def _facts(task: Task) -> dict[str, Any]:
     }
 
 
-def _show(options: Namespace) -> None:
+def _show(options: Data) -> None:
     from furina.data.protocols import protocols
     from furina.data.sources import load_items, resolve_source
     from furina.data.tasks import get_task
@@ -115,7 +106,12 @@ def _show(options: Namespace) -> None:
         raise ConfigurationError("furina data show takes one task: furina data show arc_easy.")
     task = get_task(options.tasks[0])
     items = load_items(task.name, options.split, options.source, options.data_dir)
-    item = _item(items, options)
+    if not 0 <= options.index < len(items):
+        raise ConfigurationError(
+            f"--index {options.index} is not possible with {len(items)} items: choose 0 to "
+            f"{len(items) - 1}."
+        )
+    item = items[options.index]
     source = resolve_source(options.source, options.data_dir)
     rows = ", ".join(f"{split} {count:,}" for split, count in task.rows.items())
     print(f"{task.title} ({task.name}), {task.kind}; licence: {task.licence}")
@@ -125,16 +121,6 @@ def _show(options: Namespace) -> None:
     for name, protocol in protocols().items():
         print(f"\n=== {name}, version {protocol.version}: {protocol.summary}")
         _print_prompt(task, item, name)
-
-
-def _item(items: Sequence[Item], options: Namespace) -> Item:
-    index: int = options.index
-    if not 0 <= index < len(items):
-        raise ConfigurationError(
-            f"--index {index} is not possible with {len(items)} items: choose 0 to "
-            f"{len(items) - 1}."
-        )
-    return items[index]
 
 
 def _print_prompt(task: Task, item: Item, name: str) -> None:
@@ -156,7 +142,7 @@ def _print_prompt(task: Task, item: Item, name: str) -> None:
     print(f"--- context\n{context}\n--- target\n{target}\n--- end")
 
 
-def _audit(options: Namespace) -> None:
+def _audit(options: Data) -> None:
     from furina.data.audit import audit
 
     named, absent = _tasks_to_audit(options)
@@ -175,7 +161,7 @@ def _audit(options: Namespace) -> None:
         print(f"Not at hand, not audited: {', '.join(absent)}")
 
 
-def _tasks_to_audit(options: Namespace) -> tuple[list[str], list[str]]:
+def _tasks_to_audit(options: Data) -> tuple[list[str], list[str]]:
     """Return the tasks to audit and those left out: without names, all splits must be at hand."""
     from furina.data.sources import resolve_source, splits_at_hand, splits_held
     from furina.data.tasks import get_task, tasks

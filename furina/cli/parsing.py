@@ -1,51 +1,89 @@
-"""One parser a command: options from dataclass fields, YAML below what is typed, no typo passes."""
+"""A command is a dataclass whose fields are its options; YAML lies below what is typed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import cache
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from furina.cli.wording import HelpFormatter, metavar, sentence
-from furina.errors import ConfigurationError, nearest
-from furina.options.signatures import Option
+from furina.cli.wording import HelpFormatter, metavar, sentence, without_none
+from furina.errors import ConfigurationError, suggestion
+
+REQUIRED = {"required": True}
+"""Metadata of a command's field that is an option although it has no default."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Command:
-    """A subcommand: what its help says, the options it takes, and the function that runs it."""
+    """A subcommand: its docstring is its summary, its fields are its options, `run` does it.
 
-    name: str
-    summary: str
-    example: str
-    options: Callable[[ArgumentParser, Sequence[str]], None]
-    run: Callable[[Namespace], None]
+    A field without a default is an argument by place, a list takes one value or more, and a field's
+    metadata are further settings of `add_argument`.
+    """
 
-    def parser(self, words: Sequence[str]) -> ArgumentParser:
+    example: ClassVar[str]
+
+    def run(self, *rest: Any, **more: Any) -> None:
+        """Do it, with the values of what `add_options` added beside the fields."""
+        raise NotImplementedError
+
+    @classmethod
+    def name(cls) -> str:
+        """Return the word that calls it."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return what it does."""
+        return str(cls.__doc__).rstrip(".")
+
+    @classmethod
+    def parser(cls, words: Sequence[str]) -> ArgumentParser:
         """Build the parser; `words` may decide which options there are (`--method`)."""
         parser = ArgumentParser(
-            prog=f"furina {self.name}",
-            description=f"{self.summary}\n\nexample:\n  {self.example}",
+            prog=f"furina {cls.name()}",
+            description=f"{cls.summary()}\n\nexample:\n  {cls.example}",
             formatter_class=HelpFormatter,
             exit_on_error=False,
         )
-        self.options(parser, words)
+        cls.add_options(parser, words)
         places = [action.dest.upper() for action in parser._actions if not action.option_strings]
         parser.usage = " ".join([parser.prog, "[options]", *places])
         return parser
 
-    def call(self, words: Sequence[str]) -> None:
+    @classmethod
+    def add_options(cls, parser: ArgumentParser, words: Sequence[str]) -> None:
+        """Add an option for each field, those that commands share behind its own."""
+        own = sorted(fields(cls), key=lambda field: field.name not in cls.__annotations__)
+        for field, settings in _settings(cls, own):
+            kind = without_none(settings["type"])
+            if get_origin(kind) in (list, Sequence):
+                (settings["type"],) = get_args(kind)
+                settings |= {"nargs": "+", "metavar": metavar(settings["type"])}
+                if "default" in settings:
+                    settings["default"] = settings["default"] and [*settings["default"]]
+            settings |= field.metadata
+            name = _option(field.name)
+            if settings.get("nargs") in ("*", "?") or not {"default", "required"} & {*settings}:
+                del settings["metavar"]
+                name = field.name
+            elif kind is bool:
+                settings = {"action": "store_true", "help": settings["help"]}
+            parser.add_argument(name, **settings)
+
+    @classmethod
+    def call(cls, words: Sequence[str]) -> None:
         """Parse `words` and run; raises ConfigurationError for an unknown or mistyped option."""
-        self.run(parse(self.parser(words), words))
+        given = parse(cls.parser(words), words).as_dict()
+        own = {field.name: given.pop(field.name) for field in fields(cls)}
+        cls(**own).run(**given)
 
 
-def add_fields(
+def add_group(
     parser: ArgumentParser,
     config: type,
     prefix: str = "",
@@ -53,42 +91,39 @@ def add_fields(
     title: str = "fields of a config file",
 ) -> None:
     """Add one option per field of the dataclass `config`, with its docstring and default."""
-    hints, help_texts = get_type_hints(config), _field_docstrings(config)
-    options = {
-        field.name: Option(hints[field.name], _default(field), help_texts[field.name])
-        for field in fields(config)
-        if field.name not in skip
-    }
-    add_options(parser, options, prefix, title)
-
-
-def add_options(
-    parser: ArgumentParser, options: Mapping[str, Option], prefix: str, title: str
-) -> None:
-    """Add a group of options, each `--PREFIXNAME`."""
     group = parser.add_argument_group(title)
-    for name, option in options.items():
-        group.add_argument(
-            f"--{prefix}{name.replace('_', '-')}",
-            type=option.hint,
-            default=option.default,
-            metavar=metavar(option.hint),
-            help=option.help.replace("%", "%%"),
-        )
+    wanted = [field for field in fields(config) if field.name not in skip]
+    for field, settings in _settings(config, wanted):
+        group.add_argument(_option(field.name, prefix), **settings)
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _settings(
+    config: type, wanted: Iterable[Field[Any]]
+) -> Iterator[tuple[Field[Any], dict[str, Any]]]:
+    """Yield each field of a dataclass with its type, help and default for `add_argument`."""
+    hints, texts = get_type_hints(config), _field_docstrings(config)
+    for field in wanted:
+        hint = hints[field.name]
+        settings = {"type": hint, "metavar": metavar(hint), "help": texts[field.name]}
+        if field.default is not MISSING:
+            settings["default"] = field.default
+        elif field.default_factory is not MISSING:
+            settings["default"] = field.default_factory()
+        yield field, settings
 
 
-@cache
+def _option(field: str, prefix: str = "") -> str:
+    return f"--{prefix}{field.replace('_', '-')}"
+
+
 def _field_docstrings(config: type) -> dict[str, str]:
     from docstring_parser import parse_from_object
 
     texts = {}
     for ancestor in reversed(config.__mro__[:-1]):
         for parameter in parse_from_object(ancestor).params:
-            texts[parameter.arg_name] = parameter.description or ""
+            text = " ".join((parameter.description or "").split())
+            texts[parameter.arg_name] = text.replace("%", "%%")
     return texts
 
 
@@ -97,11 +132,11 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
 
     Raises ConfigurationError in one sentence, naming the nearest option where one is misspelt.
     """
-    words = [_known_option(word, parser) for word in words]
+    words = _joined([_known_option(word, parser) for word in words], "config")
     for path in option_values(words, "config"):
         _check_keys(path, parser)
     try:
-        return parser.parse_args(_config_first(words))
+        return parser.parse_args(sorted(words, key=lambda word: not word.startswith("--config=")))
     except ArgumentError as error:
         raise ConfigurationError(sentence(error, parser)) from error
 
@@ -116,31 +151,25 @@ def _known_option(word: str, parser: ArgumentParser) -> str:
     for spelling in (bare, bare.replace("_", "-"), bare.replace("-", "_")):
         if f"--{spelling}" in known:
             return f"--{spelling}{equals}{value}"
-    raise ConfigurationError(f"{parser.prog} has no option {name}.{nearest(name, known)}")
+    raise ConfigurationError(
+        f"{parser.prog} has no option {name}.{suggestion(name, known)} {_all_of(parser)}"
+    )
+
+
+def _all_of(parser: ArgumentParser) -> str:
+    return f"`{parser.prog} --help` lists all."
 
 
 def option_values(words: Sequence[str], name: str) -> list[str]:
     """Return the values that `words` gives to --name, in order."""
-    flag = f"--{name}"
-    pairs = zip_longest(words, words[1:], fillvalue="")
-    return [
-        word.removeprefix(f"{flag}=") if word != flag else following
-        for word, following in pairs
-        if word == flag or word.startswith(f"{flag}=")
-    ]
+    start = f"--{name}="
+    return [word.removeprefix(start) for word in _joined(words, name) if word.startswith(start)]
 
 
-def _config_first(words: Sequence[str]) -> list[str]:
-    files = option_values(words, "config")
-    rest, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word == "--config":
-            skip = True
-        elif not word.startswith("--config="):
-            rest.append(word)
-    return [f"--config={file}" for file in files] + rest
+def _joined(words: Sequence[str], name: str) -> list[str]:
+    """Return `words` with --name and its value as one of them."""
+    flag, rest = f"--{name}", iter(words)
+    return [f"{flag}={next(rest, '')}" if word == flag else word for word in rest]
 
 
 class _Loader(yaml.SafeLoader):
@@ -175,7 +204,9 @@ def _check_keys(path: str, parser: ArgumentParser) -> None:
         if key not in known:
             group = key.rpartition(".")[0]
             near = [name for name in known if name.rpartition(".")[0] == group] or known
-            raise ConfigurationError(f"{path} has an unknown key {key!r}.{nearest(key, near)}")
+            raise ConfigurationError(
+                f"{path} has an unknown key {key!r}.{suggestion(key, near)} {_all_of(parser)}"
+            )
 
 
 def _keys(content: Mapping[Any, Any]) -> Iterator[str]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
-from furina.cli.parsing import add_fields, add_options, option_values, read_yaml
-from furina.cli.shared import MAIN_SUITE, console, own_readme, require_backbone
+from furina.backbones.architectures import ARCHITECTURES
+from furina.backbones.names import local_folder, require_targets
+from furina.cli.parsing import Command, add_group, option_values, read_yaml
+from furina.cli.shared import MAIN_SUITE, console, own_readme
 from furina.data.sources import resolve_source
-from furina.errors import ConfigurationError, nearest
-from furina.options.signatures import method_names, method_options
+from furina.errors import ConfigurationError
+from furina.storage import require_writable
 
 if TYPE_CHECKING:
     from furina.experiment.config import RunConfig
@@ -22,30 +25,68 @@ if TYPE_CHECKING:
     from furina.suites.jobs import Slurm
 
 
-def fit_options(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Add the fields of RunConfig, and the options of the method that `words` choose."""
-    from furina.experiment.config import SCORING, RunConfig
+@dataclass(kw_only=True)
+class Fit(Command):
+    """Fine-tune a backbone on a task with a method; a killed run goes on where it was."""
 
-    parser.add_argument("--config", action="config", help="YAML file of these options")
-    parser.add_argument(
-        "--run-dir",
-        type=Path | None,
-        default=None,
-        help="folder of the run, where it is also resumed; runs/METHOD--TASK--seedSEED if none",
+    example: ClassVar[str] = (
+        "furina fit --method furina --task arc_easy --steps 60 --adapter.rank 16"
     )
-    parser.add_argument(
-        "--show-groups",
-        action="store_true",
-        help="only print every trained parameter with its learning rate and weight decay",
-    )
-    parser.add_argument(
-        "--steps",
-        type=int | None,
-        default=None,
-        help=f"optimiser steps; {RunConfig.steps} if epochs is none too",
-    )
-    add_fields(parser, RunConfig, skip={"adapter", "steps", *SCORING})
-    _add_method_options(parser, _method(words, RunConfig.method))
+
+    run_dir: Path | None = None
+    """folder of the run, where it is also resumed; runs/METHOD--TASK--seedSEED if none"""
+    show_groups: bool = False
+    """only print every trained parameter with its learning rate and weight decay"""
+    steps: int | None = None
+    """optimiser steps; 60 if epochs is none too"""
+    warmup_steps: int | None = None
+    """optimiser steps of linear warm-up; 5, or all of a shorter run, if none"""
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser, words: Sequence[str]) -> None:
+        """Add the fields of RunConfig too, and the options of the method that `words` choose."""
+        from furina.experiment.config import SCORING, RunConfig
+
+        parser.add_argument("--config", action="config", help="YAML file of these options")
+        super().add_options(parser, words)
+        add_group(parser, RunConfig, skip={"adapter", "steps", "warmup_steps", *SCORING})
+        method = _method(words, RunConfig.method)
+        adapter = RunConfig(method=method).adapter_config()
+        if adapter is not None:
+            title = f"options of method {method}"
+            add_group(parser, type(adapter), prefix="adapter.", title=title)
+
+    def run(self, config: object = None, **given: Any) -> None:
+        """Fine-tune, or go on where a killed run was, and say what came out."""
+        settings = self._settings(given)
+        settings.check_training()
+        require_targets(settings.backbone, settings.targets)
+        run_dir = self.run_dir or Path("runs") / settings.name
+        require_writable(run_dir)
+        resolve_source(settings.source, settings.data_dir)
+        from furina.kernels.processor import use_cores
+
+        use_cores()
+        if self.show_groups:
+            _print_groups(settings)
+            return
+        from furina.experiment.fit import fit
+
+        training = fit(settings, run_dir).training
+        loss, seconds = f"{training.final_loss:.4f}", f"{training.seconds:.0f}"
+        print(f"loss {loss} after {training.steps} steps, {seconds} s")
+        print(f"{training.trainable:,} of {training.total:,} parameters were trained")
+        print(f"{run_dir / 'adapter'}: the adapter; next: {_evaluation(settings, run_dir)}")
+
+    def _settings(self, given: dict[str, Any]) -> RunConfig:
+        from furina.experiment.config import RunConfig
+
+        steps, warmup_steps = self.steps, self.warmup_steps
+        if steps is None and given["epochs"] is None:
+            steps = RunConfig.steps
+        if warmup_steps is None:
+            warmup_steps = min(RunConfig.warmup_steps, max(steps or RunConfig.warmup_steps, 0))
+        return RunConfig(**given, steps=steps, warmup_steps=warmup_steps)
 
 
 def _method(words: Sequence[str], default: str) -> str:
@@ -53,54 +94,6 @@ def _method(words: Sequence[str], default: str) -> str:
     files = [read_yaml(path) for path in option_values(words, "config")]
     named = [str(content["method"]) for content in files if "method" in content]
     return [default, *named, *option_values(words, "method")][-1]
-
-
-def _add_method_options(parser: ArgumentParser, method: str) -> None:
-    if method == "base":
-        return
-    if method not in method_names():
-        known = nearest(method, [*method_names(), "base"])
-        raise ConfigurationError(f"Unknown method {method!r}.{known}")
-    prefix, title, options = "adapter.", f"options of method {method}", method_options(method)
-    if options is not None:
-        add_options(parser, options, prefix, title)
-        return
-    from furina.adapters import methods
-
-    add_fields(parser, methods()[method], prefix, title=title)
-
-
-def fit(options: Namespace) -> None:
-    """Fine-tune, or go on where a killed run was, and say what came out."""
-    from furina.experiment.config import RunConfig
-    from furina.storage import require_writable
-
-    given = options.as_dict()
-    if given["steps"] is None and given["epochs"] is None:
-        given["steps"] = RunConfig.steps
-    own = ("config", "run_dir", "show_groups")
-    config = RunConfig(**{key: given[key] for key in given if key not in own})
-    if config.is_base:
-        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
-    config.check_tasks()
-    config.check_sizes()
-    require_backbone(config.backbone)
-    run_dir = options.run_dir or Path("runs") / config.name
-    require_writable(run_dir)
-    resolve_source(config.source, config.data_dir)
-    config.adapter_config()
-    from furina.kernels.processor import use_cores
-
-    use_cores()
-    if options.show_groups:
-        _print_groups(config)
-        return
-    from furina.experiment.fit import fit as train
-
-    training = train(config, run_dir).training
-    print(f"loss {training.final_loss:.4f} after {training.steps} steps, {training.seconds:.0f} s")
-    print(f"{training.trainable:,} of {training.total:,} parameters were trained")
-    print(f"{run_dir / 'adapter'}: the adapter; next: {_evaluation(config, run_dir)}")
 
 
 def _evaluation(config: RunConfig, run_dir: Path) -> str:
@@ -132,145 +125,120 @@ def _print_groups(config: RunConfig) -> None:
             print(f"  {name}")
 
 
-def run_options(parser: ArgumentParser, words: Sequence[str]) -> None:
-    """Add the options of `furina run`."""
-    from furina.suites.jobs import Slurm
+@dataclass(kw_only=True)
+class Run(Command):
+    """Run every cell of a suite that is not finished, here or on a cluster, then report."""
 
-    parser.add_argument(
-        "suite",
-        nargs="?",
-        type=str,
-        default=MAIN_SUITE,
-        help=f"folder of defaults.yaml and one file per row, or its name in experiments/; "
-        f"{MAIN_SUITE} if none",
-    )
-    parser.add_argument(
-        "--scale",
-        type=Literal["cpu", "paper"] | None,
-        default=None,
-        help="of a suite that has both: what two CPU cores finish, or the paper's own settings",
-    )
-    for name, what in (("rows", "rows of the table"), ("tasks", "tasks or mixtures")):
-        parser.add_argument(
-            f"--{name}", nargs="+", type=str, default=["all"], help=f"only the runs of these {what}"
-        )
-    parser.add_argument(
-        "--seeds",
-        type=int | None,
-        default=None,
-        help="run each with the seeds 0 to n - 1; with those of its files if none",
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="score all test questions, into a suite of their own"
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only list the runs with their estimated cost and memory (and Slurm's script)",
-    )
-    parser.add_argument(
-        "--show-config",
-        action="store_true",
-        help="only print the resolved runs, each value with the file or option that gives it",
-    )
-    parser.add_argument(
-        "--device",
-        type=str | None,
-        default=None,
-        help="with --dry-run, what to plan for: cpu, a100-80gb, h100-80gb, h200, rtx-4090 or l40s",
-    )
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder that takes the records"
-    )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at once, each a process or a job of its own"
-    )
-    parser.add_argument(
-        "--cluster",
-        type=Literal["local", "slurm"],
-        default="local",
-        help="where they run: on this machine, or as an array of Slurm jobs",
-    )
-    add_fields(parser, Slurm, prefix="slurm.", title="what each job asks of Slurm")
+    example: ClassVar[str] = "furina run main --scale cpu --rows furina lora"
 
+    suite: str = field(default=MAIN_SUITE, metadata={"nargs": "?"})
+    """folder of defaults.yaml and one file per row, or its name in experiments/; quickstart if
+    none"""
+    scale: Literal["cpu", "paper"] | None = None
+    """of a suite that has both: what two CPU cores finish, or the paper's own settings"""
+    rows: Sequence[str] = ("all",)
+    """only the runs of these rows of the table"""
+    tasks: Sequence[str] = ("all",)
+    """only the runs of these tasks or mixtures"""
+    seeds: int | None = None
+    """run each with the seeds 0 to n - 1; with those of its files if none"""
+    full: bool = False
+    """score all test questions, into a suite of their own"""
+    dry_run: bool = False
+    """only list the runs with their estimated cost and memory (and Slurm's script)"""
+    show_config: bool = False
+    """only print the resolved runs, each value with the file or option that gives it"""
+    device: str | None = None
+    """with --dry-run, what to plan for: cpu, a100-80gb, h100-80gb, h200, rtx-4090 or l40s"""
+    results: Path = Path("results")
+    """folder that takes the records"""
+    runs: Path = Path("runs")
+    """folder of checkpoints and logs"""
+    jobs: int = 1
+    """runs at once, each a process or a job of its own"""
+    cluster: Literal["local", "slurm"] = "local"
+    """where they run: on this machine, or as an array of Slurm jobs"""
 
-def run(options: Namespace) -> None:
-    """Run what is missing, then regenerate the report and print the suite's tables.
+    @classmethod
+    def add_options(cls, parser: ArgumentParser, words: Sequence[str]) -> None:
+        """Add the options of Slurm too."""
+        from furina.suites.jobs import Slurm
 
-    The runs that succeeded are reported even if others failed.
-    """
-    from furina.experiment.devices import device
-    from furina.records import RecordError
-    from furina.storage import require_writable
-    from furina.suites import FailedRunsError, Folders, read_suite, run_suite
-    from furina.suites.jobs import run_jobs
+        super().add_options(parser, words)
+        add_group(parser, Slurm, prefix="slurm.", title="what each job asks of Slurm")
 
-    folders, slurm = Folders(options.results, options.runs), _slurm(options)
-    for folder in (folders.results, folders.runs):
-        require_writable(folder)
-    if options.device and not options.dry_run:
-        raise ConfigurationError("--device has no effect without --dry-run.")
-    if options.device:
-        device(options.device)
-    suite = read_suite(
-        options.suite, options.scale, options.rows, options.tasks, options.seeds, options.full
-    )
-    if options.show_config:
-        from furina.suites.show import resolved_text
+    def run(self, slurm: dict[str, Any]) -> None:
+        """Run what is missing, then regenerate the report and print the suite's tables.
 
-        print(resolved_text(suite))
-        return
-    for backbone in {run.backbone for run in suite.runs} if not options.dry_run else ():
-        require_backbone(backbone)
-    from furina.kernels.processor import use_cores
+        The runs that succeeded are reported even if others failed.
+        """
+        from furina.experiment.devices import device
+        from furina.records import RecordError
+        from furina.suites import FailedRunsError, Folders, read_suite, run_suite
+        from furina.suites.jobs import run_jobs
 
-    use_cores()
-    if options.dry_run:
-        _print_plan(suite, options, slurm)
-        return
-    try:
-        if options.jobs == 1 and slurm is None:
-            run_suite(suite, folders)
-        else:
-            run_jobs(suite, folders, options.jobs, slurm)
-    except FailedRunsError:
-        with suppress(RecordError):  # no run succeeded: there is nothing to report
-            _report(suite, options.results, fill_readme=False)
-        raise
-    _report(suite, options.results, fill_readme=True)
+        folders, cluster = Folders(self.results, self.runs), self._cluster(slurm)
+        for folder in (folders.results, folders.runs):
+            require_writable(folder)
+        if self.device and not self.dry_run:
+            raise ConfigurationError("--device has no effect without --dry-run.")
+        if self.device:
+            device(self.device)
+        suite = read_suite(self.suite, self.scale, self.rows, self.tasks, self.seeds, self.full)
+        if self.show_config:
+            from furina.suites.show import resolved_text
 
+            print(resolved_text(suite))
+            return
+        for backbone, targets in {(run.backbone, run.targets) for run in suite.runs}:
+            if not self.dry_run:
+                require_targets(backbone, targets)
+            elif backbone not in ARCHITECTURES:
+                local_folder(backbone)
+        from furina.kernels.processor import use_cores
 
-def _slurm(options: Namespace) -> Slurm | None:
-    """Return what is asked of Slurm, None if the runs stay here."""
-    from furina.suites.jobs import Slurm
+        use_cores()
+        if self.dry_run:
+            self._print_plan(suite, cluster)
+            return
+        try:
+            if self.jobs == 1 and cluster is None:
+                run_suite(suite, folders)
+            else:
+                run_jobs(suite, folders, self.jobs, cluster)
+        except FailedRunsError:
+            with suppress(RecordError):  # no run succeeded: there is nothing to report
+                _report(suite, self.results, fill_readme=False)
+            raise
+        _report(suite, self.results, fill_readme=True)
 
-    if options.jobs < 1:
-        raise ConfigurationError(f"--jobs {options.jobs} must be at least 1.")
-    wanted = Slurm(**options.slurm.as_dict())
-    if options.cluster == "slurm":
-        return wanted
-    if wanted != Slurm():
-        raise ConfigurationError("Options of --slurm have no effect without --cluster slurm.")
-    return None
+    def _cluster(self, given: dict[str, Any]) -> Slurm | None:
+        """Return what is asked of Slurm, None if the runs stay here."""
+        from furina.suites.jobs import Slurm
 
+        if self.jobs < 1:
+            raise ConfigurationError(f"--jobs {self.jobs} must be at least 1.")
+        wanted = Slurm(**given)
+        if self.cluster == "slurm":
+            return wanted
+        if wanted != Slurm():
+            raise ConfigurationError("Options of --slurm have no effect without --cluster slurm.")
+        return None
 
-def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
-    """List the runs with what they come to, and Slurm's script if they would go there."""
-    from furina.experiment.planning import DEVICE, plan_all
-    from furina.experiment.summary import summary
-    from furina.reporting import print_tables
-    from furina.suites import Folders
-    from furina.suites.jobs import slurm_script
+    def _print_plan(self, suite: Suite, slurm: Slurm | None) -> None:
+        """List the runs with what they come to, and Slurm's script if they would go there."""
+        from furina.experiment.planning import DEVICE, plan_all
+        from furina.experiment.summary import summary
+        from furina.reporting import print_tables
+        from furina.suites import Folders
+        from furina.suites.jobs import slurm_script
 
-    for run in suite.runs:
-        print(f"{run.suite}: {run.title}, {run.backbone}")
-    device = options.device or (DEVICE if suite.scale == "paper" else "cpu")
-    print_tables([summary(plan_all(suite.runs, device))], console())
-    if slurm is not None:
-        print(slurm_script(suite, Folders(options.results, options.runs), options.jobs, slurm))
+        for run in suite.runs:
+            print(f"{run.suite}: {run.title}, {run.backbone}")
+        device = self.device or (DEVICE if suite.scale == "paper" else "cpu")
+        print_tables([summary(plan_all(suite.runs, device))], console())
+        if slurm is not None:
+            print(slurm_script(suite, Folders(self.results, self.runs), self.jobs, slurm))
 
 
 def _report(suite: Suite, results: Path, fill_readme: bool) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
-import types
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from furina.errors import nearest
-from furina.options.signatures import WORDS, in_words
+from furina.options.hints import WORDS, in_words
 
 _LIMITED = {
     PositiveInt: "a whole number of at least 1",
@@ -49,40 +49,35 @@ def _shown(default: Any) -> str:
 
 def metavar(hint: Any) -> str | None:
     """Return what stands for a value of type `hint` in the help; None where the type is enough."""
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     if get_origin(kind) in (list, tuple, Sequence):
         return "'[A, B]'"
     if get_origin(kind) is dict:
         return "'{A: {…}}'"
-    return _METAVARS.get(kind, "TEXT")
+    kinds = kind.__mro__ if isinstance(kind, type) else ()
+    return next((_METAVARS[each] for each in kinds if each in _METAVARS), "TEXT")
 
 
 def sentence(error: ArgumentError, parser: ArgumentParser) -> str:
     """Return the parser's complaint as one sentence: option, value and what is allowed."""
     text = " ".join(str(error).split())
     wrong = _WRONG_NUMBER.match(text) or _WRONG_VALUE.match(text)
-    action = wrong and _action(parser, wrong["key"])
-    if not wrong or action is None:
+    named = {action.dest: action for action in parser._actions}
+    if not wrong or wrong["key"] not in named:
         return f"{parser.prog}: {text}" + ("" if text.endswith(".") else ".")
+    action = named[wrong["key"]]
     hint = getattr(action, "_typehint", str)
     value = next(value for name, value in wrong.groupdict().items() if name != "key" and value)
     option = action.option_strings[0] if action.option_strings else action.dest
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if get_origin(kind) is Literal:
         return f"{option} cannot be {value!r}.{nearest(value, map(str, get_args(kind)))}"
     return f"{option} must be {in_words(hint, {**WORDS, **_LIMITED})}, not {value!r}."
 
 
-def _action(parser: ArgumentParser, key: str) -> argparse.Action | None:
-    return next((action for action in parser._actions if action.dest == key), None)
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
-def _without_none(hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if _is_union(hint) else []
-    return kinds[0] if len(kinds) == 1 else hint
+def without_none(hint: Any) -> Any:
+    """Return the type of an option's values other than null, where it is one."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if get_origin(hint) in (Union, UnionType) and len(kinds) == 1 else hint

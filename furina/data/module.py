@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
+from torch import nn
 
 from furina.data.batches import Example, InOrder, StepBatches, encode_examples
 from furina.data.encoding import check_vocabulary
@@ -109,17 +110,28 @@ class TaskDataModule(lightning.LightningDataModule):
             encode = partial(self._encode, name, share)
             self._train += repeat(encode(self.train_items[name]), share.weight, self.seed, name)
             self._validation += encode(validation)
-        self._check_vocabulary()
+        self._check_rows()
 
-    def _check_vocabulary(self) -> None:
-        """Refuse tokens that the trainer's model has no embedding for, which would end in a crash.
+    def _check_rows(self) -> None:
+        """Refuse what the trainer's model has no embedding for, which would end in a crash.
 
-        A plain loop has no trainer, and is not known to have a model.
+        That are tokens, and positions where they are learned. A plain loop has no trainer, and is
+        not known to have a model.
         """
-        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
-        if embeddings := getattr(model, "get_input_embeddings", None):
-            ids = [(self.pad_id,), *(row.input_ids for row in self._train + self._validation)]
-            check_vocabulary(self.tokenizer, ids, len(embeddings().weight))
+        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        if not hasattr(model, "get_input_embeddings"):
+            return
+        rows = [row.input_ids for row in self._train + self._validation]
+        embeddings = model.get_input_embeddings()
+        check_vocabulary(self.tokenizer, [(self.pad_id,), *rows], len(embeddings.weight))
+        longest, others = max(map(len, rows)), {*model.modules()} - {embeddings}
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", longest)
+        learned = any(isinstance(m, nn.Embedding) and m.num_embeddings >= positions for m in others)
+        if longest > positions and learned:
+            raise ConfigurationError(
+                f"A row to train on has {longest} tokens, and the model {positions} positions: set "
+                f"max_length to {positions} or less."
+            )
 
     def _encode(self, name: str, share: Share, items: list[Item]) -> list[Example]:
         task_type = share.task_type if self.is_mixture else None

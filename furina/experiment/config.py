@@ -13,7 +13,7 @@ from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
-from furina.options.signatures import method_names, method_options
+from furina.options.registry import registry
 from furina.records import RecordError, codec
 
 if TYPE_CHECKING:
@@ -181,6 +181,21 @@ class RunConfig:
                     f"{name}={value} is a part of file names: leave out slashes and a leading dot."
                 )
 
+    def check_training(self) -> None:
+        """Raise ConfigurationError for what could not be trained, as far as the config tells."""
+        if self.is_base:
+            raise ConfigurationError(
+                "method base has nothing to fit: choose one of `furina methods`."
+            )
+        if self.dtype == "float16":
+            raise ConfigurationError(
+                "dtype=float16 loses small gradients unless the loss is scaled, which furina does "
+                "not do: train in bfloat16, float32 or auto."
+            )
+        self.check_tasks()
+        self.check_sizes()
+        self.adapter_config()
+
     def check_sizes(self) -> None:
         """Raise ConfigurationError for sizes of training that leave an option without effect."""
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
@@ -302,24 +317,17 @@ class RunConfig:
     def adapter_config(self) -> AdapterConfig | None:
         """Return the method's checked options, None for base.
 
-        Raises ConfigurationError for an unknown method or option, with the nearest right one.
+        Where torch is not loaded they build no layers; see `furina.options.registry`. Raises
+        ConfigurationError for an unknown method or option, with the nearest right one.
         """
         if self.is_base:
             return None
-        if self.method not in method_names():
-            known = nearest(self.method, [*method_names(), "base"])
+        methods = registry().methods()
+        if self.method not in methods:
+            known = nearest(self.method, [*methods, "base"])
             raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
-        options = method_options(self.method)
-        for option in self.adapter:
-            if options is not None and option not in options:
-                raise ConfigurationError(
-                    f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
-                )
-        from furina.adapters import methods
-        from furina.model.router_removal import has_router
-
-        made = _configured(methods()[self.method], json.dumps(self.adapter, sort_keys=True))
-        if self.score_without_router and not has_router(made):
+        made = _configured(methods[self.method], json.dumps(self.adapter, sort_keys=True))
+        if self.score_without_router and not hasattr(made, "without_router"):
             raise ConfigurationError(
                 f"score_without_router: method {self.method} has no router that could be removed."
             )
@@ -343,6 +351,5 @@ def _exponent(config: RunConfig, name: str) -> bool:
 @cache
 def _configured(method: type[AdapterConfig], options: str) -> AdapterConfig:
     """Check a method's options once: the runs of a suite have them in common."""
-    from furina.adapters import configure
-
-    return configure(method.name, json.loads(options))
+    made: AdapterConfig = registry().configure(method.name, json.loads(options))
+    return made

@@ -138,11 +138,7 @@ def read_kept(file: Path, kind: type[K]) -> K:
 
 def _check(config: RunConfig) -> None:
     """Refuse what can be refused without reading anything."""
-    if config.is_base:
-        raise ConfigurationError("method base has nothing to fit: choose one of `furina methods`.")
-    config.check_tasks()
-    config.check_sizes()
-    config.adapter_config()
+    config.check_training()
     if config.compile:
         require_backend(config.compile)
     if is_rank():

@@ -22,8 +22,9 @@ from torch import nn
 from furina.adapters import AdapterConfig
 from furina.errors import ConfigurationError, nearest
 from furina.model.also_trained import also_trained
-from furina.model.checkpoint import load, read_adapter_config
+from furina.model.checkpoint import load
 from furina.model.combination import Combination, combined_factors, lora_of
+from furina.model.config_file import read_adapter_config
 from furina.model.inject import adapt, detach, reattach
 from furina.model.merging import is_merged, merge
 from furina.model.parameters import load_adapter_state_dict

@@ -18,9 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from furina.adapters import AdapterConfig, configure
 from furina.errors import AdapterFileError, ConfigurationError
 from furina.model.also_trained import also_trained, borrow
+from furina.model.config_file import (
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    TENSOR_FILE,
+    adapter_config,
+    config_checksum,
+    read_adapter_config,
+)
 from furina.model.fingerprint import SAMPLES, backbone_entry, backbone_weights, difference
 from furina.model.inject import ModelT, adapt, remove
 from furina.model.merging import require_unchanged
@@ -28,26 +36,6 @@ from furina.model.parameters import adapter_state_dict, load_adapter_state_dict
 from furina.model.state import require_adaptable, state_of
 from furina.storage import atomic_directory, sha256_file, write_json
 
-CONFIG_FILE = "furina_config.json"
-TENSOR_FILE = "furina_adapter.safetensors"
-FORMAT = "furina-adapter"
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""The versions of adapter folders that `load` reads."""
-
-_KEYS = {
-    "format": str,
-    "version": int,
-    "method": str,
-    "options": dict,
-    "targets": list,
-    "modules": dict,
-    "backbone": dict,
-    "also_trained": list,
-    "tensors_sha256": str,
-    "sha256": str,
-}
-_NEW_IN_2 = {"also_trained", "tensors_sha256", "sha256"}
 _FINGERPRINT = "backbone_weights"
 """The fingerprint's key in the tensor file's metadata."""
 
@@ -136,60 +124,9 @@ def _load(model: ModelT, path: Path, check_backbone: bool) -> ModelT:
     return model
 
 
-def read_adapter_config(path: str | Path) -> dict[str, Any]:
-    """Return the checked content of an adapter folder's config; raises AdapterFileError."""
-    file = Path(path) / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterFileError(
-            f"{path} is not a furina adapter folder: "
-            f"{f'it has no {CONFIG_FILE}' if Path(path).exists() else 'there is no such folder'}; "
-            "pass a folder that furina.save wrote."
-        )
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{file} is damaged ({error}): save the adapter again.") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise AdapterFileError(f"{file} is not the config of a furina adapter: check the path.")
-    version = saved.get("version")
-    if isinstance(version, bool) or version not in READABLE:
-        raise AdapterFileError(
-            f"{file} has format version {version!r}, and this furina reads versions "
-            f"{' and '.join(map(str, READABLE))}: use the furina that wrote it."
-        )
-    expected = _KEYS.keys() if version == 2 else _KEYS.keys() - _NEW_IN_2
-    wrong = sorted(saved.keys() ^ expected)
-    wrong = wrong or [key for key in expected if not isinstance(saved[key], _KEYS[key])]
-    if wrong:
-        raise AdapterFileError(
-            f"{file} has missing, unknown or mistyped keys {wrong}: save the adapter again."
-        )
-    if version == 2 and saved["sha256"] != config_checksum(saved):
-        raise AdapterFileError(
-            f"{file} is not as furina.save wrote it, by its checksum: copy or save it again."
-        )
-    return {"also_trained": []} | saved
-
-
-def config_checksum(config: Mapping[str, Any]) -> str:
-    """Return the sha256 of a config's content, whatever its layout, but for the checksum itself."""
-    content = {key: value for key, value in config.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def adapter_config(saved: dict[str, Any], path: str | Path) -> AdapterConfig:
-    """Return the method's config stored in an adapter folder; raises AdapterFileError."""
-    try:
-        return configure(saved["method"], saved["options"])
-    except ConfigurationError as error:
-        raise AdapterFileError(f"{Path(path) / CONFIG_FILE}: {error}") from error
-
-
 def _read_tensors(path: Path, saved: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
     """Return the tensors and the backbone's fingerprint; raises AdapterFileError."""
     file = path / TENSOR_FILE
-    if not file.is_file():
-        raise AdapterFileError(f"{path} has no {TENSOR_FILE}: save the adapter again.")
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:

@@ -1,1 +1,1 @@
-"""What an option may be: its type, in words, and read without torch."""
+"""What an option may be: its type, in words, and checked without torch."""

@@ -1,10 +1,35 @@
-"""What the values of a config's options may be, read from their annotations."""
+"""What the values of a config's options may be, read from their annotations and said in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    NoneType: "null",
+}
+
+
+def in_words(hint: Any, words: Mapping[Any, str] = WORDS) -> str:
+    """Say what a value of type `hint` is, without Python's names; `words` has those of scalars."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(in_words(each, words) for each in arguments)
+    if kind is Literal:
+        return "one of " + ", ".join(map(repr, arguments))
+    if kind in (list, tuple, Sequence):
+        return "a list such as [a, b]"
+    if kind in (dict, Mapping):
+        return "a mapping such as {a: 1}"
+    return words.get(kind, str(kind))
 
 
 @cache

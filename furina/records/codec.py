@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from furina.errors import FurinaError, nearest
-from furina.options.signatures import in_words
+from furina.options.hints import in_words
 from furina.storage import write_text
 
 T = TypeVar("T")

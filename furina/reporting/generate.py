@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from furina.errors import FurinaError, nearest
-from furina.options.signatures import method_names
+from furina.options.registry import registry
 from furina.records import RecordError
 from furina.reporting import readme as readme_block
 from furina.reporting import render
@@ -100,7 +100,7 @@ def generate(
 
 def _warn_of_strangers(suites: Mapping[str, Sequence[Suite]]) -> None:
     """Warn of records that are tabulated though they may lie there by mistake."""
-    known = {*method_names(), "base"}
+    known = {*registry().methods(), "base"}
     for name, (suite, *_) in suites.items():
         for run in suite.runs:
             method, own = run.record.method, run.record.suite

@@ -280,10 +280,18 @@ def test_the_command_writes_the_record_and_its_maps_and_prints_the_numbers(
         ("absent", [], "is not a furina adapter folder"),
         ("furina", ["--task", "arc_esy"], "Did you mean 'arc_easy'"),
         ("furina", ["--protocol", "cot"], "Protocol cot cannot ask arc_easy"),
-        ("furina", ["--items", "0"], "--items=0 must be at least 1"),
-        ("furina", ["--examples", "-1"], "--examples=-1 must be at least 0"),
+        ("furina", ["--items", "0"], "--items must be a whole number of at least 1, not '0'"),
+        (
+            "furina",
+            ["--examples", "-1"],
+            "--examples must be a whole number of at least 0, not '-1'",
+        ),
         ("furina", ["--items", "few"], "--items must be a whole number"),
-        ("furina", ["--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        (
+            "furina",
+            ["--batch-size", "0"],
+            "--batch-size must be a whole number of at least 1, not '0'",
+        ),
         ("furina", ["--backbone", "tiny-qwen2"], "trained on other weights"),
     ],
 )
@@ -299,6 +307,13 @@ def test_wrong_input_is_one_sentence(
     message = capsys.readouterr().err
     assert said in message and len(message.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_one_sentence() -> None:
+    model = model_of()
+    model.resize_token_embeddings(100)
+    with pytest.raises(ConfigurationError, match=r"is number \d+, and the model has 100 embedd"):
+        analysed(model)
 
 
 def test_a_record_is_never_overwritten(

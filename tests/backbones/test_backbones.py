@@ -147,7 +147,9 @@ def test_attention_implementation_is_passed_on():
 
 
 def test_an_unknown_name_suggests_the_nearest(offline):
-    with pytest.raises(ConfigurationError, match=f"smollm2-135m is not .*Did you mean '{MODEL}'"):
+    with pytest.raises(
+        ConfigurationError, match=f"'smollm2-135m' is no name .*Did you mean '{MODEL}'"
+    ):
         load_backbone("smollm2-135m")
     with pytest.raises(ConfigurationError, match=r"'tiny-lama'.*Did you mean 'tiny-llama'"):
         load_tokenizer("tiny-lama")

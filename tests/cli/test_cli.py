@@ -68,6 +68,14 @@ def test_an_example_is_accepted_by_its_own_parser(name: str) -> None:
     parse(COMMANDS[name].parser(words), words)
 
 
+def test_a_misspelt_option_is_not_answered_with_the_whole_list(furina: Cli) -> None:
+    _, _, message = furina("fit", "--lerning-rate", "1")
+    assert message == (
+        "error: furina fit has no option --lerning-rate. Did you mean '--learning-rate'? "
+        "`furina fit --help` lists all.\n"
+    )
+
+
 def test_help_and_methods_load_neither_lightning_nor_lm_eval() -> None:
     program = (
         "import sys; from furina.cli import main; main(sys.argv[1:]); "
@@ -199,31 +207,38 @@ def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("words", "steps", "epochs"),
+    ("words", "steps", "epochs", "warm_up"),
     [
-        ([], 60, None),
-        (["--epochs", "2"], None, 2),
-        (["--steps", "7"], 7, None),
-        (["--steps", "null", "--epochs", "3"], None, 3),
-        (["--config", "epochs.yaml"], None, 4),
+        ([], 60, None, 5),
+        (["--epochs", "2"], None, 2, 5),
+        (["--steps", "7"], 7, None, 5),
+        (["--steps", "3"], 3, None, 3),
+        (["--steps", "3", "--warmup-steps", "0"], 3, None, 0),
+        (["--steps", "null", "--epochs", "3"], None, 3, 5),
+        (["--config", "epochs.yaml"], None, 4, 5),
+        (["--config", "warm_up.yaml", "--steps", "3"], 3, None, 2),
     ],
 )
-def test_epochs_stand_in_place_of_steps(
+def test_epochs_stand_in_place_of_steps_and_the_warm_up_follows_few_steps(
     words: list[str],
     steps: int | None,
     epochs: int | None,
+    warm_up: int,
     furina: Cli,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(config: RunConfig, _: Path) -> None:
-        raise ConfigurationError(f"steps {config.steps}, epochs {config.epochs}")
+        raise ConfigurationError(
+            f"steps {config.steps}, epochs {config.epochs}, warm-up {config.warmup_steps}"
+        )
 
     monkeypatch.setattr("furina.experiment.fit.fit", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "epochs.yaml").write_text("epochs: 4\n")
+    (tmp_path / "warm_up.yaml").write_text("warmup_steps: 2\n")
     result = furina("fit", "--backbone", "tiny-llama", *words)
-    assert fails_in_one_sentence(result, f"steps {steps}, epochs {epochs}")
+    assert fails_in_one_sentence(result, f"steps {steps}, epochs {epochs}, warm-up {warm_up}")
 
 
 def test_dashes_and_underscores_in_option_names_are_alike() -> None:

@@ -119,6 +119,13 @@ def test_adapters_of_two_backbones_are_not_guessed_between(
     assert "name several backbones" in capsys.readouterr().err
 
 
+def test_what_a_killed_evaluation_left_is_gone_after_the_next(made: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.half").mkdir()
+    words = [*words_of("evaluate", made, tmp_path), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("words", [["merge"], ["export", "--format", "merged"]])
 def test_what_was_trained_in_float32_is_written_in_the_checkpoints_dtype_and_that_is_said(
     words: list[str], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

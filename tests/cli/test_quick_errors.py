@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from furina.adapters import methods
-from furina.cli import main
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import _field_docstrings
-from furina.cli.shared import ADAPTER_CONFIG, require_adapter
-from furina.errors import AdapterFileError, ConfigurationError
-from furina.experiment.config import RunConfig
-from furina.options.signatures import method_names, method_options
+from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, config_checksum
+from furina.options.registry import _run, _without_torch, registry
 
 ROOT = Path(__file__).parents[2]
+READ = {
+    "merge": "out",
+    "export": "out",
+    "evaluate --task arc_easy --adapter-path": "",
+    "latency --adapter-path": "",
+    "analyse --task arc_easy --out x.json": "",
+}
+"""Commands that read an adapter, before and after its folder."""
 WRONG = {
     "evalute": "Did you mean 'evaluate'?",
     "--jsno": "name a command first",
@@ -48,6 +55,12 @@ WRONG = {
     "fit --backbone ./nowhere": "./nowhere is no model folder",
     "fit --backbone smollm2-135m-instuct": "Did you mean 'smollm2-135m-instruct'?",
     "fit --backbone tiny-llama --data-dir nowhere": "no data folder nowhere: correct --data-dir",
+    "fit --backbone nope": "'nope' is no name of a model on the hub",
+    "fit --backbone tiny-lama": "Did you mean 'tiny-llama'?",
+    "fit --backbone org/": "org/ is no model folder: it is not there",
+    "fit --backbone model --targets [q_prj]": "matches no module of model. Did you mean 'q_proj'?",
+    "fit --dtype float16": "dtype=float16 loses small gradients",
+    "fit --steps 3 --warmup-steps 4": "warmup_steps=4 is more than the steps=3 of the run",
     "fit --run-dir README.md/x --backbone tiny-llama": "README.md is a file, not a folder",
     "evaluate --task arc_esy": "Did you mean 'arc_easy'?",
     "evaluate --task arc_easy --protocol txt": "Did you mean 'text'?",
@@ -72,6 +85,17 @@ WRONG = {
     "combine adapter adapter README.md/x": "README.md is a file",
     "combine adapter adapter out --power 3": "--power has no effect without --method from",
     "latency --adapter-path nowhere": "nowhere is not a furina adapter folder",
+    "latency --backbone nope": "'nope' is no name of a model on the hub",
+    **{
+        f"{words} damaged {more}": "has missing, unknown or mistyped keys ['modules']"
+        for words, more in READ.items()
+    },
+    **{f"{words} misspelt {more}": "has no option 'rnk'" for words, more in READ.items()},
+    **{f"{words} bare {more}": "bare has no furina_adapter" for words, more in READ.items()},
+    **{f"{words} nameless {more}": "name it with --backbone" for words, more in READ.items()},
+    **{f"{words} gone {more}": "was trained on ./away" for words, more in READ.items()},
+    "combine adapter nameless out": "nameless does not say which backbone",
+    "combine adapter gone out": "The adapters name several backbones",
     "latency --rounds 0": "--rounds must be a whole number of at least 1, not '0'",
     "latency --rounds many": "--rounds must be a whole number of at least 1, not 'many'",
     "latency --new-tokens 1": "time 2 or more",
@@ -81,6 +105,8 @@ WRONG = {
     "analyse adapter --task arc_easy --out README.md/x": "README.md is a file",
     "report --results nowhere": "There is no folder nowhere",
     "report --results adapter": "There are no records in adapter",
+    "report --results mine --readme README.md --suite man": "holds no suite 'man'. Known: own",
+    "report --results mine --metric acc": "No record holds a metric 'acc'",
     "report --results mine --suite main": "--suite main has no effect",
     "report --results mine --readme nowhere.md": "nowhere.md does not exist",
     "report --results mine --check --metric acc": "leave out --metric",
@@ -92,10 +118,42 @@ WRONG = {
     "run main --jobs 0": "--jobs 0 must be at least 1",
     "run main --dry-run --device h201": "Did you mean 'h200'?",
     "run main --results README.md/x": "README.md is a file",
+    "fit --adapter.rank 0": "furina: rank=0 must be at least 1",
+    "fit --adapter.top-k 9": "top_k=9 must be smaller than the 7 self-routed experts",
+    "fit --method flylora --adapter.active-rank 99": "active_rank=99 must be between 1 and rank=32",
+    "run bounds": "Method lora: rank must be a whole number, not 'many'",
+    "run elsewhere": "'nope' is no name of a model on the hub",
+    "run elsewhere --dry-run": "'nope' is no name of a model on the hub",
     "run wrong": "Method lora has no option 'rnk'. Did you mean 'rank'?",
 }
+ADAPTER = {
+    "format": "furina-adapter",
+    "version": 2,
+    "method": "lora",
+    "options": {},
+    "targets": [],
+    "modules": {},
+    "backbone": {"name": "tiny-llama"},
+    "also_trained": [],
+    "tensors_sha256": "",
+}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "adapter": {},
+    "bare": {},
+    "nameless": {"backbone": {}},
+    "gone": {"backbone": {"name": "./away"}},
+    "damaged": {"modules": []},
+    "misspelt": {"options": {"rnk": 3}},
+}
+"""Folders of adapters, and what of their config is another."""
+SUITES = {
+    "wrong": "adapter: {rnk: 3}",
+    "bounds": "adapter: {rank: many}",
+    "elsewhere": "backbone: nope",
+}
+"""Suites of one row, and a line of its file."""
 PROGRAM = """
-import contextlib, io, json, sys
+import contextlib, io, json, shlex, sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
@@ -109,7 +167,7 @@ from furina.cli import main
 said = {}
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as stream:
-        said[" ".join(words)] = main(words), stream.getvalue()
+        said[shlex.join(words)] = main(words), stream.getvalue()
 print(json.dumps(said))
 """
 
@@ -119,13 +177,23 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
     """Run every wrong command in one process that cannot import torch; return status and words."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "README.md").write_text("mine")
-    (folder / "adapter").mkdir()
-    (folder / "adapter" / ADAPTER_CONFIG).write_text("{}")
+    for name, change in ADAPTERS.items():
+        config = ADAPTER | change
+        (folder / name).mkdir()
+        text = json.dumps({**config, "sha256": config_checksum(config)})
+        (folder / name / CONFIG_FILE).write_text(text)
+        (folder / name / TENSOR_FILE).touch()
+    (folder / "bare" / TENSOR_FILE).unlink()
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    save_file({"layers.0.q_proj.weight": np.ones(1)}, folder / "model" / "model.safetensors")
     (folder / "mine" / "own").mkdir(parents=True)
     (folder / "mine" / "own" / "record.json").write_text("{}")
-    (folder / "experiments" / "wrong").mkdir(parents=True)
-    (folder / "experiments" / "wrong" / "defaults.yaml").write_text("steps: 3\n")
-    (folder / "experiments" / "wrong" / "lora.yaml").write_text("method: lora\nadapter: {rnk: 3}\n")
+    for name, line in SUITES.items():
+        suite = folder / "experiments" / name
+        suite.mkdir(parents=True)
+        (suite / "defaults.yaml").write_text("steps: 3\n")
+        (suite / "lora.yaml").write_text(f"method: lora\n{line}\n")
     calls = json.dumps([shlex.split(words) for words in WRONG])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, calls],
@@ -143,7 +211,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
 def test_a_wrong_call_is_one_sentence_and_imports_nothing_heavy(
     words: str, said: dict[str, tuple[int, str]]
 ) -> None:
-    status, message = said[words]
+    status, message = said[shlex.join(shlex.split(words))]
     assert status == 2 and WRONG[words] in message, message
     assert message.startswith("error: ") and message.count("\n") == 1
 
@@ -153,37 +221,52 @@ def test_every_command_is_among_them() -> None:
 
 
 @pytest.mark.parametrize("method", methods())
-def test_the_options_read_as_text_are_those_of_the_class(method: str) -> None:
-    assert method in method_names()
-    config, hints = methods()[method], get_type_hints(methods()[method])
-    texts = _field_docstrings(config)
-    expected = [
-        (field.name, hints[field.name], field.default, " ".join(texts[field.name].split()))
-        for field in fields(config)
+def test_without_torch_a_method_has_the_options_that_it_has_with_it(method: str) -> None:
+    quick = without_torch().methods()
+    assert quick[method] is not methods()[method]
+    assert quick.keys() == methods().keys()
+    facts = [
+        (get_type_hints(config), config().to_dict(), _field_docstrings(config))
+        for config in (quick[method], methods()[method])
     ]
-    found = method_options(method)
-    assert found is not None, "its options are not written plainly, and told only after torch"
-    assert [(name, *option) for name, option in found.items()] == expected
+    assert facts[0] == facts[1]
 
 
-def test_options_that_are_not_written_plainly_are_asked_of_the_class(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+NEEDS_TORCH = """
+from dataclasses import dataclass
+import torch
+from furina.adapters.base import register
+from furina.adapters.lora import LoRAConfig
+
+@register("wide")
+@dataclass(frozen=True)
+class WideConfig(LoRAConfig):
+    {}
+"""
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [
+        "size: int = torch.iinfo(torch.int8).max",
+        "def __post_init__(self): self.require(torch.is_tensor(torch.ones(1)), 'dropout', 'x')",
+    ],
+)
+def test_a_config_that_needs_torch_is_asked_with_it(
+    needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("furina.cli.runs.method_options", lambda method: None)
-    monkeypatch.setattr("furina.experiment.config.method_options", lambda method: None)
-    for words, expected in (("--adapter.rnak 8", "adapter.rank"), ("--adapter.rank x", "whole")):
-        assert main(["fit", "--method", "lora", *words.split()]) == 2
-        assert expected in capsys.readouterr().err
-    with pytest.raises(ConfigurationError, match="Did you mean 'rank'"):
-        RunConfig(method="lora", adapter={"rnak": 8}).adapter_config()
+    for name in ("base", "lora", "registry"):
+        shutil.copy(ROOT / "furina" / "adapters" / f"{name}.py", tmp_path)
+    monkeypatch.setattr("furina.options.registry._FOLDER", tmp_path)
+    assert [*without_torch().methods()] == ["lora"]
+    (tmp_path / "wide.py").write_text(NEEDS_TORCH.format(needs))
+    assert without_torch() is sys.modules["furina.adapters"]
 
 
-def test_the_quick_look_at_an_adapters_folder_refuses_what_its_reader_refuses(
-    tmp_path: Path,
-) -> None:
-    from furina.model.checkpoint import CONFIG_FILE, read_adapter_config
-
-    assert ADAPTER_CONFIG == CONFIG_FILE
-    for look in (require_adapter, read_adapter_config):
-        with pytest.raises(AdapterFileError, match=r"it has no furina_config.json; pass a folder"):
-            look(tmp_path)
+def without_torch() -> Any:
+    """Return the registry as a new process without torch has it."""
+    for kept in (_run, _without_torch):
+        kept.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        return registry()

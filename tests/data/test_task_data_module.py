@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+import transformers
 
 from furina.data.items import overlap
 from furina.data.module import TaskDataModule
@@ -247,6 +248,28 @@ def test_tokens_beyond_the_models_embeddings_are_refused_before_the_first_step(d
     module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=backbone))
     with pytest.raises(ConfigurationError, match="is number 512"):
         module.setup("fit")
+
+
+@pytest.mark.parametrize(("kind", "learned"), [("OPT", True), ("Llama", False)])
+def test_a_row_longer_than_the_models_learned_positions_is_refused(data, kind, learned):
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "intermediate_size": 8, "word_embed_proj_dim": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=384, max_position_embeddings=12, **sizes, **heads
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    module = data()
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=model))
+    if not learned:
+        module.setup("fit")
+        return
+    with pytest.raises(
+        ConfigurationError, match=r"has \d+ tokens, and the model 12 positions: set"
+    ):
+        module.setup("fit")
+    module = data(max_length=12)
+    module.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=model))
+    module.setup("fit")
 
 
 @pytest.mark.parametrize("question", [None, " ", "half \ud800"])

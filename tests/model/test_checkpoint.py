@@ -22,7 +22,7 @@ import furina
 from furina import storage
 from furina.errors import AdapterFileError, ConfigurationError, FurinaError
 from furina.model import checkpoint
-from furina.model.checkpoint import CONFIG_FILE, TENSOR_FILE, config_checksum
+from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, config_checksum
 from furina.model.state import state_of
 from tests.helpers import BACKBONES, MERGEABLE, chain, fingerprint, perturb, raw, small, tokens
 

@@ -19,8 +19,8 @@ from furina import cli
 from furina.adapters import AdapterConfig
 from furina.errors import ConfigurationError, FurinaError, NotMergeableError
 from furina.model.adapter_sets import AdapterSet
-from furina.model.checkpoint import CONFIG_FILE
 from furina.model.combination import coefficients, frobenius_norm
+from furina.model.config_file import CONFIG_FILE
 from furina.model.state import state_of
 from tests.helpers import (
     BACKBONES,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.errors import AdapterFileError, ConfigurationError
-from furina.model.checkpoint import CONFIG_FILE, TENSOR_FILE, read_adapter_config
+from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, read_adapter_config
 from furina.model.fingerprint import backbone_entry, backbone_name, backbone_weights, published_name
 from furina.model.state import state_of
 from tests.helpers import BACKBONES, fingerprint, perturb, small

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import furina
 from furina.errors import AdapterFileError, ConfigurationError
-from furina.model.checkpoint import TENSOR_FILE, read_adapter_config
+from furina.model.config_file import TENSOR_FILE, read_adapter_config
 from furina.model.router_removal import without_router
 from furina.model.state import state_of
 from tests.helpers import BACKBONES, fingerprint, perturb, raw, small, task_loss, tokens
