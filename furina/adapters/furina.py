@@ -259,7 +259,7 @@ class FurinaLinear(MixtureLinear):
         else:
             a, b, extra = self.operands(x, update_dtype(x))
             y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
-        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, h, *extra))
+        self.record(lambda: self.selection(x, h, *extra))
         return y
 
     def derive(self) -> Operands:
@@ -395,8 +395,8 @@ class FurinaLinear(MixtureLinear):
 
     @property
     def records_statistics(self) -> bool:
-        """Whether there are experts to select from."""
-        return self.config.records_selection
+        """Whether the expert selection loss is on."""
+        return self.config.has_auxiliary_loss
 
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the routed experts' rows of A and Bᵀ, which the loss specialises."""

@@ -109,11 +109,6 @@ class LoRAMoELinear(RoutedLinear):
 
     config: LoRAMoEConfig
 
-    @property
-    def records_statistics(self) -> bool:
-        """Whether the constraint is on."""
-        return self.config.has_auxiliary_loss
-
     def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
         """Return p (B, T, N) and the sequences' types (B,).
 

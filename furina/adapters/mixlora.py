@@ -216,11 +216,6 @@ class MixLoRALinear(RoutedLinear):
         z = z * routing.selected.to(z.dtype)[..., None]
         return y + self.update(z).to(y.dtype)
 
-    @property
-    def records_statistics(self) -> bool:
-        """Whether it routes."""
-        return self.has_router
-
 
 class MixLoRAGate(MixLoRALinear):
     """The gate's linear, which routes for its block."""
@@ -244,7 +239,7 @@ class MixLoRAGate(MixLoRALinear):
             self.real_tokens(x)
             return p.flatten(0, -2), selected.sum(0).flatten(0, -2)
 
-        self.record(self.config.has_auxiliary_loss, selection)
+        self.record(selection)
         return Routing(selected, weights)
 
 

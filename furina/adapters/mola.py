@@ -107,11 +107,6 @@ class MoLALinear(RoutedLinear):
 
     config: MoLAConfig
 
-    @property
-    def records_statistics(self) -> bool:
-        """Whether it has a router."""
-        return self.has_router
-
     def weigh(self, p: Tensor) -> Tensor:
         """Return the K largest probabilities, rescaled to sum to 1. Shape: (..., N)."""
         return top_k_weights(p, self.config.top_k)

@@ -155,7 +155,7 @@ class RoutedLinear(MixtureLinear):
             return self.lora_B.new_full((self.num_experts,), self.average_scale)
         p = self.probabilities(x)
         g = self.weigh(p)
-        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, p, g))
+        self.record(lambda: self.selection(x, p, g))
         return self.config.scale * g
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -194,10 +194,14 @@ class RoutedLinear(MixtureLinear):
         n, r = self.num_experts, self.config.rank
         return b.view(-1, n, r).transpose(0, 1), a.view(-1, r, a.shape[1]).expand(n, -1, -1)
 
+    @property
+    def records_statistics(self) -> bool:
+        """Whether it has a router that its method balances."""
+        return self.has_router and self.config.has_auxiliary_loss
+
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
-        """Return the router, if there is one and its method balances it."""
-        balanced = self.has_router and self.config.has_auxiliary_loss
-        return [(self.router, (slice(None),))] if balanced else []
+        """Return the router, if its method balances it."""
+        return [(self.router, (slice(None),))] if self.records_statistics else []
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ class SLIMLinear(RoutedLinear):
         """Draw experts and router as in `RoutedLinear`, and the centres from N(0, 1)."""
         super().__init__(base, name, tracker, config)
         if self.has_router and config.weight_yielding:
-            tracker.sum_over_step(self._clusters)
+            tracker.sum_over_step(name)
             shape = config.num_clusters, base.in_features
             drawn = drawn_on(base.weight)
             centres = torch.randn(shape, dtype=self.parameter_dtype, device=drawn)
@@ -160,17 +160,12 @@ class SLIMLinear(RoutedLinear):
         members = members if mask is None else members.masked_fill(~mask, 0.0)
         parts = members.sum(0)[:, None], members.T @ flat, members.T @ flat.square()
         sums = torch.cat(parts, dim=1)
-        self.tracker.record(self._clusters, sums)
+        self.tracker.record(self.name, sums)
 
     def step_statistics(self) -> Tensor | None:
         """Return the clusters' sums since the last optimiser step. Shape: (C, 1 + 2I)."""
         follows = self.has_router and self.config.weight_yielding
-        return self.tracker.take(self._clusters) if follows else None
-
-    @property
-    def _clusters(self) -> str:
-        """What the sums are recorded as, beside the selection."""
-        return f"{self.name}.clusters"
+        return self.tracker.take(self.name) if follows else None
 
     def after_step(self, statistics: Tensor) -> None:
         """Move mean and deviation of the clusters that had inputs."""
@@ -185,8 +180,3 @@ class SLIMLinear(RoutedLinear):
             moved = keep * buffer.to(torch.float64) + (1 - keep) * new
             buffer.copy_(torch.where(had, moved, buffer.to(torch.float64)))
         self.seen.copy_(torch.maximum(self.seen, had[:, 0].to(self.seen.dtype)))
-
-    @property
-    def records_statistics(self) -> bool:
-        """Whether an observer can see the selection."""
-        return self.has_router

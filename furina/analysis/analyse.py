@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from furina.adapters.mixture import MixtureLinear
-from furina.analysis.activity import ActivitySums, choosing, collect, strongest
+from furina.analysis.activity import collect, strongest
 from furina.analysis.weights import effective_rank, mean_similarity
 from furina.data.batches import Batch, Example, collate, encode_examples
 from furina.data.items import Item, data_hash
@@ -17,6 +17,7 @@ from furina.data.protocols import get_protocol
 from furina.data.splits import test_subset
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
+from furina.model.selection import SelectionSums, choosing
 from furina.model.state import AdaptedState, state_of
 from furina.progress import advance
 from furina.records import (
@@ -157,7 +158,7 @@ def _batches(
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _activity(sample: _Sample, sums: Mapping[str, ActivitySums]) -> TaskActivity:
+def _activity(sample: _Sample, sums: Mapping[str, SelectionSums]) -> TaskActivity:
     """Divide the sums of every linear by the number of tokens."""
     tokens = sum(len(example.input_ids) for example in sample.examples)
     each = list(sums.values())

@@ -1,10 +1,10 @@
 """What the adapted layers of a model share: the forward they take part in, and its optimiser step.
 
-The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record into it what
-their auxiliary loss is made of. Gradient checkpointing runs layers again in the backward pass, so
-transformers' checkpoint function is wrapped to reopen the `Forward` it was called in: the
+In training the model's pre-hook opens a `Forward` and its post-hook closes it. Layers record into
+it what their auxiliary loss is made of. Gradient checkpointing runs layers again in the backward
+pass, so transformers' checkpoint function is wrapped to reopen the `Forward` it was called in: the
 recomputation sees the same mask, however many forwards happened since, and a second record of a
-layer is ignored. Under another checkpoint function layers repeat their operations and record
+layer is ignored. Under any other checkpoint function layers repeat their operations and record
 nothing.
 """
 
@@ -40,17 +40,24 @@ class Forward:
     """One forward of the wrapped model and the statistics its layers recorded."""
 
     mask: Tensor | None
+    """True where the input's (batch, sequence) positions hold real tokens; None if all do."""
     positions: int
     task_types: Tensor | None = None
-    training: bool = False
-    """Whether the model was in training mode with gradients, so that an auxiliary loss may come."""
     records: dict[str, Record] = field(default_factory=dict)
+    """What layers recorded, until the auxiliary loss is made of it."""
     has_loss: bool = False
     """Whether layers recorded for an auxiliary loss."""
     loss: Tensor | None = None
     """The auxiliary loss once somebody has asked for it."""
     was_read: bool = False
     """Whether somebody asked for it."""
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        """Return the forward of `model` that is called with these arguments."""
+        leading = _leading_shape(model, args, kwargs)
+        mask = _padding_mask(model, args, kwargs, leading)
+        return cls(mask, leading.numel() if leading else 0)
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
@@ -151,7 +158,6 @@ class ForwardTracker:
         self.active: Forward | None = None
         self.last: Forward | None = None
         """The last training forward; others leave it."""
-        self.observers: list[Callable[[str, Record], None]] = []
         self.shared: SharedOperands | None = None
         self.kept: dict[Hashable, Operands] | None = None
         """What layers have derived, while `keeping`."""
@@ -193,21 +199,18 @@ class ForwardTracker:
         """Return whether layers should compute their statistics now."""
         if self.active is None:
             return False
-        if self.active.training and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             raise ConfigurationError(
                 "Reentrant gradient checkpointing cannot carry the auxiliary loss: call "
                 "gradient_checkpointing_enable with use_reentrant=False."
             )
         return True
 
-    def record(self, layer: str, *statistics: Tensor) -> None:
+    def record(self, layer: str, *statistics: Tensor, for_loss: bool = False) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once."""
         assert self.active is not None
-        if layer in self.active.records:
-            return
-        for observe in self.observers:
-            observe(layer, tuple(tensor.detach() for tensor in statistics))
-        if self.active.training:
+        self.active.has_loss |= for_loss
+        if self.active.loss is None and layer not in self.active.records:
             self.active.records[layer] = statistics
 
     def sum_over_step(self, name: str) -> None:
@@ -223,17 +226,11 @@ class ForwardTracker:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_types = kwargs.pop("task_types", None)  # the backbone's own forward knows none
-        training = model.training and torch.is_grad_enabled()
         self.active = None
-        if training or self.observers:
-            leading = _leading_shape(model, args, kwargs)
-            mask = _padding_mask(model, args, kwargs, leading)
-            self.active = Forward(mask, leading.numel() if leading else 0, task_types, training)
-        if not training and self.last is not None and self.last.loss is not None:
-            self.last.records.clear()  # large, and the loss is there without them
-        if training:
+        if model.training and torch.is_grad_enabled():
             self._warn_if_unread()
-            self.last = self.active
+            self.last = self.active = Forward.of(model, args, kwargs)
+            self.active.task_types = task_types
             self._follow_checkpointing(model)
         return args, kwargs
 
@@ -277,7 +274,7 @@ class ForwardTracker:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last forward's graph out of copies and pickles."""
         nothing = dict.fromkeys(("active", "last", "shared", "kept"))
-        return {**self.__dict__, **nothing, "observers": [], "_keepers": 0}
+        return {**self.__dict__, **nothing, "_keepers": 0}
 
 
 @dataclass

@@ -269,7 +269,7 @@ def test_recording_works_with_the_loss_off_and_leaves_nothing_behind() -> None:
         model(**tokens())
     assert len(record.top_k_share()) == 14
     tracker = state_of(model).tracker
-    assert not tracker.observers and tracker.active is None and tracker.last is None
+    assert tracker.active is None and tracker.last is None
 
 
 def test_records_inside_one_another_see_each_forward_of_theirs() -> None:
@@ -301,7 +301,7 @@ def test_recording_while_generating_counts_each_real_token_once() -> None:
     assert record.mean_top_k_share() == pytest.approx(expected.mean_top_k_share(), rel=1e-9)
 
 
-def test_an_observer_in_training_changes_neither_records_nor_checkpointed_gradients() -> None:
+def test_recording_in_training_changes_neither_records_nor_checkpointed_gradients() -> None:
     model = adapted(selection_coefficient=0.0, activity="l1")
     model.activation_checkpointing_enable({"use_reentrant": False})
     with furina.record_selection(model) as record:
