@@ -54,6 +54,8 @@ class AdapterConfig(ABC):
     source: ClassVar[str]
     parameter_formula: ClassVar[str]
     """Of one (d, k) linear in r, N, d and k; words may follow a semicolon."""
+    listed: ClassVar[bool] = True
+    """Whether the method is one to compare; what merely tries something out is none."""
     scope: ClassVar[Literal["linear", "block"]] = "linear"
     """Whether one linear's update can be seen alone, or only that of the block it is part of."""
     deviations: ClassVar[str] = ""

@@ -6,9 +6,8 @@ An expert whose rows point along x speaks loudly, and nothing else can make it l
 normalised per output unit and one magnitude vector v scales them all. The update is linear in x, so
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
-No k×d product is ever formed in training:
-    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ  (with a Cholesky factor for stability)
-    |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i
+This is the fast form of the equations in `furina/reference.py`. No k×d product is ever formed in
+training: `furina/kernels/directions.py` gets d̃ and the activities |Ŵ_i x| from r×r matrices.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
 routed, r rank of one expert.
@@ -34,7 +33,13 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
-from furina.kernels.directions import Directions, direction_gram, directions, l2_activity
+from furina.kernels.directions import (
+    Directions,
+    direction_gram,
+    directions,
+    l2_activity,
+    selection_sums,
+)
 from furina.kernels.forward import ForwardTracker, Operands, Record
 from furina.kernels.product import low_rank_product, moved_product, no_autocast, update_dtype
 
@@ -156,8 +161,11 @@ class FurinaConfig(AdapterConfig):
         )
         divergence = 1 - share[:, 0]
         balance = r * (count / self.top_k * p).sum(1)
-        loss = divergence + balance
-        total = loss.sum() if self.selection_reduction == "sum" else loss.mean()
+        return self.reduce(divergence + balance)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Return α times the sum or mean of the linears' losses."""
+        total = losses.sum() if self.selection_reduction == "sum" else losses.mean()
         return self.selection_coefficient * total
 
     def statistics(
@@ -184,23 +192,6 @@ class FurinaConfig(AdapterConfig):
         return torch.stack([activity for (activity,) in records])
 
 
-def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
-    """Return each linear's sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
-
-    p are the experts' shares of activity; with the activity of U units apart, means over these.
-    Shape: activity (linears, T, U, R), mask (T, 1) → (linears, 1 + 2R).
-    """
-    p = activity / activity.sum(-1, keepdim=True)
-    top = p.topk(top_k, dim=-1)
-    chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
-    real = p.new_ones(p.shape[1]) if mask is None else mask.squeeze(1).to(p.dtype)
-    real = real / p.shape[2]
-    share = torch.einsum("t,ltu->l", real, top.values.sum(-1))
-    return torch.cat(
-        [share[:, None], *(torch.einsum("t,ltur->lr", real, each) for each in (p, chosen))], dim=1
-    )
-
-
 class FurinaLinear(MixtureLinear):
     """A linear with S shared and R self-routed low-rank experts, stacked shared first."""
 
@@ -222,8 +213,8 @@ class FurinaLinear(MixtureLinear):
         self.lora_Bt = nn.Parameter(b.t().contiguous())
         if config.num_routed_experts:
             self.magnitude = self._initial_magnitude()
-        if config.start == "subtract" and config.num_routed_experts:
-            self._remember_start()
+            if config.start == "subtract":
+                self._remember_start()
 
     @property
     def lora_B(self) -> Tensor:  # noqa: N802
@@ -295,7 +286,9 @@ class FurinaLinear(MixtureLinear):
         if v is not None and config.scale_routed:
             v = v * config.scale
         return directions(
-            *(a, bt, v),
+            a,
+            bt,
+            v,
             num_experts=config.num_experts,
             num_shared=config.num_shared_experts,
             scale=config.scale,

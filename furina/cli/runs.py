@@ -80,9 +80,9 @@ def _add_method_options(parser: ArgumentParser, method: str) -> None:
     if options is not None:
         add_options(parser, options, prefix, title)
         return
-    from furina.adapters import methods
+    from furina.adapters import config_class
 
-    add_fields(parser, methods()[method], prefix, title=title)
+    add_fields(parser, config_class(method), prefix, title=title)
 
 
 def fit(options: Namespace) -> None:

@@ -300,10 +300,10 @@ class RunConfig:
                 raise ConfigurationError(
                     f"Method {self.method} has no option {option!r}.{nearest(option, options)}"
                 )
-        from furina.adapters import methods
+        from furina.adapters import config_class
         from furina.model.router_removal import has_router
 
-        made = _configured(methods()[self.method], json.dumps(self.adapter, sort_keys=True))
+        made = _configured(config_class(self.method), json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not has_router(made):
             raise ConfigurationError(
                 f"score_without_router: method {self.method} has no router that could be removed."

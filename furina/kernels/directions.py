@@ -78,6 +78,22 @@ def direction_gram(bt: Tensor, norm: Tensor, num_shared: int) -> Tensor:
     return _direction_gram(_experts(bt, len(norm)), _inverse(norm, num_shared))
 
 
+def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
+    """Return each linear's sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
+
+    p are the experts' shares of activity; with the activity of U units apart, means over these.
+    Shape: activity (linears, T, U, R), mask (T, 1) → (linears, 1 + 2R).
+    """
+    p = activity / activity.sum(-1, keepdim=True)
+    top = p.topk(top_k, dim=-1)
+    chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
+    real = p.new_ones(p.shape[1]) if mask is None else mask.squeeze(1).to(p.dtype)
+    real = real / p.shape[2]
+    share = torch.einsum("t,ltu->l", real, top.values.sum(-1))
+    shares, counts = (torch.einsum("t,ltur->lr", real, each) for each in (p, chosen))
+    return torch.cat([share[:, None], shares, counts], dim=1)
+
+
 class _Directions(torch.autograd.Function):
     """B̃, d̃ and M; finite with a finite gradient at an all-zero row."""
 
