@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from furina.errors import ConfigurationError
 from furina.kernels.forward import ForwardTracker
 from furina.model.state import state_of
 from furina.options.signatures import method_names, method_options
+from tests.adapters import test_contract
 from tests.helpers import Chain, chain, layer_of, perturb, small, tiny_llama, tokens, variants
 
 EXACT = 1e-10
@@ -168,6 +170,15 @@ def test_the_plain_form_is_known_by_name_and_not_listed() -> None:
     assert method_options("furina_plain") == method_options("furina")
     model = furina.adapt(tiny_llama(), "furina_plain", rank=2, num_experts=4)
     assert state_of(model).config == PlainFurinaConfig(rank=2, num_experts=4)
+
+
+def test_the_plain_form_keeps_every_methods_contract(monkeypatch) -> None:
+    monkeypatch.setattr(PlainFurinaConfig, "listed", True)
+    tests = [test for name, test in vars(test_contract).items() if name.startswith("test_")]
+    kept = [test for test in tests if [*inspect.signature(test).parameters] == ["method"]]
+    assert len(kept) > 10
+    for test in kept:
+        test("furina_plain")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
