@@ -35,6 +35,7 @@ from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
 from furina.kernels.directions import (
     Directions,
+    ExpertOptions,
     direction_gram,
     directions,
     l2_activity,
@@ -119,6 +120,12 @@ class FurinaConfig(AdapterConfig):
         return lora_scale(self.rank, self.alpha, self.use_rslora)
 
     @property
+    def expert_options(self) -> ExpertOptions:
+        """What the kernel makes directions with."""
+        n, s = self.num_experts, self.num_shared_experts
+        return ExpertOptions(n, s, self.scale, self.eps, self.detach_norm)
+
+    @property
     def has_auxiliary_loss(self) -> bool:
         """Whether the expert selection loss is on."""
         return self.selection_coefficient > 0
@@ -172,13 +179,11 @@ class FurinaConfig(AdapterConfig):
         self, records: Mapping[str, Record], mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         """Return each linear's `selection_sums` from what `FurinaLinear.selection` recorded."""
-        if self.activity == "per_unit":  # large, and not of one shape
-            return {
-                name: selection_sums(self.activities([record]), mask, self.top_k)[0]
-                for name, record in records.items()
-            }
-        sums = selection_sums(self.activities(list(records.values())), mask, self.top_k)
-        return dict(zip(records, sums.unbind(), strict=True))
+        given = list(records.values())
+        # "per_unit" is large, and not of one shape.
+        groups = [[each] for each in given] if self.activity == "per_unit" else [given]
+        sums = [selection_sums(self.activities(group), mask, self.top_k) for group in groups]
+        return dict(zip(records, torch.cat(sums).unbind(), strict=True))
 
     def activities(self, records: Sequence[Record]) -> Tensor:
         """Return the routed experts' activity from what linears of one shape recorded.
@@ -213,13 +218,18 @@ class FurinaLinear(MixtureLinear):
         self.lora_Bt = nn.Parameter(b.t().contiguous())
         if config.num_routed_experts:
             self.magnitude = self._initial_magnitude()
-            if config.start == "subtract":
-                self._remember_start()
+        if self.subtracts:
+            self._remember_start()
 
     @property
     def lora_B(self) -> Tensor:  # noqa: N802
         """B (O, N·r). The parameter is Bᵀ: an expert's part of it is contiguous."""
         return self.lora_Bt.t()
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether the initial routed update is subtracted."""
+        return self.config.start == "subtract" and self.config.num_routed_experts > 0
 
     def _initial_magnitude(self) -> nn.Parameter:
         config, k = self.config, self.base.out_features
@@ -236,14 +246,14 @@ class FurinaLinear(MixtureLinear):
     def _remember_start(self) -> None:
         """Keep the initial routed update, which the forward subtracts ("subtract" start)."""
         with torch.no_grad():
-            b = self._derived_directions().b.clone()
+            b = self._directions().b.clone()
         # With the shared experts' zeros: the same shapes round alike, so the start cancels exactly.
         self.register_buffer("start_B", b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + B̃ A dropout(x). Shape: (..., I) → (..., O)."""
-        if self.config.start == "subtract" and self.config.num_routed_experts:
+        if self.subtracts:
             a, b, extra = self.operands(x)
             start = self.start_A, self.start_B
             y, h = moved_product(self.base, x, (a, b), start, dropout=self.drop_rate)
@@ -259,7 +269,7 @@ class FurinaLinear(MixtureLinear):
         Beside fp16, whose range B̃ leaves where A_i is next to nothing, A and B̃ are balanced by
         powers of two c (N·r,), the last of what is returned.
         """
-        made = self._derived_directions()
+        made = self._directions()
         a, b, extra = self.lora_A, made.b, (made.norm, made.gram)
         if self.base.weight.dtype == torch.float16:
             exponent = torch.frexp(b.detach().abs().amax(0)).exponent
@@ -267,35 +277,16 @@ class FurinaLinear(MixtureLinear):
             return Operands(a * c[:, None], b / c, (*extra, c))
         return Operands(a, b, extra)
 
-    def _derived_directions(self) -> Directions:
-        config = self.config
-        recorded = self.training and config.has_auxiliary_loss
+    def _directions(self, dtype: torch.dtype | None = None) -> Directions:
+        """Return B̃, d̃ and, if a training forward records it, M; in `dtype` or the parameters'."""
+        config, dtype = self.config, dtype or self.lora_A.dtype
+        with_gram = self.training and config.has_auxiliary_loss and config.activity == "l2"
         with no_autocast(self.lora_A.device):
-            return self.directions(
-                self.lora_A,
-                self.lora_Bt,
-                getattr(self, "magnitude", None),
-                with_gram=recorded and config.activity == "l2",
-            )
-
-    def directions(
-        self, a: Tensor, bt: Tensor, v: Tensor | None, with_gram: bool = False
-    ) -> Directions:
-        """Return what A, Bᵀ and v come to by the options."""
-        config = self.config
-        if v is not None and config.scale_routed:
-            v = v * config.scale
-        return directions(
-            a,
-            bt,
-            v,
-            num_experts=config.num_experts,
-            num_shared=config.num_shared_experts,
-            scale=config.scale,
-            eps=config.eps,
-            detach_norm=config.detach_norm,
-            with_gram=with_gram,
-        )
+            v = self.magnitude.to(dtype) if config.num_routed_experts else None
+            if v is not None and config.scale_routed:
+                v = v * config.scale
+            a, bt = self.lora_A.to(dtype), self.lora_Bt.to(dtype)
+            return directions(a, bt, v, config.expert_options, with_gram)
 
     def selection(
         self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None
@@ -327,12 +318,11 @@ class FurinaLinear(MixtureLinear):
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (B̃, A) in float64: one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
-        wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
-        a = wide["lora_A"]
-        b = self.directions(a, wide["lora_Bt"], wide.get("magnitude")).b
-        if "start_B" in wide:
-            b = torch.cat([b, -wide["start_B"][:, self.shared_rank :]], dim=1)
-            a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
+        wide, rows = torch.float64, self.shared_rank
+        b, a = self._directions(wide).b, self.lora_A.to(wide)
+        if self.subtracts:
+            b = torch.cat([b, -self.start_B.to(wide)[:, rows:]], dim=1)
+            a = torch.cat([a, self.start_A.to(wide)[rows:]], dim=0)
         return b, a
 
     @property
@@ -353,7 +343,7 @@ class FurinaLinear(MixtureLinear):
         By the option `activity`: of |Ŵ_i x| or Σ_j |(Ŵ_i x)_j| in a token, or of |(Ŵ_i x)_j| in
         each of its output units. Shape: (T, I) → (T, 1, R) or (T, O, R).
         """
-        a, (_, norm, gram) = self.lora_A, self._derived_directions()
+        a, (_, norm, gram) = self.lora_A, self._directions()
         with no_autocast(a.device):
             record = self._made_of(functional.linear(x.to(a.dtype), a), norm, gram)
             activity = self.config.activities([record])[0]
@@ -362,26 +352,23 @@ class FurinaLinear(MixtureLinear):
     @torch.no_grad()
     def experts(self) -> tuple[Tensor, Tensor]:
         """Return the self-routed experts' directions Ŵ_i = diag(1/d̃_i) B_i · A_i."""
-        wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
-        a, bt, n = wide["lora_A"], wide["lora_Bt"], self.config.num_experts
-        norm = self.directions(a, bt, wide["magnitude"]).norm
-        b = (bt.view(n, -1, bt.shape[1]) / norm[:, None]).mT
-        shared = self.config.num_shared_experts
-        return b[shared:], a.view(n, -1, a.shape[1])[shared:]
+        n, shared, wide = self.config.num_experts, self.config.num_shared_experts, torch.float64
+        a, bt = (each.to(wide).view(n, -1, each.shape[1]) for each in (self.lora_A, self.lora_Bt))
+        return (bt / self._directions(wide).norm[:, None]).mT[shared:], a[shared:]
 
     @torch.no_grad()
     def parts(self, x: Tensor) -> Parts | None:
         """Return s Σ B_j A_j x and Σ diag(v) Ŵ_i x, less the initial one with "subtract"."""
-        rows = self.shared_rank
-        if rows in (0, len(self.lora_A)):
+        rows, a = self.shared_rank, self.lora_A
+        if rows in (0, len(a)):
             return None
-        a, b = self.lora_A, self._derived_directions().b
+        b = self._directions().b
         with no_autocast(a.device):
             x = x.to(a.dtype)
             h = functional.linear(x, a)
             shared = functional.linear(h[:, :rows], b[:, :rows])
             routed = functional.linear(h[:, rows:], b[:, rows:])
-            if self.config.start == "subtract":
+            if self.subtracts:
                 start = functional.linear(x, self.start_A[rows:])
                 routed = routed - functional.linear(start, self.start_B[:, rows:])
         return Parts(shared, routed)

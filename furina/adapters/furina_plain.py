@@ -102,7 +102,7 @@ class PlainFurinaLinear(FurinaLinear):
         }
         with no_autocast(x.device):
             update = reference.update(x, *self._experts(x.dtype), **options)
-            if not hasattr(self, "start_lora_A"):
+            if not self.subtracts:
                 return update
             return update - reference.update(x, *self._experts(x.dtype, "start_"), **options)
 

@@ -37,27 +37,28 @@ class Directions(NamedTuple):
     """M (N, r, r), zeros for shared experts; empty if not asked for."""
 
 
+class ExpertOptions(NamedTuple):
+    """What makes directions of the experts' parameters."""
+
+    num_experts: int
+    num_shared: int
+    scale: float
+    """s, of the shared experts."""
+    eps: float
+    detach_norm: bool = False
+
+
 def directions(
-    a: Tensor,
-    bt: Tensor,
-    v: Tensor | None,
-    *,
-    num_experts: int,
-    num_shared: int,
-    scale: float,
-    eps: float,
-    detach_norm: bool = False,
-    with_gram: bool = False,
+    a: Tensor, bt: Tensor, v: Tensor | None, options: ExpertOptions, with_gram: bool = False
 ) -> Directions:
     """Return B̃, d̃ and M with their gradients to A, B and v, in the dtype of the parameters.
 
     Shape: A (N·r, I), Bᵀ (N·r, O), v (O,) or (R, O); None without routed experts.
     """
     if v is None:
-        return Directions((bt * scale).t(), bt.new_empty(num_experts, bt.shape[1]), bt.new_empty(0))
-    made = _Directions.apply(  # type: ignore[no-untyped-call]
-        a, bt, v, num_experts, num_shared, scale, eps, detach_norm, with_gram
-    )
+        norm = bt.new_empty(options.num_experts, bt.shape[1])
+        return Directions((bt * options.scale).t(), norm, bt.new_empty(0))
+    made = _Directions.apply(a, bt, v, *options, with_gram)  # type: ignore[no-untyped-call]
     return Directions(*made)
 
 

@@ -34,6 +34,15 @@ class Operands(NamedTuple):
     extra: tuple[Tensor, ...] = ()
     """Whatever else the method makes; unlike A and B it is never cast."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of them."""
+        return (self.a, self.b, *self.extra)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operands:
+        """Return what `function` makes of each."""
+        a, b, *extra = map(function, self.tensors())
+        return Operands(a, b, tuple(extra))
+
 
 @dataclass
 class Forward:
@@ -55,9 +64,21 @@ class Forward:
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
         """Return the forward of `model` that is called with these arguments."""
-        leading = _leading_shape(model, args, kwargs)
-        mask = _padding_mask(model, args, kwargs, leading)
-        return cls(mask, leading.numel() if leading else 0)
+        named = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+        vectors = named.get("inputs_embeds")
+        if vectors is None:  # a model of other inputs: the first is its vectors
+            vectors = args[0] if args else None
+        ids = named.get("input_ids")
+        if ids is not None:
+            shape = ids.shape
+        else:
+            shape = torch.Size() if vectors is None else vectors.shape[:-1]
+        mask = named.get("attention_mask")
+        if mask is None:
+            return cls(None, shape.numel() if shape else 0)
+        if shape and mask.dim() == 2 and named.get("past_key_values") is not None:
+            mask = mask[:, -shape[-1] :]  # it tells of the cached positions, too
+        return cls(mask != 0, shape.numel() if shape else 0)
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
@@ -103,19 +124,14 @@ class SharedOperands:
         """Cut off what the layers called by these names have made."""
         self._made = made
         self._closed = False
-        self.leaves = {
-            name: Operands(
-                self._leaf(each.a), self._leaf(each.b), tuple(map(self._leaf, each.extra))
-            )
-            for name, each in made.items()
-        }
+        self.leaves = {name: each.map(self._leaf) for name, each in made.items()}
 
     def backward(self) -> None:
         """Pass the gathered gradients on; once."""
         pairs = [
             (tensor, leaf.grad)
             for name, made in self._made.items()
-            for tensor, leaf in zip(_tensors(made), _tensors(self.leaves[name]), strict=True)
+            for tensor, leaf in zip(made.tensors(), self.leaves[name].tensors(), strict=True)
             if leaf is not tensor and leaf.grad is not None
         ]
         if pairs:
@@ -140,10 +156,6 @@ class SharedOperands:
                 "backward() ran after the furina.accumulating block had ended, which passes the "
                 "gradients on: call it inside the block."
             )
-
-
-def _tensors(operands: Operands) -> tuple[Tensor, ...]:
-    return (operands.a, operands.b, *operands.extra)
 
 
 UNREAD = 3
@@ -197,14 +209,12 @@ class ForwardTracker:
 
     def recording(self) -> bool:
         """Return whether layers should compute their statistics now."""
-        if self.active is None:
-            return False
-        if not torch.is_grad_enabled():
+        if self.active is not None and not torch.is_grad_enabled():
             raise ConfigurationError(
                 "Reentrant gradient checkpointing cannot carry the auxiliary loss: call "
                 "gradient_checkpointing_enable with use_reentrant=False."
             )
-        return True
+        return self.active is not None
 
     def record(self, layer: str, *statistics: Tensor, for_loss: bool = False) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once."""
@@ -295,44 +305,3 @@ class _ReopeningCheckpoint:
                 self.tracker.active = outer
 
         return self.checkpoint(run, *args)
-
-
-def _argument(
-    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """Return the model's argument of that name, given by keyword or by place."""
-    if name in kwargs:
-        value: Tensor | None = kwargs[name]
-        return value
-    names = list(inspect.signature(model.forward).parameters)
-    place = names.index(name) if name in names else len(args)
-    return args[place] if place < len(args) else None
-
-
-def _leading_shape(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Size | None:
-    """Return (batch, positions) of the model's input, padding included; None if unknown."""
-    ids = _argument("input_ids", model, args, kwargs)
-    if ids is not None:
-        return ids.shape
-    vectors = _argument("inputs_embeds", model, args, kwargs)
-    if vectors is None:  # a model of other inputs: the first is its vectors
-        vectors = args[0] if args else None
-    return None if vectors is None else vectors.shape[:-1]
-
-
-def _padding_mask(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: torch.Size | None
-) -> Tensor | None:
-    """Return which positions of the input are real; beside a cache a mask tells of its, too."""
-    mask = _argument("attention_mask", model, args, kwargs)
-    if mask is None:
-        return None
-    if (
-        leading
-        and mask.dim() == 2
-        and _argument("past_key_values", model, args, kwargs) is not None
-    ):
-        mask = mask[:, -leading[-1] :]
-    return mask != 0
