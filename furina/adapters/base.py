@@ -236,15 +236,16 @@ class AdapterLinear(MergeableLinear):
         """Whether a training forward records what the auxiliary loss is made of."""
         return False
 
-    def record(self, statistics: Callable[[], Record]) -> None:
-        """Record what `statistics` returns if this forward takes part in the auxiliary loss.
+    def record(self, x: Tensor, statistics: Callable[[], Record]) -> None:
+        """Record what `statistics` returns if this forward of x trains on the auxiliary loss.
 
         A checkpoint function that reruns the layer in a backward pass needs the same operations
-        again, and nothing is recorded then.
+        again, and nothing is recorded then. Raises ConfigurationError as `real_tokens`.
         """
         if not self.records_statistics:
             return
         tracker = self.tracker
+        self.real_tokens(x)
         if tracker.recording():
             tracker.record(self.name, *statistics(), for_loss=True)
         elif self.training and torch.is_grad_enabled():

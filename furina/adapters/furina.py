@@ -7,7 +7,7 @@ normalised per output unit and one magnitude vector v scales them all. The updat
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
 This is the fast form of the equations in `furina/reference.py`. No k×d product is ever formed in
-training: `furina/kernels/directions.py` gets d̃ and the activities |Ŵ_i x| from r×r matrices.
+training: `directions.py` and `activity.py` of `furina/kernels/` get d̃ and |Ŵ_i x| from r×r ones.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
 routed, r rank of one expert.
@@ -33,14 +33,8 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
-from furina.kernels.directions import (
-    Directions,
-    ExpertOptions,
-    direction_gram,
-    directions,
-    l2_activity,
-    selection_sums,
-)
+from furina.kernels.activity import l2_activity, selection_losses, selection_sums
+from furina.kernels.directions import Directions, ExpertOptions, direction_gram, directions
 from furina.kernels.forward import ForwardTracker, Operands, Record
 from furina.kernels.product import low_rank_product, moved_product, no_autocast, update_dtype
 
@@ -120,12 +114,6 @@ class FurinaConfig(AdapterConfig):
         return lora_scale(self.rank, self.alpha, self.use_rslora)
 
     @property
-    def expert_options(self) -> ExpertOptions:
-        """What the kernel makes directions with."""
-        n, s = self.num_experts, self.num_shared_experts
-        return ExpertOptions(n, s, self.scale, self.eps, self.detach_norm)
-
-    @property
     def has_auxiliary_loss(self) -> bool:
         """Whether the expert selection loss is on."""
         return self.selection_coefficient > 0
@@ -145,8 +133,8 @@ class FurinaConfig(AdapterConfig):
 
     def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
         """Return N·r(d+k) + k, or + R·k with one magnitude per expert."""
-        vectors = self.num_routed_experts if self.magnitude == "per_expert" else 1
-        vectors = min(vectors, self.num_routed_experts)
+        routed = self.num_routed_experts
+        vectors = min(routed, 1) if self.magnitude == "shared" else routed
         adapters = self.num_experts * self.rank * (in_features + out_features)
         trainable = adapters + vectors * out_features
         return ParameterCount(trainable, router=0, active=trainable)
@@ -156,19 +144,9 @@ class FurinaConfig(AdapterConfig):
         return {"magnitude": self.magnitude_lr_multiplier}
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """Return α·reduce(L_div + L_bal) from each linear's sums over `tokens` real tokens.
-
-        L_div = 1 − share/T; L_bal = R Σ_i F_i P_i with F_i = count_i/(K·T) and P_i = p_i/T, which
-        is 1 at balance (section 3.3 of the paper; the definitions are our reading of its words).
-        Shape: each statistic is (1 + 2R,), see `selection_sums`.
-        """
-        r = self.num_routed_experts
-        share, p, count = torch.split(
-            torch.stack(list(statistics.values())) / tokens, [1, r, r], dim=1
-        )
-        divergence = 1 - share[:, 0]
-        balance = r * (count / self.top_k * p).sum(1)
-        return self.reduce(divergence + balance)
+        """Return α·reduce(L_div + L_bal) of the linears' sums over `tokens` real tokens."""
+        means = torch.stack(list(statistics.values())) / tokens
+        return self.reduce(selection_losses(means, self.top_k))
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Return α times the sum or mean of the linears' losses."""
@@ -231,22 +209,22 @@ class FurinaLinear(MixtureLinear):
         """Whether the initial routed update is subtracted."""
         return self.config.start == "subtract" and self.config.num_routed_experts > 0
 
+    @torch.no_grad()
     def _initial_magnitude(self) -> nn.Parameter:
         config, k = self.config, self.base.out_features
         shape = (k,) if config.magnitude == "shared" else (config.num_routed_experts, k)
         v = zeros(*shape, like=self)
-        with torch.no_grad():
-            if config.start == "zero_b":
-                v.fill_(1.0)
-            elif config.start == "subtract":
-                norm = torch.linalg.vector_norm(self.base.weight.to(v.dtype), dim=1)
-                v.copy_((norm / config.num_routed_experts).expand(shape))
+        if config.start == "zero_b":
+            v.fill_(1.0)
+        elif config.start == "subtract":
+            norm = torch.linalg.vector_norm(self.base.weight.to(v.dtype), dim=1)
+            v.copy_((norm / config.num_routed_experts).expand(shape))
         return v
 
+    @torch.no_grad()
     def _remember_start(self) -> None:
         """Keep the initial routed update, which the forward subtracts ("subtract" start)."""
-        with torch.no_grad():
-            b = self._directions().b.clone()
+        b = self._directions().b.clone()
         # With the shared experts' zeros: the same shapes round alike, so the start cancels exactly.
         self.register_buffer("start_B", b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
@@ -260,7 +238,7 @@ class FurinaLinear(MixtureLinear):
         else:
             a, b, extra = self.operands(x, update_dtype(x))
             y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
-        self.record(lambda: self.selection(x, h, *extra))
+        self.record(x, lambda: self.selection(h, *extra))
         return y
 
     def derive(self) -> Operands:
@@ -269,42 +247,37 @@ class FurinaLinear(MixtureLinear):
         Beside fp16, whose range B̃ leaves where A_i is next to nothing, A and B̃ are balanced by
         powers of two c (N·r,), the last of what is returned.
         """
-        made = self._directions()
-        a, b, extra = self.lora_A, made.b, (made.norm, made.gram)
-        if self.base.weight.dtype == torch.float16:
-            exponent = torch.frexp(b.detach().abs().amax(0)).exponent
-            c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
-            return Operands(a * c[:, None], b / c, (*extra, c))
-        return Operands(a, b, extra)
+        a, (b, *extra) = self.lora_A, self._directions()
+        if self.base.weight.dtype != torch.float16:
+            return Operands(a, b, tuple(extra))
+        exponent = torch.frexp(b.detach().abs().amax(0)).exponent
+        c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
+        return Operands(a * c[:, None], b / c, (*extra, c))
 
     def _directions(self, dtype: torch.dtype | None = None) -> Directions:
         """Return B̃, d̃ and, if a training forward records it, M; in `dtype` or the parameters'."""
         config, dtype = self.config, dtype or self.lora_A.dtype
+        n, shared = config.num_experts, config.num_shared_experts
+        options = ExpertOptions(n, shared, config.scale, config.eps, config.detach_norm)
         with_gram = self.training and config.has_auxiliary_loss and config.activity == "l2"
         with no_autocast(self.lora_A.device):
             v = self.magnitude.to(dtype) if config.num_routed_experts else None
             if v is not None and config.scale_routed:
                 v = v * config.scale
             a, bt = self.lora_A.to(dtype), self.lora_Bt.to(dtype)
-            return directions(a, bt, v, config.expert_options, with_gram)
+            return directions(a, bt, v, options, with_gram)
 
-    def selection(
-        self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None
-    ) -> Record:
+    def selection(self, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None) -> Record:
         """Return what the experts' activity is made of: h, M and whether v has moved, with "l2".
 
         With "l1" and "per_unit" the activity itself, (T, 1, R) and (T, O, R). It has no gradient
         until v has moved: with v = 0 the task gives A and B no gradient, and Adam would turn the
         selection loss alone into a full step, whatever its coefficient.
-        Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r), c (N·r,) as in `derive`.
+        Shape: h (T, N·r), d̃ (N, O), M (N, r, r), c (N·r,) as in `derive`.
         """
-        self.real_tokens(x)
-        return self._made_of(h if c is None else h / c.to(h.dtype), norm, gram)
-
-    def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
-        """Return what `selection` records of h (T, N·r)."""
         shared = self.config.num_shared_experts
         moved = (self.magnitude.detach() != 0).any()
+        h = h if c is None else h / c.to(h.dtype)
         norm = norm.detach() if self.config.detach_norm else norm
         with no_autocast(h.device):
             if self.config.activity == "l2":
@@ -316,13 +289,12 @@ class FurinaLinear(MixtureLinear):
             return (torch.where(moved, a, a.detach()) + self.config.eps,)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (B̃, A) in float64: one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
-        wide, rows = torch.float64, self.shared_rank
-        b, a = self._directions(wide).b, self.lora_A.to(wide)
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Return (B̃, A): one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
+        b, a, rows = self._directions(dtype).b, self.lora_A.to(dtype), self.shared_rank
         if self.subtracts:
-            b = torch.cat([b, -self.start_B.to(wide)[:, rows:]], dim=1)
-            a = torch.cat([a, self.start_A.to(wide)[rows:]], dim=0)
+            b = torch.cat([b, -self.start_B.to(dtype)[:, rows:]], dim=1)
+            a = torch.cat([a, self.start_A.to(dtype)[rows:]], dim=0)
         return b, a
 
     @property
@@ -338,14 +310,13 @@ class FurinaLinear(MixtureLinear):
 
     @torch.no_grad()
     def activity(self, x: Tensor) -> Tensor:
-        """Return the self-routed experts' shares, computed in the parameters' dtype.
+        """Return the self-routed experts' shares of the option `activity`'s kind.
 
-        By the option `activity`: of |Ŵ_i x| or Σ_j |(Ŵ_i x)_j| in a token, or of |(Ŵ_i x)_j| in
-        each of its output units. Shape: (T, I) → (T, 1, R) or (T, O, R).
+        Computed in the parameters' dtype. Shape: (T, I) → (T, 1, R), or (T, O, R) with "per_unit".
         """
         a, (_, norm, gram) = self.lora_A, self._directions()
         with no_autocast(a.device):
-            record = self._made_of(functional.linear(x.to(a.dtype), a), norm, gram)
+            record = self.selection(functional.linear(x.to(a.dtype), a), norm, gram)
             activity = self.config.activities([record])[0]
         return activity / activity.sum(-1, keepdim=True)
 
@@ -359,19 +330,14 @@ class FurinaLinear(MixtureLinear):
     @torch.no_grad()
     def parts(self, x: Tensor) -> Parts | None:
         """Return s Σ B_j A_j x and Σ diag(v) Ŵ_i x, less the initial one with "subtract"."""
-        rows, a = self.shared_rank, self.lora_A
-        if rows in (0, len(a)):
+        rows = self.shared_rank
+        if rows in (0, len(self.lora_A)):
             return None
-        b = self._directions().b
+        b, a = self.factors(self.lora_A.dtype)
         with no_autocast(a.device):
-            x = x.to(a.dtype)
-            h = functional.linear(x, a)
+            h = functional.linear(x.to(a.dtype), a)
             shared = functional.linear(h[:, :rows], b[:, :rows])
-            routed = functional.linear(h[:, rows:], b[:, rows:])
-            if self.subtracts:
-                start = functional.linear(x, self.start_A[rows:])
-                routed = routed - functional.linear(start, self.start_B[:, rows:])
-        return Parts(shared, routed)
+            return Parts(shared, functional.linear(h[:, rows:], b[:, rows:]))
 
     @property
     def records_statistics(self) -> bool:

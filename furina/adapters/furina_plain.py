@@ -71,7 +71,7 @@ class PlainFurinaLinear(FurinaLinear):
         """Apply W x + b + Δy(dropout(x)). Shape: (..., I) → (..., O)."""
         y: Tensor = self.base(x)
         x = self._dropped(x)
-        self.record(lambda: self._selection(x))
+        self.record(x, lambda: self._selection(x))
         return y + self._update(x.to(self.lora_A.dtype)).to(y.dtype)
 
     def derive(self) -> None:
@@ -117,16 +117,13 @@ class PlainFurinaLinear(FurinaLinear):
 
     def _selection(self, x: Tensor) -> Record:
         """Return the activity, without a gradient until v has moved, as `FurinaLinear` does."""
-        self.real_tokens(x)
         activity = self._activity(x)
         return (torch.where((self.magnitude.detach() != 0).any(), activity, activity.detach()),)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (ΔW, 1) in float64: Δy is linear, so it is what the identity's rows become."""
-        identity = torch.eye(
-            self.base.in_features, dtype=torch.float64, device=self.base.weight.device
-        )
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Return (ΔW, 1): Δy is linear, so ΔW is what the identity's rows become."""
+        identity = torch.eye(self.base.in_features, dtype=dtype, device=self.base.weight.device)
         return self._update(identity).T, identity
 
     @torch.no_grad()

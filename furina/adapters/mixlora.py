@@ -32,14 +32,10 @@ from torch.nn import functional
 
 from furina.adapters.base import AdapterLinear, ParameterCount, register
 from furina.adapters.lora import LoRAConfig, LoRALinear
-from furina.adapters.routing import (
-    RoutedLinear,
-    TopKConfig,
-    load_balancing,
-)
+from furina.adapters.routing import RoutedLinear, TopKConfig, load_balancing
 from furina.errors import ConfigurationError
 from furina.kernels.dropout import dropout
-from furina.kernels.forward import ForwardTracker, Record
+from furina.kernels.forward import ForwardTracker
 from furina.kernels.product import update_dtype
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -234,12 +230,7 @@ class MixLoRAGate(MixLoRALinear):
         # K comes first in memory as well: of other strides matmul copies a weight for each row.
         indices, weights = (each.movedim(-1, 0).contiguous() for each in (kept.indices, weights))
         selected = functional.one_hot(indices, self.num_experts)
-
-        def selection() -> Record:
-            self.real_tokens(x)
-            return p.flatten(0, -2), selected.sum(0).flatten(0, -2)
-
-        self.record(selection)
+        self.record(x, lambda: (p.flatten(0, -2), selected.sum(0).flatten(0, -2)))
         return Routing(selected, weights)
 
 

@@ -155,7 +155,7 @@ class RoutedLinear(MixtureLinear):
             return self.lora_B.new_full((self.num_experts,), self.average_scale)
         p = self.probabilities(x)
         g = self.weigh(p)
-        self.record(lambda: self.selection(x, p, g))
+        self.record(x, lambda: self.selection(p, g))
         return self.config.scale * g
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -168,9 +168,8 @@ class RoutedLinear(MixtureLinear):
         """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
         return p
 
-    def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
+    def selection(self, p: Tensor, g: Tensor) -> Record:
         """Return what the method's loss needs: by default p and which g are not 0, (T, N) each."""
-        self.real_tokens(x)
         return p.flatten(0, -2), g.detach().flatten(0, -2) != 0
 
     @property
