@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from furina.kernels.activity import DENSE
+from furina.kernels.directions import DENSE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = ["scaling.py", "--quick", "--rounds", "1", "--threads", "1"]

@@ -185,7 +185,7 @@ class AdapterLinear(MergeableLinear):
         if torch.is_grad_enabled():
             self.tracker.forget()  # a step may come
             shared = self.tracker.shared
-            return self._derived() if shared is None else shared.leaves[self.name]
+            return self._derived() if shared is None else shared[self.name]
         compiling = torch.compiler.is_compiling()
         kept = None if compiling else self.tracker.kept
         chosen = dtype or x.dtype

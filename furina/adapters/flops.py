@@ -16,7 +16,7 @@ For T tokens, an adapter on a (d, k) linear, with N experts of rank r, R = N·r,
                       share, of the shares and of the choices, 2T(1 + E) back (choices have no
                       gradient)
 
-w is R while R ≤ `activity.DENSE`, where the products with M_i are one with a block-diagonal
+w is R while R ≤ `directions.DENSE`, where the products with M_i are one with a block-diagonal
 matrix, and r above. Shared experts take part in all but the sums. Only matrix products count: no
 elementwise work, not the Cholesky factors (r³/3 for each expert), and not PiSSA's decomposition
 before the first step. What depends on no token is done once a step.
@@ -33,7 +33,7 @@ from furina.adapters.furina import FurinaConfig
 from furina.adapters.mixlora import DOWN, MixLoRAConfig
 from furina.adapters.pissa import PiSSAConfig
 from furina.adapters.slim import SLIMConfig
-from furina.kernels.activity import DENSE
+from furina.kernels.directions import DENSE
 
 
 @singledispatch

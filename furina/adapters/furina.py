@@ -7,7 +7,7 @@ normalised per output unit and one magnitude vector v scales them all. The updat
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
 This is the fast form of the equations in `furina/reference.py`. No k×d product is ever formed in
-training: `directions.py` and `activity.py` of `furina/kernels/` get d̃ and |Ŵ_i x| from r×r ones.
+training: `furina/kernels/directions.py` gets d̃ and the activities |Ŵ_i x| from r×r matrices.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
 routed, r rank of one expert.
@@ -33,8 +33,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
-from furina.kernels.activity import l2_activity, selection_losses, selection_sums
-from furina.kernels.directions import Directions, ExpertOptions, direction_gram, directions
+from furina.kernels import directions as kernel
 from furina.kernels.forward import ForwardTracker, Operands, Record
 from furina.kernels.product import low_rank_product, moved_product, no_autocast, update_dtype
 
@@ -146,7 +145,7 @@ class FurinaConfig(AdapterConfig):
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return α·reduce(L_div + L_bal) of the linears' sums over `tokens` real tokens."""
         means = torch.stack(list(statistics.values())) / tokens
-        return self.reduce(selection_losses(means, self.top_k))
+        return self.reduce(kernel.selection_losses(means, self.top_k))
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Return α times the sum or mean of the linears' losses."""
@@ -160,7 +159,7 @@ class FurinaConfig(AdapterConfig):
         given = list(records.values())
         # "per_unit" is large, and not of one shape.
         groups = [[each] for each in given] if self.activity == "per_unit" else [given]
-        sums = [selection_sums(self.activities(group), mask, self.top_k) for group in groups]
+        sums = [kernel.selection_sums(self.activities(each), mask, self.top_k) for each in groups]
         return dict(zip(records, torch.cat(sums).unbind(), strict=True))
 
     def activities(self, records: Sequence[Record]) -> Tensor:
@@ -170,7 +169,7 @@ class FurinaConfig(AdapterConfig):
         """
         if self.activity == "l2":
             h, gram, moved = zip(*records, strict=True)
-            activity = l2_activity(h, gram, self.eps, torch.stack(moved))
+            activity = kernel.l2_activity(h, gram, self.eps, torch.stack(moved))
             return activity[:, :, None, self.num_shared_experts :]
         return torch.stack([activity for (activity,) in records])
 
@@ -241,7 +240,7 @@ class FurinaLinear(MixtureLinear):
         self.record(x, lambda: self.selection(h, *extra))
         return y
 
-    def derive(self) -> Operands:
+    def derive(self) -> Operands | None:
         """Return A and B̃, and d̃ (N, O) and, where the selection loss needs it, M (N, r, r).
 
         Beside fp16, whose range B̃ leaves where A_i is next to nothing, A and B̃ are balanced by
@@ -254,18 +253,18 @@ class FurinaLinear(MixtureLinear):
         c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
         return Operands(a * c[:, None], b / c, (*extra, c))
 
-    def _directions(self, dtype: torch.dtype | None = None) -> Directions:
+    def _directions(self, dtype: torch.dtype | None = None) -> kernel.Directions:
         """Return B̃, d̃ and, if a training forward records it, M; in `dtype` or the parameters'."""
         config, dtype = self.config, dtype or self.lora_A.dtype
         n, shared = config.num_experts, config.num_shared_experts
-        options = ExpertOptions(n, shared, config.scale, config.eps, config.detach_norm)
+        options = kernel.ExpertOptions(n, shared, config.scale, config.eps, config.detach_norm)
         with_gram = self.training and config.has_auxiliary_loss and config.activity == "l2"
         with no_autocast(self.lora_A.device):
             v = self.magnitude.to(dtype) if config.num_routed_experts else None
             if v is not None and config.scale_routed:
                 v = v * config.scale
             a, bt = self.lora_A.to(dtype), self.lora_Bt.to(dtype)
-            return directions(a, bt, v, options, with_gram)
+            return kernel.directions(a, bt, v, options, with_gram)
 
     def selection(self, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None) -> Record:
         """Return what the experts' activity is made of: h, M and whether v has moved, with "l2".
@@ -281,7 +280,8 @@ class FurinaLinear(MixtureLinear):
         norm = norm.detach() if self.config.detach_norm else norm
         with no_autocast(h.device):
             if self.config.activity == "l2":
-                gram = gram if gram.numel() else direction_gram(self.lora_Bt, norm, shared)
+                known = gram.numel() > 0
+                gram = gram if known else kernel.direction_gram(self.lora_Bt, norm, shared)
                 return h, gram, moved
             b, h = (m.reshape(len(m), -1, self.config.rank)[:, shared:] for m in (self.lora_B, h))
             a = torch.einsum("krs,nrs->nkr", b / norm[shared:].t()[..., None], h.to(b.dtype)).abs()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from furina.adapters.base import AdapterLinear, ParameterCount, register
+from furina.adapters.base import AdapterLinear, register
 from furina.adapters.lora import LoRAConfig, LoRALinear
 from furina.adapters.routing import RoutedLinear, TopKConfig, load_balancing
 from furina.errors import ConfigurationError
@@ -118,17 +118,6 @@ class MixLoRAConfig(TopKConfig):
                     f"adapted: put {GATE}, {UP} and {DOWN} into the targets together, or none."
                 )
             layer.block = gate.block
-
-    def experts_of_a_token(self, name: str) -> int:
-        """Return K in an FFN, 1 elsewhere."""
-        return min(self.top_k, self.num_experts_of(name))
-
-    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return r(d+k), or in an FFN N·r(d+k), and N·d for the gate's router."""
-        n, expert = self.num_experts_of(name), self.rank * (in_features + out_features)
-        router = n * in_features if self.has_router(name) else 0
-        active = n if self.router_removed else self.experts_of_a_token(name)
-        return ParameterCount(n * expert + router, router, active * expert + router)
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return α N Σ f P, pooled over the blocks' `selection_sums`."""

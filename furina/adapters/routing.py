@@ -74,9 +74,13 @@ class RoutedConfig(LowRankConfig):
             found |= zip(names, selection_sums(p, chosen, mask).unbind(), strict=True)
         return {name: found[name] for name in records}
 
+    def router_rows(self, name: str) -> int:
+        """Return what the router of the linear called `name` chooses among: its experts."""
+        return self.num_experts_of(name)
+
     def has_router(self, name: str) -> bool:
         """Return whether the linear called `name` has a router: one expert needs none."""
-        return not self.router_removed and self.num_experts_of(name) > 1
+        return not self.router_removed and self.router_rows(name) > 1
 
     def mergeability(self) -> Mergeability:
         """Merge where nothing depends on the input."""
@@ -96,12 +100,11 @@ class RoutedConfig(LowRankConfig):
         return MOST_ACTIVE
 
     def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return N·r(d+k) + N·d, or without N·d where there is no router."""
-        n = self.num_experts_of(name)
-        router = n * in_features if self.has_router(name) else 0
+        """Return N·r(d+k), and where there is a router d for each of its rows."""
+        router = self.router_rows(name) * in_features if self.has_router(name) else 0
         expert = self.rank * (in_features + out_features)
-        active = self.experts_of_a_token(name) if router else n
-        return ParameterCount(n * expert + router, router, active * expert + router)
+        trainable = self.num_experts_of(name) * expert + router
+        return ParameterCount(trainable, router, self.experts_of_a_token(name) * expert + router)
 
 
 class RoutedLinear(MixtureLinear):
@@ -128,7 +131,7 @@ class RoutedLinear(MixtureLinear):
     @property
     def router_rows(self) -> int:
         """Rows of the router."""
-        return self.num_experts
+        return self.config.router_rows(self.name)
 
     @property
     def average_scale(self) -> float:
@@ -254,8 +257,9 @@ class TopKConfig(RoutedConfig):
         return self.top_k
 
     def experts_of_a_token(self, name: str) -> int:
-        """Return K, or all experts where there are not more."""
-        return min(self.top_k, self.num_experts_of(name))
+        """Return K, or all experts where there are not more, or nobody selects."""
+        n = self.num_experts_of(name)
+        return n if self.router_removed else min(self.top_k, n)
 
 
 def router_parameter(

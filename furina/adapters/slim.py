@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from furina.adapters.base import ParameterCount, drawn_on, register
+from furina.adapters.base import drawn_on, register
 from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
 from furina.kernels.forward import ForwardTracker
 from furina.kernels.product import no_autocast
@@ -74,20 +74,13 @@ class SLIMConfig(TopKConfig):
         """Return the number of LoRA experts."""
         return self.num_experts
 
-    def has_router(self, name: str) -> bool:
-        """Return whether there is anything to choose from."""
-        return not self.router_removed and self.most_experts > 1
+    def router_rows(self, name: str) -> int:
+        """Return one row for each LoRA expert and each identity."""
+        return self.most_experts
 
     def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> SLIMLinear:
         """Wrap one linear."""
         return SLIMLinear(base, name, tracker, self)
-
-    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return N·r(d+k), and d for each row of the router."""
-        router = self.most_experts * in_features if self.has_router(name) else 0
-        expert = self.rank * (in_features + out_features)
-        active = min(self.top_k, self.num_experts) if router else self.num_experts
-        return ParameterCount(self.num_experts * expert + router, router, active * expert + router)
 
 
 class SLIMLinear(RoutedLinear):
@@ -117,11 +110,6 @@ class SLIMLinear(RoutedLinear):
             self.register_buffer("mean", self.lora_A.new_zeros(shape))
             self.register_buffer("deviation", self.lora_A.new_ones(shape))
             self.register_buffer("seen", self.lora_A.new_zeros(shape[0]))
-
-    @property
-    def router_rows(self) -> int:
-        """One row for each LoRA expert and each identity."""
-        return self.config.most_experts
 
     def gates(self, x: Tensor) -> Tensor:
         """Return s·(1 − ρ)·w of the LoRA experts. Shape: (..., I) → (..., N)."""
@@ -159,8 +147,7 @@ class SLIMLinear(RoutedLinear):
         members = members.to(flat.dtype)
         members = members if mask is None else members.masked_fill(~mask, 0.0)
         parts = members.sum(0)[:, None], members.T @ flat, members.T @ flat.square()
-        sums = torch.cat(parts, dim=1)
-        self.tracker.record(self.name, sums)
+        self.tracker.record(self.name, torch.cat(parts, dim=1))
 
     def step_statistics(self) -> Tensor | None:
         """Return the clusters' sums since the last optimiser step. Shape: (C, 1 + 2I)."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -113,51 +113,6 @@ class Forward:
         return torch.tensor(self.positions)
 
 
-class SharedOperands:
-    """What layers derive from their parameters, made once for several forwards and backwards.
-
-    Each layer's tensors with a gradient are cut off from how they were made: their gradients gather
-    in these leaves, and `backward` passes the sums on to the parameters.
-    """
-
-    def __init__(self, made: Mapping[str, Operands]) -> None:
-        """Cut off what the layers called by these names have made."""
-        self._made = made
-        self._closed = False
-        self.leaves = {name: each.map(self._leaf) for name, each in made.items()}
-
-    def backward(self) -> None:
-        """Pass the gathered gradients on; once."""
-        pairs = [
-            (tensor, leaf.grad)
-            for name, made in self._made.items()
-            for tensor, leaf in zip(made.tensors(), self.leaves[name].tensors(), strict=True)
-            if leaf is not tensor and leaf.grad is not None
-        ]
-        if pairs:
-            tensors, gradients = zip(*pairs, strict=True)
-            torch.autograd.backward(tensors, gradients)
-
-    def close(self) -> None:
-        """Refuse gradients from now on: nobody would pass them on."""
-        self._closed = True
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        """Return a leaf in place of a derived tensor; a parameter or constant stays itself."""
-        if tensor.grad_fn is None:
-            return tensor
-        leaf = tensor.detach().requires_grad_()
-        leaf.register_hook(self._refuse_if_closed)  # type: ignore[no-untyped-call]
-        return leaf
-
-    def _refuse_if_closed(self, gradient: Tensor) -> None:
-        if self._closed:
-            raise ConfigurationError(
-                "backward() ran after the furina.accumulating block had ended, which passes the "
-                "gradients on: call it inside the block."
-            )
-
-
 UNREAD = 3
 """Training forwards in a row without a question for their auxiliary loss that bring a warning."""
 
@@ -170,7 +125,8 @@ class ForwardTracker:
         self.active: Forward | None = None
         self.last: Forward | None = None
         """The last training forward; others leave it."""
-        self.shared: SharedOperands | None = None
+        self.shared: dict[str, Operands] | None = None
+        """What layers have derived for several training forwards, by their names."""
         self.kept: dict[Hashable, Operands] | None = None
         """What layers have derived, while `keeping`."""
         self.step_sums: dict[str, Tensor | None] = {}

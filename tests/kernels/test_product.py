@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from furina.adapters.base import AdapterLinear
 from furina.kernels import product
-from furina.kernels.activity import l2_activity
-from furina.kernels.directions import ExpertOptions, direction_gram, directions
+from furina.kernels.directions import ExpertOptions, direction_gram, directions, l2_activity
 from furina.kernels.dropout import drop_
 from furina.kernels.product import low_rank_product
 from furina.model.state import state_of
@@ -119,8 +118,8 @@ def test_directions_and_activity_pass_gradcheck(
     dense: int, detach_norm: bool, num_shared: int, monkeypatch
 ) -> None:
     """As one function of A, B, v and h, by blocks and dense, with several linears to a chunk."""
-    monkeypatch.setattr("furina.kernels.activity.DENSE", dense)
-    monkeypatch.setattr("furina.kernels.activity.CHUNK", 2)
+    monkeypatch.setattr("furina.kernels.directions.DENSE", dense)
+    monkeypatch.setattr("furina.kernels.directions.CHUNK", 2)
     generator = torch.Generator().manual_seed(0)
     shapes = (EXPERTS * RANK, IN), (EXPERTS * RANK, OUT), (OUT,), (3, TOKENS, EXPERTS * RANK)
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
