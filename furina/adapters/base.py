@@ -55,7 +55,7 @@ class AdapterConfig(ABC):
     parameter_formula: ClassVar[str]
     """Of one (d, k) linear in r, N, d and k; words may follow a semicolon."""
     listed: ClassVar[bool] = True
-    """Whether the method is one to compare; what merely tries something out is none."""
+    """Whether `furina methods` and the tests of all methods include it."""
     scope: ClassVar[Literal["linear", "block"]] = "linear"
     """Whether one linear's update can be seen alone, or only that of the block it is part of."""
     deviations: ClassVar[str] = ""
@@ -116,7 +116,7 @@ class AdapterConfig(ABC):
     def statistics(
         self, records: Mapping[str, Record], mask: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """Reduce what the linears recorded to sums over real tokens; by default it is these sums.
+        """Reduce what the linears recorded to sums over real tokens; by default it is one already.
 
         Shape: `mask` (T, 1) is true for real tokens, None if all are.
         """
@@ -175,12 +175,12 @@ class AdapterLinear(MergeableLinear):
         return None
 
     def operands(self, x: Tensor, dtype: torch.dtype | None = None) -> Operands:
-        """Return `derive()`, which must not be None, made once where somebody vouches for it.
+        """Return `derive()`, which must not be None, from a cache where parameters stay the same.
 
-        Inside `furina.accumulating` it is made once for all forwards with gradients, inside
-        `furina.evaluation_mode` for all without, and else anew for each. Without gradients A and B
-        are in `dtype`, or else x's. With a `dtype`, which is for `low_rank_product`, B is stored by
-        columns on a CPU: a single token reads it faster so.
+        Inside `furina.accumulating` all forwards with gradients share it, inside
+        `furina.evaluation_mode` all forwards without. Without gradients A and B are in `dtype`, by
+        default x's. With a `dtype`, which is for `low_rank_product`, B is stored by columns on a
+        CPU, where a single token reads it faster.
         """
         if torch.is_grad_enabled():
             self.tracker.forget()  # a step may come

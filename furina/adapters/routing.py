@@ -75,7 +75,7 @@ class RoutedConfig(LowRankConfig):
         return {name: found[name] for name in records}
 
     def router_rows(self, name: str) -> int:
-        """Return what the router of the linear called `name` chooses among: its experts."""
+        """Return the rows of the router in the linear called `name`: one for each expert."""
         return self.num_experts_of(name)
 
     def has_router(self, name: str) -> bool:

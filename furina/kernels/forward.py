@@ -114,7 +114,7 @@ class Forward:
 
 
 UNREAD = 3
-"""Training forwards in a row without a question for their auxiliary loss that bring a warning."""
+"""Warn after so many training forwards in a row whose auxiliary loss nobody asked for."""
 
 
 class ForwardTracker:
@@ -145,8 +145,8 @@ class ForwardTracker:
     def keeping(self) -> Iterator[None]:
         """Let layers keep what they derive from their parameters, which must not change inside.
 
-        Nothing could tell that they did: autograd does not count writes through `.data` or by
-        fused optimisers.
+        A change would go unnoticed: autograd does not count writes through `.data` or by fused
+        optimisers.
         """
         if self._keepers == 0:
             self.kept = {}

@@ -26,7 +26,14 @@ from furina.model.compilation import CompiledDecoder
 from furina.model.parameters import adapter_parameters, parameter_groups
 from furina.model.state import state_of
 from furina.training.divergence import DivergenceWatch
-from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers
+from furina.training.loss import (
+    AnswerBatch,
+    LossWeights,
+    answer_logits,
+    loss_weights,
+    mean_nll,
+    select_answers,
+)
 from furina.training.preconditions import (
     refuse_callbacks,
     refuse_ignored_options,
@@ -37,7 +44,6 @@ from furina.training.preconditions import (
 from furina.training.resumable import ResumableModule
 from furina.training.schedule import Schedule, learning_rate_factor, step_seed
 from furina.training.sharding import ShardedStrategy, shard
-from furina.training.window import Share, shares
 
 
 class FinetuneModule(ResumableModule):
@@ -176,9 +182,9 @@ class FinetuneModule(ResumableModule):
         optimizer.zero_grad()
         window, parts = _located(batch), []
         with self._accumulation(len(window)), self._compilation():
-            for micro, share in zip(window, self._shares(window), strict=True):
+            for micro, weights in zip(window, self._weights(window), strict=True):
                 with self._gradient_sync(micro is window[-1]):
-                    parts.append(self._backward(micro, share))
+                    parts.append(self._backward(micro, weights))
         norm = self._clip()
         sums = functools.reduce(torch.add, parts)
         loss = self._log_step(sums, norm, scheduler)
@@ -217,10 +223,10 @@ class FinetuneModule(ResumableModule):
         """Report a divergence that no logging step has looked at."""
         self._watch.check()
 
-    def _shares(self, window: list[AnswerBatch]) -> list[Share]:
+    def _weights(self, window: list[AnswerBatch]) -> list[LossWeights]:
         if self.trainer.world_size == 1:
-            return shares(window, None)
-        return shares(window, lambda counts: self._sum_over_ranks(counts.to(self.device)))
+            return loss_weights(window, None)
+        return loss_weights(window, lambda counts: self._sum_over_ranks(counts.to(self.device)))
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
@@ -243,15 +249,15 @@ class FinetuneModule(ResumableModule):
         block: AbstractContextManager[None] = strategy.block_backward_sync()
         return block
 
-    def _backward(self, micro: AnswerBatch, share: Share) -> Tensor:
+    def _backward(self, micro: AnswerBatch, weights: LossWeights) -> Tensor:
         """Add a micro-batch's gradient; returns its part of [task loss, accuracy, auxiliary]."""
         logits, targets = answer_logits(self.model, micro)
-        task = share.task * mean_nll(logits, targets)
-        auxiliary = share.auxiliary * auxiliary_loss(self.model)
+        task = weights.task * mean_nll(logits, targets)
+        auxiliary = weights.auxiliary * auxiliary_loss(self.model)
         # DDP and FSDP2 average over the ranks but the loss is their sum; the auxiliary loss's own
         # all-reduce has put that factor into its gradient already.
         self.manual_backward(self.trainer.world_size * task + auxiliary)
-        hits = (logits.argmax(-1) == targets).sum() * (share.task / max(len(targets), 1))
+        hits = (logits.argmax(-1) == targets).sum() * (weights.task / max(len(targets), 1))
         return torch.stack([task.detach(), hits, auxiliary.detach()])
 
     def _clip(self) -> Tensor:

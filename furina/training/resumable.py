@@ -7,15 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.aggregation import RunningMean
 
 from furina.data.module import TaskDataModule
 from furina.errors import ConfigurationError, require_same
 from furina.kernels.sharding import whole, write
+from furina.model.also_trained import also_trained
 from furina.model.parameters import adapter_state_dict, load_adapter_state_dict
 from furina.model.state import state_of
-from furina.training.beside import require_held, trained_beside
 from furina.training.divergence import DivergenceWatch
 from furina.training.schedule import schedule_length
 
@@ -62,7 +62,7 @@ class ResumableModule(pl.LightningModule):
         state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
         beside = trained_beside(self.model)
         own = {name: state.pop(name) for name in beside if name in state}
-        require_held(beside, own)
+        _require_held(beside, own)
         load_adapter_state_dict(self.model, state)
         with torch.no_grad():
             for name, parameter in beside.items():
@@ -111,3 +111,30 @@ def _adapter_config(model: nn.Module) -> dict[str, Any]:
     own = {"method": state.config.name, **state.config.to_dict(), "targets": list(state.targets)}
     beside = list(trained_beside(model))
     return {**own, "trained_beside": beside} if beside else own
+
+
+def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what of the backbone requires a gradient, such as an unfrozen head, by its plain name.
+
+    Raises ConfigurationError as `also_trained`, and for numbers of 16 bits, in which small updates
+    vanish.
+    """
+    others = also_trained(model).items()
+    found = {n: p for n, p in others if isinstance(p, nn.Parameter) and p.requires_grad}
+    for name, parameter in found.items():
+        if parameter.dtype.itemsize < torch.float32.itemsize:
+            raise ConfigurationError(
+                f"{name} requires a gradient in {parameter.dtype}, in which small updates vanish: "
+                "load the backbone in float32 (Trainer(precision='bf16-mixed') computes in less)."
+            )
+    return found
+
+
+def _require_held(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Raise ConfigurationError where `state` lacks one of `parameters`, or its shape."""
+    for name, parameter in parameters.items():
+        if name not in state or state[name].shape != parameter.shape:
+            raise ConfigurationError(
+                f"The checkpoint holds no {name} of shape {tuple(parameter.shape)}, which is "
+                "trained here: freeze it, or train the same parameters as then."
+            )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import furina
 from furina.adapters.furina import FurinaLinear
 from furina.adapters.mixture import MixtureLinear
-from furina.analysis.activity import collect, strongest
+from furina.analysis.analyse import collect, strongest
 from furina.errors import ConfigurationError
 from furina.model import selection
 from furina.model.selection import choosing, share_sums
