@@ -48,6 +48,14 @@ class RoutedConfig(LowRankConfig):
     router_removed: bool = False
     """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
 
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
+        """Wrap one linear."""
+        return RoutedLinear(base, name, tracker, self)
+
+    def weigh(self, p: Tensor) -> Tensor:
+        """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
+        return p
+
     def without_router(self) -> Self:
         """Return the options of the control (table 7): no router, and nothing on that needs one."""
         return replace(self, router_removed=True)
@@ -157,7 +165,7 @@ class RoutedLinear(MixtureLinear):
         if not self.has_router:
             return self.lora_B.new_full((self.num_experts,), self.average_scale)
         p = self.probabilities(x)
-        g = self.weigh(p)
+        g = self.config.weigh(p)
         self.record(x, lambda: self.selection(p, g))
         return self.config.scale * g
 
@@ -166,10 +174,6 @@ class RoutedLinear(MixtureLinear):
         with no_autocast(x.device):
             logits = functional.linear(x.to(self.router.dtype), self.router)
         return logits.softmax(-1)
-
-    def weigh(self, p: Tensor) -> Tensor:
-        """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
-        return p
 
     def selection(self, p: Tensor, g: Tensor) -> Record:
         """Return what the method's loss needs: by default p and which g are not 0, (T, N) each."""
@@ -246,6 +250,12 @@ class TopKConfig(RoutedConfig):
         super().__post_init__()
         self.require(self.top_k > 0, "top_k", "at least 1")
 
+    def weigh(self, p: Tensor) -> Tensor:
+        """Keep the K largest probabilities of each token, rescaled to sum to 1. Shape: (..., N)."""
+        kept = p.topk(min(self.top_k, p.shape[-1]), dim=-1)
+        weights = kept.values / kept.values.sum(-1, keepdim=True)
+        return torch.zeros_like(p).scatter(-1, kept.indices, weights)
+
     @property
     def records_selection(self) -> bool:
         """Whether a router selects."""
@@ -272,13 +282,6 @@ def router_parameter(
         normal = torch.empty_like(router, device=drawn_on(router)).normal_(std=0.02)
         router = nn.Parameter(normal.to(router.device))
     return router
-
-
-def top_k_weights(p: Tensor, k: int) -> Tensor:
-    """Keep the K largest probabilities of each token, rescaled to sum to 1. Shape: (..., N)."""
-    kept = p.topk(min(k, p.shape[-1]), dim=-1)
-    weights = kept.values / kept.values.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(-1, kept.indices, weights)
 
 
 def selection_sums(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:

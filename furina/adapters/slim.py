@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from furina.adapters.base import drawn_on, register
-from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
+from furina.adapters.routing import RoutedLinear, TopKConfig
 from furina.kernels.forward import ForwardTracker
 from furina.kernels.product import no_autocast
 
@@ -119,10 +119,6 @@ class SLIMLinear(RoutedLinear):
         if self.training and self.tracker.active is not None:
             self._note(x)
         return gates * (1 - self.yielded(x))[..., None]
-
-    def weigh(self, p: Tensor) -> Tensor:
-        """Return the K largest probabilities, rescaled to sum to 1. Shape: (..., all experts)."""
-        return top_k_weights(p, self.config.top_k)
 
     @torch.no_grad()
     def yielded(self, x: Tensor) -> Tensor:
