@@ -146,19 +146,14 @@ class Block:
         """Keep what the gate has just decided."""
         self._routings[_thread()] = routing
 
-    def current(self, name: str) -> Routing:
-        """Return what the gate has just decided."""
-        if _thread() not in self._routings:
+    def current(self, name: str, *, last: bool = False) -> Routing:
+        """Return what the gate has just decided, and forget it if this is the `last` linear."""
+        routing = (self._routings.pop if last else self._routings.get)(_thread(), None)
+        if routing is None:
             raise ConfigurationError(
                 f"{name} ran before its block's {GATE}, which routes: MixLoRA needs an FFN of the "
                 "form down(act(gate(x)) * up(x))."
             )
-        return self._routings[_thread()]
-
-    def end(self, name: str) -> Routing:
-        """Return it for the last time."""
-        routing = self.current(name)
-        del self._routings[_thread()]
         return routing
 
     def __getstate__(self) -> dict[str, object]:
@@ -236,7 +231,7 @@ class MixLoRADown(MixLoRALinear):
 
     def forward(self, a: Tensor) -> Tensor:
         """Return Σ_k w_k (W + s·B_e A_e) a_k + b. Shape: (K, ..., I) → (..., O)."""
-        routing = self.block.end(self.name)
+        routing = self.block.current(self.name, last=True)
         weights = routing.weights.to(a.dtype)[..., None]
         if weights.shape[:-1] != a.shape[:-1]:
             raise ConfigurationError(
