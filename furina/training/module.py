@@ -123,7 +123,7 @@ class FinetuneModule(ResumableModule):
             shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier fit; silence Lightning's word that one hook hides another."""
+        """Forget an earlier fit; silence Lightning's warning that one hook hides another."""
         self._resumed, self._watch = {}, DivergenceWatch()
         self._running_loss.reset()
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
