@@ -310,6 +310,14 @@ def test_recording_in_training_changes_neither_records_nor_checkpointed_gradient
     assert record.tokens == int(tokens()["attention_mask"].sum())
 
 
+def test_recording_adds_nothing_to_what_slim_moves_after_a_step() -> None:
+    model = furina.adapt(BACKBONES["llama"](), small("slim"), seed=0).train()
+    with furina.record_selection(model) as record, torch.no_grad():
+        model(**tokens())
+    assert record.tokens > 0
+    assert all(layer.step_statistics() is None for layer in state_of(model).layers.values())
+
+
 def test_an_output_head_that_sees_a_part_of_the_tokens_is_refused_with_the_reason() -> None:
     model = furina.adapt(
         BACKBONES["llama"](), small("furina"), targets=["q_proj", "lm_head"], seed=0
