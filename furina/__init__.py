@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from furina.model.auxiliary import after_step as after_step
     from furina.model.auxiliary import auxiliary_loss as auxiliary_loss
     from furina.model.auxiliary import auxiliary_tokens as auxiliary_tokens
-    from furina.model.auxiliary import record_selection as record_selection
     from furina.model.checkpoint import load as load
     from furina.model.checkpoint import save as save
     from furina.model.export import export_merged as export_merged
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from furina.model.parameters import load_adapter_state_dict as load_adapter_state_dict
     from furina.model.parameters import parameter_groups as parameter_groups
     from furina.model.router_removal import without_router as without_router
+    from furina.model.selection import record_selection as record_selection
     from furina.model.state import is_adapted as is_adapted
     from furina.training.module import FinetuneModule as FinetuneModule
 
@@ -50,7 +50,7 @@ _HOME = {
     "data.module": ("TaskDataModule",),
     "model.accumulation": ("accumulating",),
     "model.adapter_sets": ("AdapterSet",),
-    "model.auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens", "record_selection"),
+    "model.auxiliary": ("after_step", "auxiliary_loss", "auxiliary_tokens"),
     "model.checkpoint": ("load", "save"),
     "model.export": ("export_merged", "export_peft"),
     "model.inference": ("evaluation_mode",),
@@ -64,6 +64,7 @@ _HOME = {
         "parameter_groups",
     ),
     "model.router_removal": ("without_router",),
+    "model.selection": ("record_selection",),
     "model.state": ("is_adapted",),
     "training.module": ("FinetuneModule",),
 }

@@ -1,7 +1,14 @@
-"""FURINA's equations, written for reading: the oracle that the fast layer is tested against.
+"""FURINA's equations, written for reading; the fast layer is tested against them.
 
-Notation of the paper (arXiv 2509.14900): in = d, out = k, token x (d,), expert i has A_i (r, d) and
-B_i (k, r). Every function forms the k×d products that training never forms.
+A layer can train on them as they stand: `furina fit --method furina_plain`, or
+`furina.adapt(model, "furina_plain")`, takes the options of `furina`, draws the same adapter and
+leaves the gradients to autograd. To try another equation, change it here and train that method;
+write the fast form (`furina/adapters/furina.py`, `furina/kernels/directions.py`) once it is worth
+it, and `tests/adapters/test_furina.py` holds the two together.
+
+Notation of the paper (arXiv 2509.14900): in = d, out = k, token x (d,); expert i has A_i (r, d) and
+B_i (k, r). Of N experts S are shared and come first, R = N − S route themselves. Every function
+forms the k×d products that the fast layer never forms.
 """
 
 from __future__ import annotations
@@ -11,15 +18,15 @@ from torch import Tensor
 
 
 def row_norm(weight: Tensor, eps: float) -> Tensor:
-    """Return d̃ = sqrt(Σ_j W_·j² + ε²), one norm per output unit. Shape: (k, d) → (k,)."""
+    """Return d̃ = sqrt(Σ_j W_·j² + ε²), one norm per output unit. Shape: (..., k, d) → (..., k)."""
     return (weight.square().sum(-1) + eps**2).sqrt()
 
 
 def direction(a: Tensor, b: Tensor, eps: float, detach_norm: bool = False) -> Tensor:
-    """Return Ŵ_i = diag(d̃_i)^-1 B_i A_i. Shape: (r, d), (k, r) → (k, d)."""
+    """Return Ŵ_i = diag(d̃_i)^-1 B_i A_i. Shape: (..., r, d), (..., k, r) → (..., k, d)."""
     weight = b @ a
     norm = row_norm(weight, eps)
-    return weight / (norm.detach() if detach_norm else norm)[:, None]
+    return weight / (norm.detach() if detach_norm else norm)[..., None]
 
 
 def routed_update(x: Tensor, directions: Tensor, magnitude: Tensor) -> Tensor:
@@ -34,6 +41,26 @@ def routed_update(x: Tensor, directions: Tensor, magnitude: Tensor) -> Tensor:
 def shared_update(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return Σ_j s·B_j A_j x over the shared experts. Shape: (S, r, d), (S, k, r) → (..., k)."""
     return scale * torch.einsum("skr,srd,...d->...k", b, a, x)
+
+
+def update(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    *,
+    num_shared: int,
+    scale: float,
+    eps: float,
+    detach_norm: bool = False,
+) -> Tensor:
+    """Return what all experts add to W x.
+
+    Shape: (..., d), (N, r, d), (N, k, r), (k,) or (R, k) → (..., k).
+    """
+    directions = direction(a[num_shared:], b[num_shared:], eps, detach_norm)
+    shared = shared_update(x, a[:num_shared], b[:num_shared], scale)
+    return shared + routed_update(x, directions, magnitude)
 
 
 def activity(x: Tensor, directions: Tensor, kind: str, eps: float) -> Tensor:

@@ -12,7 +12,7 @@ from furina.adapters.base import (
     ParameterCount,
     register,
 )
-from furina.adapters.registry import configure, methods
+from furina.adapters.registry import config_class, configure, methods
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -22,6 +22,7 @@ __all__ = [
     "AdapterLinear",
     "Mergeability",
     "ParameterCount",
+    "config_class",
     "configure",
     "methods",
     "register",

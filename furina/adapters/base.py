@@ -12,24 +12,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import NoneType
-from typing import (
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    Self,
-    TypeVar,
-)
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from furina.adapters.mergeable import MergeableLinear
 from furina.errors import ConfigurationError
 from furina.kernels.forward import ForwardTracker, Operands, Record
-from furina.kernels.sharding import is_sharded
 from furina.options.hints import choices, is_of, scalars
 
 _REGISTRY: dict[str, type[AdapterConfig]] = {}
@@ -62,6 +54,8 @@ class AdapterConfig(ABC):
     source: ClassVar[str]
     parameter_formula: ClassVar[str]
     """Of one (d, k) linear in r, N, d and k; words may follow a semicolon."""
+    listed: ClassVar[bool] = True
+    """Whether `furina methods` and the tests of all methods include it."""
     scope: ClassVar[Literal["linear", "block"]] = "linear"
     """Whether one linear's update can be seen alone, or only that of the block it is part of."""
     deviations: ClassVar[str] = ""
@@ -94,7 +88,7 @@ class AdapterConfig(ABC):
         """Return the parameters of one (in, out) linear, called `name`, in closed form."""
 
     def resolve(self, names: Sequence[str]) -> Self:
-        """Return this config made definite for a model whose linears `names` are adapted."""
+        """Return this config with what it leaves open decided by the adapted linears' `names`."""
         return self
 
     def link(self, layers: Mapping[str, AdapterLinear]) -> None:  # noqa: B027
@@ -112,7 +106,7 @@ class AdapterConfig(ABC):
 
     @property
     def records_selection(self) -> bool:
-        """Whether its layers can tell which experts are active, for `furina.record_selection`."""
+        """Whether a token selects some of the experts, for `furina.record_selection`."""
         return False
 
     def peft_options(self) -> dict[str, object]:
@@ -122,7 +116,7 @@ class AdapterConfig(ABC):
     def statistics(
         self, records: Mapping[str, Record], mask: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """Reduce what the linears recorded to sums over real tokens; by default it is these sums.
+        """Reduce what the linears recorded to sums over real tokens; by default it is one already.
 
         Shape: `mask` (T, 1) is true for real tokens, None if all are.
         """
@@ -150,7 +144,7 @@ class AdapterConfig(ABC):
 C = TypeVar("C", bound=AdapterConfig)
 
 
-class AdapterLinear(nn.Module, ABC):
+class AdapterLinear(MergeableLinear):
     """A frozen linear with a method's update beside it: y = W x + b + update(x)."""
 
     dropout: float = 0.0
@@ -158,12 +152,8 @@ class AdapterLinear(nn.Module, ABC):
 
     def __init__(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> None:
         """Keep `base` as it is; the method's parameters are at least fp32."""
-        super().__init__()
-        self.base = base
-        self.name = name
+        super().__init__(base, name)
         self.tracker = tracker
-        self._pristine: Tensor | None = None
-        self._merged = False
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -185,17 +175,17 @@ class AdapterLinear(nn.Module, ABC):
         return None
 
     def operands(self, x: Tensor, dtype: torch.dtype | None = None) -> Operands:
-        """Return `derive()`, which must not be None, made once where somebody vouches for it.
+        """Return `derive()`, which must not be None, from a cache where parameters stay the same.
 
-        Inside `furina.accumulating` it is made once for all forwards with gradients, inside
-        `furina.evaluation_mode` for all without, and else anew for each. Without gradients A and B
-        are in `dtype`, or else x's. With a `dtype`, which is for `low_rank_product`, B is stored by
-        columns on a CPU: a single token reads it faster so.
+        Inside `furina.accumulating` all forwards with gradients share it, inside
+        `furina.evaluation_mode` all forwards without. Without gradients A and B are in `dtype`, by
+        default x's. With a `dtype`, which is for `low_rank_product`, B is stored by columns on a
+        CPU, where a single token reads it faster.
         """
         if torch.is_grad_enabled():
             self.tracker.forget()  # a step may come
             shared = self.tracker.shared
-            return self._derived() if shared is None else shared.leaves[self.name]
+            return self._derived() if shared is None else shared[self.name]
         compiling = torch.compiler.is_compiling()
         kept = None if compiling else self.tracker.kept
         chosen = dtype or x.dtype
@@ -243,30 +233,26 @@ class AdapterLinear(nn.Module, ABC):
 
     @property
     def records_statistics(self) -> bool:
-        """Whether a forward records sums over real tokens for the auxiliary loss or an observer."""
+        """Whether a training forward records what the auxiliary loss is made of."""
         return False
 
-    def record(self, has_auxiliary_loss: bool, statistics: Callable[[], Record]) -> None:
-        """Record what `statistics` returns if the auxiliary loss or an observer wants it.
+    def record(self, x: Tensor, statistics: Callable[[], Record]) -> None:
+        """Record what `statistics` returns if this forward of x trains on the auxiliary loss.
 
         A checkpoint function that reruns the layer in a backward pass needs the same operations
-        again, and nothing is recorded then.
+        again, and nothing is recorded then. Raises ConfigurationError as `real_tokens`.
         """
-        tracker = self.tracker
-        if not self.records_statistics or not (has_auxiliary_loss or tracker.observers):
+        if not self.records_statistics:
             return
-        recording = tracker.recording()
-        if not recording:
-            if not (has_auxiliary_loss and self.training and torch.is_grad_enabled()):
-                return
+        tracker = self.tracker
+        self.real_tokens(x)
+        if tracker.recording():
+            tracker.record(self.name, *statistics(), for_loss=True)
+        elif self.training and torch.is_grad_enabled():
             if torch._C._current_graph_task_id() == -1:  # no backward pass: a forward of a part
                 tracker.last = None
-                return
-        with nullcontext() if has_auxiliary_loss else torch.no_grad():
-            made = statistics()
-        if tracker.active is not None:
-            tracker.active.has_loss |= has_auxiliary_loss
-            tracker.record(self.name, *made)
+            else:
+                statistics()
 
     def real_tokens(self, x: Tensor) -> Tensor | None:
         """Return the mask of real tokens (T, 1) of the forward that runs now, None without one.
@@ -309,71 +295,6 @@ class AdapterLinear(nn.Module, ABC):
             if tensor.dtype != self.parameter_dtype:
                 tensor.data = before[name].to(tensor.device, self.parameter_dtype)
         return self
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds the update now."""
-        return self._merged
-
-    @property
-    def has_pristine_weight(self) -> bool:
-        """Whether the backbone's own W is at hand: not after a merge that kept no copy."""
-        return not self._merged or self._pristine is not None
-
-    @property
-    def pristine_weight(self) -> Tensor:
-        """The backbone's own W, whether merged or not. Shape: (O, I)."""
-        if not self.has_pristine_weight:
-            raise ConfigurationError(
-                f"{self.name} was merged with keep_base=False, so W is gone: reload the backbone."
-            )
-        if is_sharded(self.base.weight):
-            raise ConfigurationError(
-                f"{self.name} is sharded over several devices: gather the adapter on all of them "
-                "with furina.adapter_state_dict, and load it into a model on one."
-            )
-        return self.base.weight.detach() if self._pristine is None else self._pristine
-
-    @torch.no_grad()
-    def merged_weight(self, delta: Tensor | None = None) -> Tensor:
-        """Return W + ΔW, summed in float64 and rounded once to the base's dtype. Shape: (O, I).
-
-        `delta` is `delta()`, where it is at hand: it is what costs.
-        """
-        weight = self.pristine_weight.to(self.base.weight.device)
-        delta = self.delta() if delta is None else delta
-        return (weight.to(torch.float64) + delta).to(self.base.weight.dtype)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Write the merged weight into the base; a copy of W on the CPU makes it undoable."""
-        if self._merged:
-            raise ConfigurationError(f"{self.name} is merged already.")
-        merged = self.merged_weight()
-        self._pristine = self.base.weight.detach().to("cpu", copy=True)
-        self._merged = True  # before the first byte is written: `unmerge` undoes a part as well
-        self.base.weight.copy_(merged)
-
-    def give_up_base(self) -> None:
-        """Forget W for good: the merged base is what is left."""
-        self._pristine = None
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore W bit for bit; raises ConfigurationError if no copy was kept.
-
-        The layer then follows the base; see `follow_base`.
-        """
-        if not self._merged:
-            raise ConfigurationError(f"{self.name} is not merged.")
-        self.base.weight.copy_(self.pristine_weight)
-        self._pristine = None
-        self._merged = False
-        self.follow_base()
-
-    def follow_base(self) -> None:
-        """Take over the mode, device and dtype that the model gave the base in the meantime."""
-        self.train(self.base.training).to(self.base.weight.device)  # `_apply` sees to the dtype
 
 
 def kaiming_uniform(rows: int, columns: int, fan_in: int, like: AdapterLinear) -> nn.Parameter:

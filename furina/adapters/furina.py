@@ -6,9 +6,8 @@ An expert whose rows point along x speaks loudly, and nothing else can make it l
 normalised per output unit and one magnitude vector v scales them all. The update is linear in x, so
 the mixture is one LoRA of rank N·r: h = A x, Δy = B̃ h with B̃ = [s·B_shared, diag(v/d̃_i) B_i].
 
-No k×d product is ever formed in training:
-    d̃_i² = rowsum((B_i L_i)²) + ε²,  A_i A_iᵀ = L_i L_iᵀ  (with a Cholesky factor for stability)
-    |Ŵ_i x|² = h_iᵀ (Û_iᵀ Û_i) h_i,   Û_i = diag(d̃_i)^-1 B_i
+This is the fast form of the equations in `furina/reference.py`. No k×d product is ever formed in
+training: `furina/kernels/directions.py` gets d̃ and the activities |Ŵ_i x| from r×r matrices.
 
 Shape legend: T tokens, I = d in_features, O = k out_features, N experts, S shared, R = N − S
 routed, r rank of one expert.
@@ -34,7 +33,7 @@ from furina.adapters.base import (
 )
 from furina.adapters.lora import lora_scale
 from furina.adapters.mixture import MixtureLinear, Parts
-from furina.kernels.directions import Directions, direction_gram, directions, l2_activity
+from furina.kernels import directions as kernel
 from furina.kernels.forward import ForwardTracker, Operands, Record
 from furina.kernels.product import low_rank_product, moved_product, no_autocast, update_dtype
 
@@ -133,8 +132,8 @@ class FurinaConfig(AdapterConfig):
 
     def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
         """Return N·r(d+k) + k, or + R·k with one magnitude per expert."""
-        vectors = self.num_routed_experts if self.magnitude == "per_expert" else 1
-        vectors = min(vectors, self.num_routed_experts)
+        routed = self.num_routed_experts
+        vectors = min(routed, 1) if self.magnitude == "shared" else routed
         adapters = self.num_experts * self.rank * (in_features + out_features)
         trainable = adapters + vectors * out_features
         return ParameterCount(trainable, router=0, active=trainable)
@@ -144,33 +143,24 @@ class FurinaConfig(AdapterConfig):
         return {"magnitude": self.magnitude_lr_multiplier}
 
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-        """Return α·reduce(L_div + L_bal) from each linear's sums over `tokens` real tokens.
+        """Return α·reduce(L_div + L_bal) of the linears' sums over `tokens` real tokens."""
+        means = torch.stack(list(statistics.values())) / tokens
+        return self.reduce(kernel.selection_losses(means, self.top_k))
 
-        L_div = 1 − share/T; L_bal = R Σ_i F_i P_i with F_i = count_i/(K·T) and P_i = p_i/T, which
-        is 1 at balance (section 3.3 of the paper; the definitions are our reading of its words).
-        Shape: each statistic is (1 + 2R,), see `selection_sums`.
-        """
-        r = self.num_routed_experts
-        share, p, count = torch.split(
-            torch.stack(list(statistics.values())) / tokens, [1, r, r], dim=1
-        )
-        divergence = 1 - share[:, 0]
-        balance = r * (count / self.top_k * p).sum(1)
-        loss = divergence + balance
-        total = loss.sum() if self.selection_reduction == "sum" else loss.mean()
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Return α times the sum or mean of the linears' losses."""
+        total = losses.sum() if self.selection_reduction == "sum" else losses.mean()
         return self.selection_coefficient * total
 
     def statistics(
         self, records: Mapping[str, Record], mask: Tensor | None
     ) -> Mapping[str, Tensor]:
         """Return each linear's `selection_sums` from what `FurinaLinear.selection` recorded."""
-        if self.activity == "per_unit":  # large, and not of one shape
-            return {
-                name: selection_sums(self.activities([record]), mask, self.top_k)[0]
-                for name, record in records.items()
-            }
-        sums = selection_sums(self.activities(list(records.values())), mask, self.top_k)
-        return dict(zip(records, sums.unbind(), strict=True))
+        given = list(records.values())
+        # "per_unit" is large, and not of one shape.
+        groups = [[each] for each in given] if self.activity == "per_unit" else [given]
+        sums = [kernel.selection_sums(self.activities(each), mask, self.top_k) for each in groups]
+        return dict(zip(records, torch.cat(sums).unbind(), strict=True))
 
     def activities(self, records: Sequence[Record]) -> Tensor:
         """Return the routed experts' activity from what linears of one shape recorded.
@@ -179,26 +169,9 @@ class FurinaConfig(AdapterConfig):
         """
         if self.activity == "l2":
             h, gram, moved = zip(*records, strict=True)
-            activity = l2_activity(h, gram, self.eps, torch.stack(moved))
+            activity = kernel.l2_activity(h, gram, self.eps, torch.stack(moved))
             return activity[:, :, None, self.num_shared_experts :]
         return torch.stack([activity for (activity,) in records])
-
-
-def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
-    """Return each linear's sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
-
-    p are the experts' shares of activity; with the activity of U units apart, means over these.
-    Shape: activity (linears, T, U, R), mask (T, 1) → (linears, 1 + 2R).
-    """
-    p = activity / activity.sum(-1, keepdim=True)
-    top = p.topk(top_k, dim=-1)
-    chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
-    real = p.new_ones(p.shape[1]) if mask is None else mask.squeeze(1).to(p.dtype)
-    real = real / p.shape[2]
-    share = torch.einsum("t,ltu->l", real, top.values.sum(-1))
-    return torch.cat(
-        [share[:, None], *(torch.einsum("t,ltur->lr", real, each) for each in (p, chosen))], dim=1
-    )
 
 
 class FurinaLinear(MixtureLinear):
@@ -222,7 +195,7 @@ class FurinaLinear(MixtureLinear):
         self.lora_Bt = nn.Parameter(b.t().contiguous())
         if config.num_routed_experts:
             self.magnitude = self._initial_magnitude()
-        if config.start == "subtract" and config.num_routed_experts:
+        if self.subtracts:
             self._remember_start()
 
     @property
@@ -230,101 +203,85 @@ class FurinaLinear(MixtureLinear):
         """B (O, N·r). The parameter is Bᵀ: an expert's part of it is contiguous."""
         return self.lora_Bt.t()
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether the initial routed update is subtracted."""
+        return self.config.start == "subtract" and self.config.num_routed_experts > 0
+
+    @torch.no_grad()
     def _initial_magnitude(self) -> nn.Parameter:
         config, k = self.config, self.base.out_features
         shape = (k,) if config.magnitude == "shared" else (config.num_routed_experts, k)
         v = zeros(*shape, like=self)
-        with torch.no_grad():
-            if config.start == "zero_b":
-                v.fill_(1.0)
-            elif config.start == "subtract":
-                norm = torch.linalg.vector_norm(self.base.weight.to(v.dtype), dim=1)
-                v.copy_((norm / config.num_routed_experts).expand(shape))
+        if config.start == "zero_b":
+            v.fill_(1.0)
+        elif config.start == "subtract":
+            norm = torch.linalg.vector_norm(self.base.weight.to(v.dtype), dim=1)
+            v.copy_((norm / config.num_routed_experts).expand(shape))
         return v
 
+    @torch.no_grad()
     def _remember_start(self) -> None:
         """Keep the initial routed update, which the forward subtracts ("subtract" start)."""
-        with torch.no_grad():
-            b = self._derived_directions().b.clone()
+        b = self._directions().b.clone()
         # With the shared experts' zeros: the same shapes round alike, so the start cancels exactly.
         self.register_buffer("start_B", b)
         self.register_buffer("start_A", self.lora_A.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W x + b + B̃ A dropout(x). Shape: (..., I) → (..., O)."""
-        if self.config.start == "subtract" and self.config.num_routed_experts:
+        if self.subtracts:
             a, b, extra = self.operands(x)
             start = self.start_A, self.start_B
             y, h = moved_product(self.base, x, (a, b), start, dropout=self.drop_rate)
         else:
             a, b, extra = self.operands(x, update_dtype(x))
             y, h = low_rank_product(self.base, x, a, b, dropout=self.drop_rate)
-        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, h, *extra))
+        self.record(x, lambda: self.selection(h, *extra))
         return y
 
-    def derive(self) -> Operands:
+    def derive(self) -> Operands | None:
         """Return A and B̃, and d̃ (N, O) and, where the selection loss needs it, M (N, r, r).
 
         Beside fp16, whose range B̃ leaves where A_i is next to nothing, A and B̃ are balanced by
         powers of two c (N·r,), the last of what is returned.
         """
-        made = self._derived_directions()
-        a, b, extra = self.lora_A, made.b, (made.norm, made.gram)
-        if self.base.weight.dtype == torch.float16:
-            exponent = torch.frexp(b.detach().abs().amax(0)).exponent
-            c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
-            return Operands(a * c[:, None], b / c, (*extra, c))
-        return Operands(a, b, extra)
+        a, (b, *extra) = self.lora_A, self._directions()
+        if self.base.weight.dtype != torch.float16:
+            return Operands(a, b, tuple(extra))
+        exponent = torch.frexp(b.detach().abs().amax(0)).exponent
+        c = torch.ldexp(b.new_ones(b.shape[1]), (exponent - 10).clamp(min=0))
+        return Operands(a * c[:, None], b / c, (*extra, c))
 
-    def _derived_directions(self) -> Directions:
-        config = self.config
-        recorded = self.training and config.has_auxiliary_loss
+    def _directions(self, dtype: torch.dtype | None = None) -> kernel.Directions:
+        """Return B̃, d̃ and, if a training forward records it, M; in `dtype` or the parameters'."""
+        config, dtype = self.config, dtype or self.lora_A.dtype
+        n, shared = config.num_experts, config.num_shared_experts
+        options = kernel.ExpertOptions(n, shared, config.scale, config.eps, config.detach_norm)
+        with_gram = self.training and config.has_auxiliary_loss and config.activity == "l2"
         with no_autocast(self.lora_A.device):
-            return self.directions(
-                self.lora_A,
-                self.lora_Bt,
-                getattr(self, "magnitude", None),
-                with_gram=recorded and config.activity == "l2",
-            )
+            v = self.magnitude.to(dtype) if config.num_routed_experts else None
+            if v is not None and config.scale_routed:
+                v = v * config.scale
+            a, bt = self.lora_A.to(dtype), self.lora_Bt.to(dtype)
+            return kernel.directions(a, bt, v, options, with_gram)
 
-    def directions(
-        self, a: Tensor, bt: Tensor, v: Tensor | None, with_gram: bool = False
-    ) -> Directions:
-        """Return what A, Bᵀ and v come to by the options."""
-        config = self.config
-        if v is not None and config.scale_routed:
-            v = v * config.scale
-        return directions(
-            *(a, bt, v),
-            num_experts=config.num_experts,
-            num_shared=config.num_shared_experts,
-            scale=config.scale,
-            eps=config.eps,
-            detach_norm=config.detach_norm,
-            with_gram=with_gram,
-        )
-
-    def selection(
-        self, x: Tensor, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None
-    ) -> Record:
+    def selection(self, h: Tensor, norm: Tensor, gram: Tensor, c: Tensor | None = None) -> Record:
         """Return what the experts' activity is made of: h, M and whether v has moved, with "l2".
 
         With "l1" and "per_unit" the activity itself, (T, 1, R) and (T, O, R). It has no gradient
         until v has moved: with v = 0 the task gives A and B no gradient, and Adam would turn the
         selection loss alone into a full step, whatever its coefficient.
-        Shape: x (..., I), h (T, N·r), d̃ (N, O), M (N, r, r), c (N·r,) as in `derive`.
+        Shape: h (T, N·r), d̃ (N, O), M (N, r, r), c (N·r,) as in `derive`.
         """
-        self.real_tokens(x)
-        return self._made_of(h if c is None else h / c.to(h.dtype), norm, gram)
-
-    def _made_of(self, h: Tensor, norm: Tensor, gram: Tensor) -> Record:
-        """Return what `selection` records of h (T, N·r)."""
         shared = self.config.num_shared_experts
         moved = (self.magnitude.detach() != 0).any()
+        h = h if c is None else h / c.to(h.dtype)
         norm = norm.detach() if self.config.detach_norm else norm
         with no_autocast(h.device):
             if self.config.activity == "l2":
-                gram = gram if gram.numel() else direction_gram(self.lora_Bt, norm, shared)
+                known = gram.numel() > 0
+                gram = gram if known else kernel.direction_gram(self.lora_Bt, norm, shared)
                 return h, gram, moved
             b, h = (m.reshape(len(m), -1, self.config.rank)[:, shared:] for m in (self.lora_B, h))
             a = torch.einsum("krs,nrs->nkr", b / norm[shared:].t()[..., None], h.to(b.dtype)).abs()
@@ -332,14 +289,12 @@ class FurinaLinear(MixtureLinear):
             return (torch.where(moved, a, a.detach()) + self.config.eps,)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return (B̃, A) in float64: one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
-        wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
-        a = wide["lora_A"]
-        b = self.directions(a, wide["lora_Bt"], wide.get("magnitude")).b
-        if "start_B" in wide:
-            b = torch.cat([b, -wide["start_B"][:, self.shared_rank :]], dim=1)
-            a = torch.cat([a, wide["start_A"][self.shared_rank :]], dim=0)
+    def factors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Return (B̃, A): one LoRA of rank N·r, or (N+R)·r with the "subtract" start."""
+        b, a, rows = self._directions(dtype).b, self.lora_A.to(dtype), self.shared_rank
+        if self.subtracts:
+            b = torch.cat([b, -self.start_B.to(dtype)[:, rows:]], dim=1)
+            a = torch.cat([a, self.start_A.to(dtype)[rows:]], dim=0)
         return b, a
 
     @property
@@ -355,26 +310,22 @@ class FurinaLinear(MixtureLinear):
 
     @torch.no_grad()
     def activity(self, x: Tensor) -> Tensor:
-        """Return the self-routed experts' shares, computed in the parameters' dtype.
+        """Return the self-routed experts' shares of the option `activity`'s kind.
 
-        By the option `activity`: of |Ŵ_i x| or Σ_j |(Ŵ_i x)_j| in a token, or of |(Ŵ_i x)_j| in
-        each of its output units. Shape: (T, I) → (T, 1, R) or (T, O, R).
+        Computed in the parameters' dtype. Shape: (T, I) → (T, 1, R), or (T, O, R) with "per_unit".
         """
-        a, (_, norm, gram) = self.lora_A, self._derived_directions()
+        a, (_, norm, gram) = self.lora_A, self._directions()
         with no_autocast(a.device):
-            record = self._made_of(functional.linear(x.to(a.dtype), a), norm, gram)
+            record = self.selection(functional.linear(x.to(a.dtype), a), norm, gram)
             activity = self.config.activities([record])[0]
         return activity / activity.sum(-1, keepdim=True)
 
     @torch.no_grad()
     def experts(self) -> tuple[Tensor, Tensor]:
         """Return the self-routed experts' directions Ŵ_i = diag(1/d̃_i) B_i · A_i."""
-        wide = {name: value.to(torch.float64) for name, value in self.adapter_tensors().items()}
-        a, bt, n = wide["lora_A"], wide["lora_Bt"], self.config.num_experts
-        norm = self.directions(a, bt, wide["magnitude"]).norm
-        b = (bt.view(n, -1, bt.shape[1]) / norm[:, None]).mT
-        shared = self.config.num_shared_experts
-        return b[shared:], a.view(n, -1, a.shape[1])[shared:]
+        n, shared, wide = self.config.num_experts, self.config.num_shared_experts, torch.float64
+        a, bt = (each.to(wide).view(n, -1, each.shape[1]) for each in (self.lora_A, self.lora_Bt))
+        return (bt / self._directions(wide).norm[:, None]).mT[shared:], a[shared:]
 
     @torch.no_grad()
     def parts(self, x: Tensor) -> Parts | None:
@@ -382,21 +333,16 @@ class FurinaLinear(MixtureLinear):
         rows = self.shared_rank
         if rows in (0, len(self.lora_A)):
             return None
-        a, b = self.lora_A, self._derived_directions().b
+        b, a = self.factors(self.lora_A.dtype)
         with no_autocast(a.device):
-            x = x.to(a.dtype)
-            h = functional.linear(x, a)
+            h = functional.linear(x.to(a.dtype), a)
             shared = functional.linear(h[:, :rows], b[:, :rows])
-            routed = functional.linear(h[:, rows:], b[:, rows:])
-            if self.config.start == "subtract":
-                start = functional.linear(x, self.start_A[rows:])
-                routed = routed - functional.linear(start, self.start_B[:, rows:])
-        return Parts(shared, routed)
+            return Parts(shared, functional.linear(h[:, rows:], b[:, rows:]))
 
     @property
     def records_statistics(self) -> bool:
-        """Whether there are experts to select from."""
-        return self.config.records_selection
+        """Whether the expert selection loss is on."""
+        return self.config.has_auxiliary_loss
 
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
         """Return the routed experts' rows of A and Bᵀ, which the loss specialises."""

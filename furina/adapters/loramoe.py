@@ -109,12 +109,7 @@ class LoRAMoELinear(RoutedLinear):
 
     config: LoRAMoEConfig
 
-    @property
-    def records_statistics(self) -> bool:
-        """Whether the constraint is on."""
-        return self.config.has_auxiliary_loss
-
-    def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
+    def selection(self, p: Tensor, g: Tensor) -> Record:
         """Return p (B, T, N) and the sequences' types (B,).
 
         Raises ConfigurationError without sequences or task types.
@@ -126,7 +121,6 @@ class LoRAMoELinear(RoutedLinear):
             )
         if self.tracker.active is None:  # a checkpoint function runs the layer again
             return (p,)
-        self.real_tokens(x)
         types = self.tracker.active.task_types
         if types is None:
             if self.config.task_type is None:

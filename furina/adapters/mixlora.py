@@ -30,16 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from furina.adapters.base import AdapterLinear, ParameterCount, register
+from furina.adapters.base import AdapterLinear, register
 from furina.adapters.lora import LoRAConfig, LoRALinear
-from furina.adapters.routing import (
-    RoutedLinear,
-    TopKConfig,
-    load_balancing,
-)
+from furina.adapters.routing import RoutedLinear, TopKConfig, load_balancing
 from furina.errors import ConfigurationError
 from furina.kernels.dropout import dropout
-from furina.kernels.forward import ForwardTracker, Record
+from furina.kernels.forward import ForwardTracker
 from furina.kernels.product import update_dtype
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -123,17 +119,6 @@ class MixLoRAConfig(TopKConfig):
                 )
             layer.block = gate.block
 
-    def experts_of_a_token(self, name: str) -> int:
-        """Return K in an FFN, 1 elsewhere."""
-        return min(self.top_k, self.num_experts_of(name))
-
-    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return r(d+k), or in an FFN N·r(d+k), and N·d for the gate's router."""
-        n, expert = self.num_experts_of(name), self.rank * (in_features + out_features)
-        router = n * in_features if self.has_router(name) else 0
-        active = n if self.router_removed else self.experts_of_a_token(name)
-        return ParameterCount(n * expert + router, router, active * expert + router)
-
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return α N Σ f P, pooled over the blocks' `selection_sums`."""
         pooled = torch.stack(list(statistics.values())).sum(0)
@@ -161,19 +146,14 @@ class Block:
         """Keep what the gate has just decided."""
         self._routings[_thread()] = routing
 
-    def current(self, name: str) -> Routing:
-        """Return what the gate has just decided."""
-        if _thread() not in self._routings:
+    def current(self, name: str, *, last: bool = False) -> Routing:
+        """Return what the gate has just decided, and forget it if this is the `last` linear."""
+        routing = (self._routings.pop if last else self._routings.get)(_thread(), None)
+        if routing is None:
             raise ConfigurationError(
                 f"{name} ran before its block's {GATE}, which routes: MixLoRA needs an FFN of the "
                 "form down(act(gate(x)) * up(x))."
             )
-        return self._routings[_thread()]
-
-    def end(self, name: str) -> Routing:
-        """Return it for the last time."""
-        routing = self.current(name)
-        del self._routings[_thread()]
         return routing
 
     def __getstate__(self) -> dict[str, object]:
@@ -216,11 +196,6 @@ class MixLoRALinear(RoutedLinear):
         z = z * routing.selected.to(z.dtype)[..., None]
         return y + self.update(z).to(y.dtype)
 
-    @property
-    def records_statistics(self) -> bool:
-        """Whether it routes."""
-        return self.has_router
-
 
 class MixLoRAGate(MixLoRALinear):
     """The gate's linear, which routes for its block."""
@@ -239,12 +214,7 @@ class MixLoRAGate(MixLoRALinear):
         # K comes first in memory as well: of other strides matmul copies a weight for each row.
         indices, weights = (each.movedim(-1, 0).contiguous() for each in (kept.indices, weights))
         selected = functional.one_hot(indices, self.num_experts)
-
-        def selection() -> Record:
-            self.real_tokens(x)
-            return p.flatten(0, -2), selected.sum(0).flatten(0, -2)
-
-        self.record(self.config.has_auxiliary_loss, selection)
+        self.record(x, lambda: (p.flatten(0, -2), selected.sum(0).flatten(0, -2)))
         return Routing(selected, weights)
 
 
@@ -261,7 +231,7 @@ class MixLoRADown(MixLoRALinear):
 
     def forward(self, a: Tensor) -> Tensor:
         """Return Σ_k w_k (W + s·B_e A_e) a_k + b. Shape: (K, ..., I) → (..., O)."""
-        routing = self.block.end(self.name)
+        routing = self.block.current(self.name, last=True)
         weights = routing.weights.to(a.dtype)[..., None]
         if weights.shape[:-1] != a.shape[:-1]:
             raise ConfigurationError(

@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from furina.adapters.base import register
-from furina.adapters.routing import RoutedLinear, TopKConfig, load_balancing, top_k_weights
-from furina.kernels.forward import ForwardTracker
+from furina.adapters.routing import TopKConfig, load_balancing
 
 
 @register("mola")
@@ -82,10 +81,6 @@ class MoLAConfig(TopKConfig):
         self.require(index < self.num_layers, "num_layers", f"above {index}, as {name} has it")
         return self.allocation[index * len(self.allocation) // self.num_layers]
 
-    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> MoLALinear:
-        """Wrap one linear."""
-        return MoLALinear(base, name, tracker, self)
-
     def auxiliary_loss(self, statistics: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
         """Return α Σ_layers N_l Σ f P from each linear's `selection_sums`."""
         layers: dict[int, list[Tensor]] = {}
@@ -100,21 +95,6 @@ class MoLAConfig(TopKConfig):
             for sums in layers.values()
         ]
         return self.balance_coefficient * torch.stack(losses).sum()
-
-
-class MoLALinear(RoutedLinear):
-    """A linear with top-K routed experts."""
-
-    config: MoLAConfig
-
-    @property
-    def records_statistics(self) -> bool:
-        """Whether it has a router."""
-        return self.has_router
-
-    def weigh(self, p: Tensor) -> Tensor:
-        """Return the K largest probabilities, rescaled to sum to 1. Shape: (..., N)."""
-        return top_k_weights(p, self.config.top_k)
 
 
 def layer_index(name: str) -> int:

@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
-
 from furina.adapters.base import register
-from furina.adapters.routing import DenseConfig, RoutedLinear
-from furina.kernels.forward import ForwardTracker
+from furina.adapters.routing import DenseConfig
 
 
 @register("molora")
@@ -30,7 +27,3 @@ class MoLoRAConfig(DenseConfig):
         "A is drawn as in LoRA, not from N(0, 0.02²)."
     )
     router_start: ClassVar[Literal["kaiming", "normal"]] = "normal"
-
-    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> RoutedLinear:
-        """Wrap one linear."""
-        return RoutedLinear(base, name, tracker, self)

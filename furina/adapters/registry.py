@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -22,8 +22,20 @@ _PEFT_NAMES = {
 
 
 def methods() -> dict[str, type[AdapterConfig]]:
-    """Return every registered method, by name."""
-    return dict(sorted(_REGISTRY.items()))
+    """Return every registered method that is listed, by name."""
+    return {name: config for name, config in sorted(_REGISTRY.items()) if config.listed}
+
+
+def config_class(method: str, others: Sequence[str] = ()) -> type[AdapterConfig]:
+    """Return a method's config, listed or not.
+
+    Raises ConfigurationError for an unknown name, with the nearest of those listed and of `others`.
+    """
+    if method not in _REGISTRY:
+        raise ConfigurationError(
+            f"Unknown method {method!r}.{nearest(method, [*methods(), *others])}"
+        )
+    return _REGISTRY[method]
 
 
 def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
@@ -32,9 +44,7 @@ def configure(method: str, options: Mapping[str, Any]) -> AdapterConfig:
     Raises ConfigurationError for an unknown method or option (with the nearest right one) and for
     a value of the wrong type.
     """
-    if method not in _REGISTRY:
-        raise ConfigurationError(f"Unknown method {method!r}.{nearest(method, _REGISTRY)}")
-    config = _REGISTRY[method]
+    config = config_class(method)
     known = [field.name for field in fields(config)]
     for option in options:
         if option not in known:

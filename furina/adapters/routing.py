@@ -48,6 +48,14 @@ class RoutedConfig(LowRankConfig):
     router_removed: bool = False
     """The paper's control: no router, every expert counts 1/N. Then the mixture merges."""
 
+    def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> AdapterLinear:
+        """Wrap one linear."""
+        return RoutedLinear(base, name, tracker, self)
+
+    def weigh(self, p: Tensor) -> Tensor:
+        """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
+        return p
+
     def without_router(self) -> Self:
         """Return the options of the control (table 7): no router, and nothing on that needs one."""
         return replace(self, router_removed=True)
@@ -74,9 +82,13 @@ class RoutedConfig(LowRankConfig):
             found |= zip(names, selection_sums(p, chosen, mask).unbind(), strict=True)
         return {name: found[name] for name in records}
 
+    def router_rows(self, name: str) -> int:
+        """Return the rows of the router in the linear called `name`: one for each expert."""
+        return self.num_experts_of(name)
+
     def has_router(self, name: str) -> bool:
         """Return whether the linear called `name` has a router: one expert needs none."""
-        return not self.router_removed and self.num_experts_of(name) > 1
+        return not self.router_removed and self.router_rows(name) > 1
 
     def mergeability(self) -> Mergeability:
         """Merge where nothing depends on the input."""
@@ -96,12 +108,11 @@ class RoutedConfig(LowRankConfig):
         return MOST_ACTIVE
 
     def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return N·r(d+k) + N·d, or without N·d where there is no router."""
-        n = self.num_experts_of(name)
-        router = n * in_features if self.has_router(name) else 0
+        """Return N·r(d+k), and where there is a router d for each of its rows."""
+        router = self.router_rows(name) * in_features if self.has_router(name) else 0
         expert = self.rank * (in_features + out_features)
-        active = self.experts_of_a_token(name) if router else n
-        return ParameterCount(n * expert + router, router, active * expert + router)
+        trainable = self.num_experts_of(name) * expert + router
+        return ParameterCount(trainable, router, self.experts_of_a_token(name) * expert + router)
 
 
 class RoutedLinear(MixtureLinear):
@@ -128,7 +139,7 @@ class RoutedLinear(MixtureLinear):
     @property
     def router_rows(self) -> int:
         """Rows of the router."""
-        return self.num_experts
+        return self.config.router_rows(self.name)
 
     @property
     def average_scale(self) -> float:
@@ -154,8 +165,8 @@ class RoutedLinear(MixtureLinear):
         if not self.has_router:
             return self.lora_B.new_full((self.num_experts,), self.average_scale)
         p = self.probabilities(x)
-        g = self.weigh(p)
-        self.record(self.config.has_auxiliary_loss, lambda: self.selection(x, p, g))
+        g = self.config.weigh(p)
+        self.record(x, lambda: self.selection(p, g))
         return self.config.scale * g
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -164,13 +175,8 @@ class RoutedLinear(MixtureLinear):
             logits = functional.linear(x.to(self.router.dtype), self.router)
         return logits.softmax(-1)
 
-    def weigh(self, p: Tensor) -> Tensor:
-        """Return the experts' weights from the router's probabilities. Shape: (..., N)."""
-        return p
-
-    def selection(self, x: Tensor, p: Tensor, g: Tensor) -> Record:
+    def selection(self, p: Tensor, g: Tensor) -> Record:
         """Return what the method's loss needs: by default p and which g are not 0, (T, N) each."""
-        self.real_tokens(x)
         return p.flatten(0, -2), g.detach().flatten(0, -2) != 0
 
     @property
@@ -194,10 +200,14 @@ class RoutedLinear(MixtureLinear):
         n, r = self.num_experts, self.config.rank
         return b.view(-1, n, r).transpose(0, 1), a.view(-1, r, a.shape[1]).expand(n, -1, -1)
 
+    @property
+    def records_statistics(self) -> bool:
+        """Whether it has a router that its method balances."""
+        return self.has_router and self.config.has_auxiliary_loss
+
     def auxiliary_slices(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
-        """Return the router, if there is one and its method balances it."""
-        balanced = self.has_router and self.config.has_auxiliary_loss
-        return [(self.router, (slice(None),))] if balanced else []
+        """Return the router, if its method balances it."""
+        return [(self.router, (slice(None),))] if self.records_statistics else []
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -240,6 +250,12 @@ class TopKConfig(RoutedConfig):
         super().__post_init__()
         self.require(self.top_k > 0, "top_k", "at least 1")
 
+    def weigh(self, p: Tensor) -> Tensor:
+        """Keep the K largest probabilities of each token, rescaled to sum to 1. Shape: (..., N)."""
+        kept = p.topk(min(self.top_k, p.shape[-1]), dim=-1)
+        weights = kept.values / kept.values.sum(-1, keepdim=True)
+        return torch.zeros_like(p).scatter(-1, kept.indices, weights)
+
     @property
     def records_selection(self) -> bool:
         """Whether a router selects."""
@@ -251,8 +267,9 @@ class TopKConfig(RoutedConfig):
         return self.top_k
 
     def experts_of_a_token(self, name: str) -> int:
-        """Return K, or all experts where there are not more."""
-        return min(self.top_k, self.num_experts_of(name))
+        """Return K, or all experts where there are not more, or nobody selects."""
+        n = self.num_experts_of(name)
+        return n if self.router_removed else min(self.top_k, n)
 
 
 def router_parameter(
@@ -265,13 +282,6 @@ def router_parameter(
         normal = torch.empty_like(router, device=drawn_on(router)).normal_(std=0.02)
         router = nn.Parameter(normal.to(router.device))
     return router
-
-
-def top_k_weights(p: Tensor, k: int) -> Tensor:
-    """Keep the K largest probabilities of each token, rescaled to sum to 1. Shape: (..., N)."""
-    kept = p.topk(min(k, p.shape[-1]), dim=-1)
-    weights = kept.values / kept.values.sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(-1, kept.indices, weights)
 
 
 def selection_sums(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,8 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from furina.adapters.base import ParameterCount, drawn_on, register
-from furina.adapters.routing import RoutedLinear, TopKConfig, top_k_weights
+from furina.adapters.base import drawn_on, register
+from furina.adapters.routing import RoutedLinear, TopKConfig
 from furina.kernels.forward import ForwardTracker
 from furina.kernels.product import no_autocast
 
@@ -74,20 +74,13 @@ class SLIMConfig(TopKConfig):
         """Return the number of LoRA experts."""
         return self.num_experts
 
-    def has_router(self, name: str) -> bool:
-        """Return whether there is anything to choose from."""
-        return not self.router_removed and self.most_experts > 1
+    def router_rows(self, name: str) -> int:
+        """Return one row for each LoRA expert and each identity."""
+        return self.most_experts
 
     def build(self, base: nn.Linear, name: str, tracker: ForwardTracker) -> SLIMLinear:
         """Wrap one linear."""
         return SLIMLinear(base, name, tracker, self)
-
-    def count(self, in_features: int, out_features: int, name: str = "") -> ParameterCount:
-        """Return N·r(d+k), and d for each row of the router."""
-        router = self.most_experts * in_features if self.has_router(name) else 0
-        expert = self.rank * (in_features + out_features)
-        active = min(self.top_k, self.num_experts) if router else self.num_experts
-        return ParameterCount(self.num_experts * expert + router, router, active * expert + router)
 
 
 class SLIMLinear(RoutedLinear):
@@ -109,7 +102,7 @@ class SLIMLinear(RoutedLinear):
         """Draw experts and router as in `RoutedLinear`, and the centres from N(0, 1)."""
         super().__init__(base, name, tracker, config)
         if self.has_router and config.weight_yielding:
-            tracker.sum_over_step(self._clusters)
+            tracker.sum_over_step(name)
             shape = config.num_clusters, base.in_features
             drawn = drawn_on(base.weight)
             centres = torch.randn(shape, dtype=self.parameter_dtype, device=drawn)
@@ -117,11 +110,6 @@ class SLIMLinear(RoutedLinear):
             self.register_buffer("mean", self.lora_A.new_zeros(shape))
             self.register_buffer("deviation", self.lora_A.new_ones(shape))
             self.register_buffer("seen", self.lora_A.new_zeros(shape[0]))
-
-    @property
-    def router_rows(self) -> int:
-        """One row for each LoRA expert and each identity."""
-        return self.config.most_experts
 
     def gates(self, x: Tensor) -> Tensor:
         """Return s·(1 − ρ)·w of the LoRA experts. Shape: (..., I) → (..., N)."""
@@ -131,10 +119,6 @@ class SLIMLinear(RoutedLinear):
         if self.training and self.tracker.active is not None:
             self._note(x)
         return gates * (1 - self.yielded(x))[..., None]
-
-    def weigh(self, p: Tensor) -> Tensor:
-        """Return the K largest probabilities, rescaled to sum to 1. Shape: (..., all experts)."""
-        return top_k_weights(p, self.config.top_k)
 
     @torch.no_grad()
     def yielded(self, x: Tensor) -> Tensor:
@@ -159,18 +143,12 @@ class SLIMLinear(RoutedLinear):
         members = members.to(flat.dtype)
         members = members if mask is None else members.masked_fill(~mask, 0.0)
         parts = members.sum(0)[:, None], members.T @ flat, members.T @ flat.square()
-        sums = torch.cat(parts, dim=1)
-        self.tracker.record(self._clusters, sums)
+        self.tracker.record(self.name, torch.cat(parts, dim=1))
 
     def step_statistics(self) -> Tensor | None:
         """Return the clusters' sums since the last optimiser step. Shape: (C, 1 + 2I)."""
         follows = self.has_router and self.config.weight_yielding
-        return self.tracker.take(self._clusters) if follows else None
-
-    @property
-    def _clusters(self) -> str:
-        """What the sums are recorded as, beside the selection."""
-        return f"{self.name}.clusters"
+        return self.tracker.take(self.name) if follows else None
 
     def after_step(self, statistics: Tensor) -> None:
         """Move mean and deviation of the clusters that had inputs."""
@@ -185,8 +163,3 @@ class SLIMLinear(RoutedLinear):
             moved = keep * buffer.to(torch.float64) + (1 - keep) * new
             buffer.copy_(torch.where(had, moved, buffer.to(torch.float64)))
         self.seen.copy_(torch.maximum(self.seen, had[:, 0].to(self.seen.dtype)))
-
-    @property
-    def records_statistics(self) -> bool:
-        """Whether an observer can see the selection."""
-        return self.has_router

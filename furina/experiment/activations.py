@@ -14,7 +14,7 @@ keys u and FFN width f:
 
 The final norm is counted for the first layer's, whose input needs no gradient. With gradient
 checkpointing only the layers' inputs are kept, T·h·e each, and one layer is there at a time; what
-linears record for an auxiliary loss stays.
+linears record for an auxiliary loss stays until the backward of that loss.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def activation_bytes(decoder: Decoder, adapted: Adapted, batch: MicroBatch) -> i
         return layers + rotation
     kept = decoder.layers * batch.tokens * decoder.hidden * batch.item_size
     recorded = recorded_bytes(adapted.config, batch.tokens, batch.item_size)
-    return kept + len(adapted.linears) * recorded + layers // decoder.layers + rotation
+    # What linears recorded goes before the backward computes the first layer again.
+    return kept + max(len(adapted.linears) * recorded, layers // decoder.layers) + rotation
 
 
 def layer_bytes(decoder: Decoder, batch: MicroBatch) -> int:

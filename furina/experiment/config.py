@@ -322,11 +322,8 @@ class RunConfig:
         """
         if self.is_base:
             return None
-        methods = registry().methods()
-        if self.method not in methods:
-            known = nearest(self.method, [*methods, "base"])
-            raise ConfigurationError(f"Unknown method {self.method!r}.{known}")
-        made = _configured(methods[self.method], json.dumps(self.adapter, sort_keys=True))
+        adapter = registry().config_class(self.method, others=("base",))
+        made = _configured(adapter, json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not hasattr(made, "without_router"):
             raise ConfigurationError(
                 f"score_without_router: method {self.method} has no router that could be removed."

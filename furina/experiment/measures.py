@@ -11,9 +11,9 @@ from furina.data.batches import Batch, StepBatches
 from furina.data.module import TaskDataModule
 from furina.experiment.config import RunConfig
 from furina.experiment.process import optimiser_steps
-from furina.model.auxiliary import record_selection
 from furina.model.inference import evaluation_mode
 from furina.model.parameters import describe
+from furina.model.selection import record_selection
 from furina.model.state import state_of
 from furina.progress import advance, part
 from furina.records import Training

@@ -37,27 +37,28 @@ class Directions(NamedTuple):
     """M (N, r, r), zeros for shared experts; empty if not asked for."""
 
 
+class ExpertOptions(NamedTuple):
+    """What makes directions of the experts' parameters."""
+
+    num_experts: int
+    num_shared: int
+    scale: float
+    """s, of the shared experts."""
+    eps: float
+    detach_norm: bool = False
+
+
 def directions(
-    a: Tensor,
-    bt: Tensor,
-    v: Tensor | None,
-    *,
-    num_experts: int,
-    num_shared: int,
-    scale: float,
-    eps: float,
-    detach_norm: bool = False,
-    with_gram: bool = False,
+    a: Tensor, bt: Tensor, v: Tensor | None, options: ExpertOptions, with_gram: bool = False
 ) -> Directions:
     """Return B̃, d̃ and M with their gradients to A, B and v, in the dtype of the parameters.
 
     Shape: A (N·r, I), Bᵀ (N·r, O), v (O,) or (R, O); None without routed experts.
     """
     if v is None:
-        return Directions((bt * scale).t(), bt.new_empty(num_experts, bt.shape[1]), bt.new_empty(0))
-    made = _Directions.apply(  # type: ignore[no-untyped-call]
-        a, bt, v, num_experts, num_shared, scale, eps, detach_norm, with_gram
-    )
+        norm = bt.new_empty(options.num_experts, bt.shape[1])
+        return Directions((bt * options.scale).t(), norm, bt.new_empty(0))
+    made = _Directions.apply(a, bt, v, *options, with_gram)  # type: ignore[no-untyped-call]
     return Directions(*made)
 
 
@@ -71,6 +72,34 @@ def l2_activity(
     """
     activity: Tensor = _Activity.apply(eps, has_gradient, *h, *gram)  # type: ignore[no-untyped-call]
     return activity
+
+
+def selection_sums(activity: Tensor, mask: Tensor | None, top_k: int) -> Tensor:
+    """Return each linear's sums over real tokens of [Σ_topK p_t, p_t (R), 1[i ∈ top K] (R)].
+
+    p are the experts' shares of activity; with the activity of U units apart, means over these.
+    Shape: activity (linears, T, U, R), mask (T, 1) → (linears, 1 + 2R).
+    """
+    p = activity / activity.sum(-1, keepdim=True)
+    top = p.topk(top_k, dim=-1)
+    chosen = torch.zeros_like(p).scatter(-1, top.indices, 1.0)
+    real = p.new_ones(p.shape[1]) if mask is None else mask.squeeze(1).to(p.dtype)
+    real = real / p.shape[2]
+    share = torch.einsum("t,ltu->l", real, top.values.sum(-1))
+    shares, counts = (torch.einsum("t,ltur->lr", real, each) for each in (p, chosen))
+    return torch.cat([share[:, None], shares, counts], dim=1)
+
+
+def selection_losses(means: Tensor, top_k: int) -> Tensor:
+    """Return L_div + L_bal of each linear from its `selection_sums` divided by T real tokens.
+
+    L_div = 1 − share; L_bal = R Σ_i F_i P_i with F_i = count_i/K and P_i = p_i, which is 1 at
+    balance (section 3.3 of the paper; the definitions are our reading of its words).
+    Shape: (linears, 1 + 2R) → (linears,).
+    """
+    r = means.shape[1] // 2
+    share, p, count = torch.split(means, [1, r, r], dim=1)
+    return 1 - share[:, 0] + r * (count / top_k * p).sum(1)
 
 
 def direction_gram(bt: Tensor, norm: Tensor, num_shared: int) -> Tensor:

@@ -1,10 +1,10 @@
 """What the adapted layers of a model share: the forward they take part in, and its optimiser step.
 
-The wrapped model's pre-hook opens a `Forward`, its post-hook closes it. Layers record into it what
-their auxiliary loss is made of. Gradient checkpointing runs layers again in the backward pass, so
-transformers' checkpoint function is wrapped to reopen the `Forward` it was called in: the
+In training the model's pre-hook opens a `Forward` and its post-hook closes it. Layers record into
+it what their auxiliary loss is made of. Gradient checkpointing runs layers again in the backward
+pass, so transformers' checkpoint function is wrapped to reopen the `Forward` it was called in: the
 recomputation sees the same mask, however many forwards happened since, and a second record of a
-layer is ignored. Under another checkpoint function layers repeat their operations and record
+layer is ignored. Under any other checkpoint function layers repeat their operations and record
 nothing.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,23 +34,51 @@ class Operands(NamedTuple):
     extra: tuple[Tensor, ...] = ()
     """Whatever else the method makes; unlike A and B it is never cast."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all of them."""
+        return (self.a, self.b, *self.extra)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operands:
+        """Return what `function` makes of each."""
+        a, b, *extra = map(function, self.tensors())
+        return Operands(a, b, tuple(extra))
+
 
 @dataclass
 class Forward:
     """One forward of the wrapped model and the statistics its layers recorded."""
 
     mask: Tensor | None
+    """True where the input's (batch, sequence) positions hold real tokens; None if all do."""
     positions: int
     task_types: Tensor | None = None
-    training: bool = False
-    """Whether the model was in training mode with gradients, so that an auxiliary loss may come."""
     records: dict[str, Record] = field(default_factory=dict)
+    """What layers recorded, until the auxiliary loss is made of it."""
     has_loss: bool = False
     """Whether layers recorded for an auxiliary loss."""
     loss: Tensor | None = None
     """The auxiliary loss once somebody has asked for it."""
     was_read: bool = False
     """Whether somebody asked for it."""
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:
+        """Return the forward of `model` that is called with these arguments."""
+        named = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+        vectors = named.get("inputs_embeds")
+        if vectors is None:  # a model of other inputs: the first is its vectors
+            vectors = args[0] if args else None
+        ids = named.get("input_ids")
+        if ids is not None:
+            shape = ids.shape
+        else:
+            shape = torch.Size() if vectors is None else vectors.shape[:-1]
+        mask = named.get("attention_mask")
+        if mask is None:
+            return cls(None, shape.numel() if shape else 0)
+        if shape and mask.dim() == 2 and named.get("past_key_values") is not None:
+            mask = mask[:, -shape[-1] :]  # it tells of the cached positions, too
+        return cls(mask != 0, shape.numel() if shape else 0)
 
     def real_tokens(self, inputs: Tensor, layer: str) -> Tensor | None:
         """Return the boolean mask of real tokens as (T, 1), or None when none was given.
@@ -85,62 +113,8 @@ class Forward:
         return torch.tensor(self.positions)
 
 
-class SharedOperands:
-    """What layers derive from their parameters, made once for several forwards and backwards.
-
-    Each layer's tensors with a gradient are cut off from how they were made: their gradients gather
-    in these leaves, and `backward` passes the sums on to the parameters.
-    """
-
-    def __init__(self, made: Mapping[str, Operands]) -> None:
-        """Cut off what the layers called by these names have made."""
-        self._made = made
-        self._closed = False
-        self.leaves = {
-            name: Operands(
-                self._leaf(each.a), self._leaf(each.b), tuple(map(self._leaf, each.extra))
-            )
-            for name, each in made.items()
-        }
-
-    def backward(self) -> None:
-        """Pass the gathered gradients on; once."""
-        pairs = [
-            (tensor, leaf.grad)
-            for name, made in self._made.items()
-            for tensor, leaf in zip(_tensors(made), _tensors(self.leaves[name]), strict=True)
-            if leaf is not tensor and leaf.grad is not None
-        ]
-        if pairs:
-            tensors, gradients = zip(*pairs, strict=True)
-            torch.autograd.backward(tensors, gradients)
-
-    def close(self) -> None:
-        """Refuse gradients from now on: nobody would pass them on."""
-        self._closed = True
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        """Return a leaf in place of a derived tensor; a parameter or constant stays itself."""
-        if tensor.grad_fn is None:
-            return tensor
-        leaf = tensor.detach().requires_grad_()
-        leaf.register_hook(self._refuse_if_closed)  # type: ignore[no-untyped-call]
-        return leaf
-
-    def _refuse_if_closed(self, gradient: Tensor) -> None:
-        if self._closed:
-            raise ConfigurationError(
-                "backward() ran after the furina.accumulating block had ended, which passes the "
-                "gradients on: call it inside the block."
-            )
-
-
-def _tensors(operands: Operands) -> tuple[Tensor, ...]:
-    return (operands.a, operands.b, *operands.extra)
-
-
 UNREAD = 3
-"""Training forwards in a row without a question for their auxiliary loss that bring a warning."""
+"""Warn after so many training forwards in a row whose auxiliary loss nobody asked for."""
 
 
 class ForwardTracker:
@@ -151,8 +125,8 @@ class ForwardTracker:
         self.active: Forward | None = None
         self.last: Forward | None = None
         """The last training forward; others leave it."""
-        self.observers: list[Callable[[str, Record], None]] = []
-        self.shared: SharedOperands | None = None
+        self.shared: dict[str, Operands] | None = None
+        """What layers have derived for several training forwards, by their names."""
         self.kept: dict[Hashable, Operands] | None = None
         """What layers have derived, while `keeping`."""
         self.step_sums: dict[str, Tensor | None] = {}
@@ -171,8 +145,8 @@ class ForwardTracker:
     def keeping(self) -> Iterator[None]:
         """Let layers keep what they derive from their parameters, which must not change inside.
 
-        Nothing could tell that they did: autograd does not count writes through `.data` or by
-        fused optimisers.
+        A change would go unnoticed: autograd does not count writes through `.data` or by fused
+        optimisers.
         """
         if self._keepers == 0:
             self.kept = {}
@@ -191,23 +165,18 @@ class ForwardTracker:
 
     def recording(self) -> bool:
         """Return whether layers should compute their statistics now."""
-        if self.active is None:
-            return False
-        if self.active.training and not torch.is_grad_enabled():
+        if self.active is not None and not torch.is_grad_enabled():
             raise ConfigurationError(
                 "Reentrant gradient checkpointing cannot carry the auxiliary loss: call "
                 "gradient_checkpointing_enable with use_reentrant=False."
             )
-        return True
+        return self.active is not None
 
-    def record(self, layer: str, *statistics: Tensor) -> None:
+    def record(self, layer: str, *statistics: Tensor, for_loss: bool = False) -> None:
         """Keep the first record of `layer`: a recomputation of the same forward counts once."""
         assert self.active is not None
-        if layer in self.active.records:
-            return
-        for observe in self.observers:
-            observe(layer, tuple(tensor.detach() for tensor in statistics))
-        if self.active.training:
+        self.active.has_loss |= for_loss
+        if self.active.loss is None and layer not in self.active.records:
             self.active.records[layer] = statistics
 
     def sum_over_step(self, name: str) -> None:
@@ -223,17 +192,11 @@ class ForwardTracker:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_types = kwargs.pop("task_types", None)  # the backbone's own forward knows none
-        training = model.training and torch.is_grad_enabled()
         self.active = None
-        if training or self.observers:
-            leading = _leading_shape(model, args, kwargs)
-            mask = _padding_mask(model, args, kwargs, leading)
-            self.active = Forward(mask, leading.numel() if leading else 0, task_types, training)
-        if not training and self.last is not None and self.last.loss is not None:
-            self.last.records.clear()  # large, and the loss is there without them
-        if training:
+        if model.training and torch.is_grad_enabled():
             self._warn_if_unread()
-            self.last = self.active
+            self.last = self.active = Forward.of(model, args, kwargs)
+            self.active.task_types = task_types
             self._follow_checkpointing(model)
         return args, kwargs
 
@@ -277,7 +240,7 @@ class ForwardTracker:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last forward's graph out of copies and pickles."""
         nothing = dict.fromkeys(("active", "last", "shared", "kept"))
-        return {**self.__dict__, **nothing, "observers": [], "_keepers": 0}
+        return {**self.__dict__, **nothing, "_keepers": 0}
 
 
 @dataclass
@@ -298,44 +261,3 @@ class _ReopeningCheckpoint:
                 self.tracker.active = outer
 
         return self.checkpoint(run, *args)
-
-
-def _argument(
-    name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """Return the model's argument of that name, given by keyword or by place."""
-    if name in kwargs:
-        value: Tensor | None = kwargs[name]
-        return value
-    names = list(inspect.signature(model.forward).parameters)
-    place = names.index(name) if name in names else len(args)
-    return args[place] if place < len(args) else None
-
-
-def _leading_shape(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Size | None:
-    """Return (batch, positions) of the model's input, padding included; None if unknown."""
-    ids = _argument("input_ids", model, args, kwargs)
-    if ids is not None:
-        return ids.shape
-    vectors = _argument("inputs_embeds", model, args, kwargs)
-    if vectors is None:  # a model of other inputs: the first is its vectors
-        vectors = args[0] if args else None
-    return None if vectors is None else vectors.shape[:-1]
-
-
-def _padding_mask(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: torch.Size | None
-) -> Tensor | None:
-    """Return which positions of the input are real; beside a cache a mask tells of its, too."""
-    mask = _argument("attention_mask", model, args, kwargs)
-    if mask is None:
-        return None
-    if (
-        leading
-        and mask.dim() == 2
-        and _argument("past_key_values", model, args, kwargs) is not None
-    ):
-        mask = mask[:, -leading[-1] :]
-    return mask != 0

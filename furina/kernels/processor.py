@@ -57,7 +57,7 @@ def resolve_dtype(name: str, device: str | None = None) -> Precision:
 
 @cache
 def automatic(kind: str) -> Precision:
-    """Return what "auto" stands for on a kind of device, without a word."""
+    """Return what "auto" stands for on a kind of device, without logging it."""
     is_native, reason = native_bfloat16(kind)
     return Precision("bfloat16" if is_native else "float32", reason)
 

@@ -60,7 +60,7 @@ def update_dtype(x: Tensor) -> torch.dtype:
 
 
 def _is_native(dtype: torch.dtype) -> bool:
-    """Tell whether the processor multiplies 16 bits natively; a trace has no time to find out."""
+    """Tell whether the processor multiplies 16 bits natively; nothing is timed in a trace."""
     if torch.compiler.is_compiling():
         return True
     return dtype == torch.bfloat16 and native_bfloat16("cpu")[0]
@@ -81,7 +81,7 @@ def low_rank_product(
     With `gates` (..., N), B holds N blocks of r columns, and A as many blocks of rows or one for
     all. Shape: x (..., I), A (N·r, I) or (r, I), B (O, N·r).
 
-    Without gradients h and the update are made in the dtype of A and B, but under autocast in its.
+    Without gradients h and the update are made in the dtype of A and B, or in autocast's.
     """
     leading, flat = x.shape[:-1], x.reshape(-1, x.shape[-1])
     if gates is not None:

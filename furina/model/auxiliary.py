@@ -1,17 +1,14 @@
-"""The auxiliary loss of the last forward, and a look at expert selection outside training."""
+"""The auxiliary loss of the last forward, and what moves without gradients after a step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from furina.errors import ConfigurationError
-from furina.kernels.forward import Forward, Record
+from furina.kernels.forward import Forward
 from furina.kernels.product import no_autocast
 from furina.model.state import state_of
 
@@ -61,6 +58,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     loss = state.config.auxiliary_loss(dict(zip(names, parts, strict=True)), tokens.clamp(min=1))
     if torch.is_grad_enabled():
         forward.loss = loss
+        forward.records.clear()  # large; what its backward needs, the loss itself keeps
     return loss
 
 
@@ -112,58 +110,3 @@ def _sum_over_ranks(parts: list[Tensor]) -> list[Tensor]:
     scaled = world * local
     summed = total + (scaled - scaled.detach())
     return list(torch.split(summed, [part.numel() for part in parts]))
-
-
-@dataclass
-class SelectionRecord:
-    """Sums of the selection statistics of each linear over the observed forwards."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-
-    def top_k_share(self) -> dict[str, float]:
-        """Return each linear's mean share of the K most active experts, in [K/R, 1]."""
-        return {name: (sums[0] / self.tokens).item() for name, sums in self.sums.items()}
-
-    def mean_top_k_share(self) -> float:
-        """Return the top-K share averaged over the linears."""
-        shares = self.top_k_share().values()
-        return sum(shares) / len(shares)
-
-    def activity_share(self) -> dict[str, Tensor]:
-        """Return each linear's P_i, the experts' mean shares of activity. Shape: (R,)."""
-        return {
-            name: sums[1 : 1 + len(sums) // 2] / self.tokens for name, sums in self.sums.items()
-        }
-
-
-@contextmanager
-def record_selection(model: nn.Module) -> Iterator[SelectionRecord]:
-    """Collect expert selection over the forwards run inside, in any mode, without gradients.
-
-    Raises ConfigurationError if the method has no experts to select from.
-    """
-    state = state_of(model)
-    if not state.config.records_selection:
-        raise ConfigurationError(
-            f"This {state.config.name} adapter has no experts to select from, so there is no "
-            "selection to record."
-        )
-    tracker, record = state.tracker, SelectionRecord()
-
-    def observe(layer: str, statistics: Record) -> None:
-        if layer not in state.layers:
-            return
-        assert tracker.active is not None
-        if not record.sums or layer == next(iter(record.sums)):
-            tokens = tracker.active.tokens()
-            record.tokens += int(tokens)
-        sums = state.config.statistics({layer: statistics}, tracker.active.column)[layer]
-        wide = sums.to(torch.float64)
-        record.sums[layer] = record.sums[layer] + wide if layer in record.sums else wide
-
-    tracker.observers.append(observe)
-    try:
-        yield record
-    finally:
-        tracker.observers.remove(observe)

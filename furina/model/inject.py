@@ -72,10 +72,9 @@ def adapt(
         _forget(model)
     _attach(model, AdaptedState(config, patterns, layers, tracker))
     summary = describe(model)
-    logger.info(
-        "%s: %d linears wrapped, %s trainable of %s parameters",
-        *(config.name, len(layers), f"{summary.trainable:,}", f"{summary.total:,}"),
-    )
+    trained, total = f"{summary.trainable:,}", f"{summary.total:,}"
+    said = "%s: %d linears wrapped, %s trainable of %s parameters"
+    logger.info(said, config.name, len(layers), trained, total)
     return model
 
 
@@ -161,12 +160,6 @@ def _config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConf
     return method
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
 def _build(
     config: AdapterConfig, model: nn.Module, names: list[str], tracker: ForwardTracker
 ) -> dict[str, AdapterLinear]:
@@ -174,8 +167,9 @@ def _build(
     layers: dict[str, AdapterLinear] = {}
     try:
         for name in names:
-            layer = config.build(_linear(model, name), name, tracker)
-            layers[name] = layer.train(model.training)
+            base = model.get_submodule(name)
+            assert isinstance(base, nn.Linear)
+            layers[name] = config.build(base, name, tracker).train(model.training)
         config.link(layers)
     except BaseException:
         for layer in layers.values():

@@ -135,20 +135,16 @@ def _check(state: AdaptedState) -> MergeReport:
                 "it alone: merge in it too, or load the backbone outside."
             )
         delta = layer.delta()
-        _check_finite(name, layer.merged_weight(delta))
+        if not layer.merged_weight(delta).isfinite().all():
+            raise ConfigurationError(
+                f"The merged weight of {name} has NaN or infinite entries: the adapter diverged or "
+                "overflows the backbone's dtype; nothing was merged."
+            )
         largest = max(largest, delta.abs().max().item())
         delta_square += delta.square().sum().item()
         weight_square += weight.to(torch.float64).square().sum().item()
     relative = (delta_square / weight_square) ** 0.5 if weight_square else float("inf")
     return MergeReport(len(state.layers), largest, relative)
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
-        raise ConfigurationError(
-            f"The merged weight of {name} has NaN or infinite entries: the adapter diverged or "
-            "overflows the backbone's dtype; nothing was merged."
-        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Methods of a Hugging Face model that an adapted one answers differently."""
+"""Methods of a Hugging Face model that are replaced while it is adapted."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SavePretrained(Override):
 
 
 def override(model: nn.Module, tracker: ForwardTracker) -> list[Override]:
-    """Replace what `model` has of these methods; returns what undoes it."""
+    """Replace those of these methods that `model` has; each result can be removed again."""
     return [
         kind(model, tracker) for kind in (Generate, SavePretrained) if hasattr(model, kind.name)
     ]

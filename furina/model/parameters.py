@@ -120,7 +120,7 @@ def parameter_groups(
         )
         group["params"].append(parameter)
         group["names"].append(name)
-    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    own = set(map(id, adapter_parameters(model).values()))
     beside = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
     if beside:
         parameters = {"params": list(beside.values()), "names": list(beside)}

@@ -59,7 +59,9 @@ def matching_linears(
     match that cannot be adapted.
     """
     survey = _Survey(model)
-    survey.require_bare("")
+    maker = wrapper(model)
+    if maker is not None:
+        raise ConfigurationError(_wrapped("", maker))
     patterns = survey.patterns(targets)
     absent = [t for t in patterns if not any(_matches(name, t) for name in survey.modules)]
     if absent and targets is None:
@@ -77,13 +79,6 @@ def matching_linears(
             raise ConfigurationError(why)
     survey.warn_of_fused_experts(patterns, matched)
     return patterns, matched
-
-
-def _kind(module: nn.Module) -> str:
-    """Return the name of the module's class, told apart from torch's own of that name."""
-    kind = type(module)
-    own = getattr(nn, kind.__name__, kind) is kind
-    return kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
 
 
 class _Survey:
@@ -114,13 +109,13 @@ class _Survey:
 
     def adaptable(self) -> list[str]:
         """Return the last parts of the names of all linears that can be adapted."""
-        linears = [name for name, module in self._named() if type(module) is nn.Linear]
+        linears = [name for name, module in self.modules.items() if type(module) is nn.Linear]
         return sorted({_leaf(name) for name in linears if self.refusal(name) is None})
 
     def offer(self) -> str:
         """Return which linears could be targets, and which look as if they could and cannot."""
         others: dict[str, set[str]] = {}
-        for name, module in self._named():
+        for name, module in self.modules.items():
             kind = type(module)
             if kind.__name__ == "Conv1D" or (isinstance(module, nn.Linear) and kind != nn.Linear):
                 others.setdefault(kind.__name__, set()).add(_leaf(name))
@@ -131,29 +126,24 @@ class _Survey:
         fused = self._fused_experts()
         if fused:
             said.append(f"its experts are fused tensors ({fused[0]}), which are no nn.Linear")
-        if found := self.adaptable():
-            said.append(f"linears that could match end in: {', '.join(found)}")
-        else:
-            said.append("none of its linears can be adapted (no plain nn.Linear of its own)")
-        return "; ".join(said)
-
-    def require_bare(self, name: str) -> None:
-        """Raise ConfigurationError if the module of that name is a wrapper of another."""
-        kind = wrapper(self.modules[name])
-        if kind is not None:
-            raise ConfigurationError(_wrapped(name, kind))
+        found = ", ".join(self.adaptable())
+        nothing = "none of its linears can be adapted (no plain nn.Linear of its own)"
+        return "; ".join([*said, f"linears that could match end in: {found}" if found else nothing])
 
     def refusal(self, name: str) -> str | None:
         """Return why the module of that name cannot be adapted; None if it can."""
         module = self.modules[name]
         for outer in _outer(name):
-            kind = wrapper(self.modules[outer])
-            if kind is not None:
-                return _wrapped(outer, kind)
-        if type(module) is not nn.Linear:
+            maker = wrapper(self.modules[outer])
+            if maker is not None:
+                return _wrapped(outer, maker)
+        kind = type(module)
+        if kind is not nn.Linear:
+            own = getattr(nn, kind.__name__, kind) is kind  # no other class of torch's name
+            is_a = kind.__name__ if own else f"{kind.__module__}.{kind.__name__}"
             return (
-                f"{name or 'The model itself'} is a {_kind(module)}, not a plain "
-                f"nn.Linear, so it cannot be adapted; {self.offer()}."
+                f"{name or 'The model itself'} is a {is_a}, not a plain nn.Linear, so it cannot be "
+                f"adapted; {self.offer()}."
             )
         if self._module_uses[id(module)] > 1:
             return (
@@ -234,15 +224,12 @@ class _Survey:
         """Return the names of matrices that belong to experts directly, not to their linears."""
         return [
             f"{name}.{key}"
-            for name, module in self._named()
+            for name, module in self.modules.items()
             if "experts" in f"{name} {type(module).__name__}".lower()
             and not isinstance(module, nn.Linear)
             for key, tensor in module.named_parameters(recurse=False)
             if tensor.dim() > 1
         ]
-
-    def _named(self) -> Iterator[tuple[str, nn.Module]]:
-        return iter(self.modules.items())
 
 
 def _wrapped(name: str, kind: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 _PACKAGE = "furina.adapters"
 _FOLDER = Path(__file__).parents[1] / "adapters"
-_HEAVY = ("torch", "furina.kernels")
+_HEAVY = ("torch", "furina.kernels", "furina.reference")
 """What is not imported."""
 
 
@@ -64,7 +64,7 @@ def _run(name: str) -> ModuleType:
 
 def _imported(statement: ast.stmt) -> list[str]:
     if isinstance(statement, ast.ImportFrom):
-        return [statement.module or ""]
+        return [f"{statement.module}.{alias.name}" for alias in statement.names]
     return [a.name for a in statement.names] if isinstance(statement, ast.Import) else []
 
 

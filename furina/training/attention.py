@@ -16,11 +16,11 @@ EAGER_UP_TO = 256
 
 @contextmanager
 def training_attention(model: nn.Module, row_length: float) -> Iterator[None]:
-    """Train inside with the fastest implementation for rows of so many tokens, on average.
+    """Use the attention inside that trains fastest on rows of `row_length` tokens on average.
 
     On a CPU the backward of sdpa is slower than that of eager attention for short rows, though its
-    forward is not: outside, the model keeps its own. Elsewhere, or where the model cannot change
-    it, nothing happens.
+    forward is not: outside, the model keeps its own. Nothing changes on other devices, or in a
+    model whose attention cannot be changed.
     """
     own = getattr(getattr(model, "config", None), "_attn_implementation", None)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())

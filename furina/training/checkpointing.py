@@ -19,6 +19,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from furina.errors import ConfigurationError, FurinaError
 from furina.storage import write_bytes
 
+_DAMAGED_FILE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError)
+_DAMAGED_PICKLE = (UnpicklingError, RuntimeError, KeyError, ValueError)
+
 
 class CheckpointError(FurinaError):
     """A training checkpoint is missing, damaged or no plain-tensor file."""
@@ -61,7 +64,7 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             _require_whole(path)
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except _DAMAGE as error:
+        except (*_DAMAGED_FILE, *_DAMAGED_PICKLE) as error:
             raise CheckpointError(
                 f"The checkpoint {path} is damaged or was not written by a trainer of plain "
                 "tensors: delete it and start again."
@@ -115,23 +118,18 @@ class ResumeCheckpoint(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Write a checkpoint if one is due and no validation comes first."""
-        if self._due(trainer) and not _validation_follows(trainer):
-            trainer.save_checkpoint(self.path, weights_only=False)
+        if not _validation_follows(trainer):
+            self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the checkpoint that waited for this validation."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._due(trainer):
-            trainer.save_checkpoint(self.path, weights_only=False)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_if_due(trainer)
 
-    def _due(self, trainer: pl.Trainer) -> bool:
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        return step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches
-
-
-_DAMAGE = (
-    *(UnpicklingError, RuntimeError, EOFError, KeyError, ValueError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-)
+        if step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches:
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def _require_whole(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Noticing that a run has become NaN without asking the device after every step."""
+"""Notice that a run has become NaN, without a device sync at every step."""
 
 from __future__ import annotations
 

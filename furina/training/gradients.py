@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from furina.model.auxiliary import auxiliary_loss
 from furina.model.inference import training_mode
 from furina.model.state import state_of
-from furina.training.loss import answer_loss, select_answers
+from furina.training.loss import answer_loss, loss_weights, select_answers
 from furina.training.preconditions import require_trainable
-from furina.training.window import shares
 
 
 def gradient_ratio(
@@ -37,11 +36,11 @@ def gradient_ratio(
     task = [torch.zeros_like(p) for p in parameters]
     auxiliary = [torch.zeros_like(p) for p in parameters]
     with training_mode(model), torch.random.fork_rng():
-        for batch, share in zip(window, shares(window, None), strict=True):
+        for batch, weight in zip(window, loss_weights(window, None), strict=True):
             loss, _ = answer_loss(model, batch)
-            pull = auxiliary_loss(model) * share.auxiliary
+            pull = auxiliary_loss(model) * weight.auxiliary
             _add(auxiliary, torch.autograd.grad(pull, parameters, retain_graph=True))
-            _add(task, torch.autograd.grad(loss * share.task, parameters))
+            _add(task, torch.autograd.grad(loss * weight.task, parameters))
     norms = [
         torch.nn.utils.get_total_norm(
             [total[index] for total, (_, index) in zip(totals, slices, strict=True)]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from furina.records.environment import peak_memory_bytes
 
+LOSSES = ("training", "auxiliary", "validation")
+
 
 class LossHistory(pl.Callback):
     """Record every step's loss, every validation loss, the time spent in training and its memory.
@@ -22,9 +24,7 @@ class LossHistory(pl.Callback):
 
     def __init__(self) -> None:
         """Start empty."""
-        self._training: list[tuple[int, Tensor | float]] = []
-        self._auxiliary: list[tuple[int, Tensor | float]] = []
-        self._validation: list[tuple[int, Tensor | float]] = []
+        self._losses: dict[str, list[tuple[int, Tensor | float]]] = {name: [] for name in LOSSES}
         self._seconds = 0.0
         self._started: float | None = None
         self._peak = 0
@@ -32,17 +32,17 @@ class LossHistory(pl.Callback):
     @property
     def training(self) -> list[tuple[int, float]]:
         """(optimiser step, loss) of every step, counted from 1."""
-        return _plain(self._training)
+        return self._plain("training")
 
     @property
     def auxiliary(self) -> list[tuple[int, float]]:
         """(optimiser step, the auxiliary part of its loss) of every step, counted from 1."""
-        return _plain(self._auxiliary)
+        return self._plain("auxiliary")
 
     @property
     def validation(self) -> list[tuple[int, float]]:
         """(optimiser steps done, validation loss) of every validation."""
-        return _plain(self._validation)
+        return self._plain("validation")
 
     @property
     def seconds(self) -> float:
@@ -76,8 +76,8 @@ class LossHistory(pl.Callback):
     ) -> None:
         """Keep the step's loss."""
         assert isinstance(outputs, Mapping)
-        self._training.append((trainer.global_step, outputs["loss"]))
-        self._auxiliary.append((trainer.global_step, outputs["auxiliary"]))
+        self._losses["training"].append((trainer.global_step, outputs["loss"]))
+        self._losses["auxiliary"].append((trainer.global_step, outputs["auxiliary"]))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -87,7 +87,7 @@ class LossHistory(pl.Callback):
         """Keep the validation loss."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             loss = trainer.callback_metrics["validation/loss"]
-            self._validation.append((trainer.global_step, loss))
+            self._losses["validation"].append((trainer.global_step, loss))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -102,18 +102,14 @@ class LossHistory(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return everything recorded so far, as plain numbers."""
         return {
-            "training": self.training,
-            "auxiliary": self.auxiliary,
-            "validation": self.validation,
+            **{name: self._plain(name) for name in LOSSES},
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._training = list(state_dict["training"])
-        self._auxiliary = list(state_dict.get("auxiliary", ()))
-        self._validation = list(state_dict["validation"])
+        self._losses = {name: list(state_dict.get(name, ())) for name in LOSSES}
         self._seconds = state_dict["seconds"]
         self._peak = state_dict.get("peak_memory_bytes", 0)
 
@@ -122,9 +118,8 @@ class LossHistory(pl.Callback):
             torch.cuda.synchronize(device)
         self._seconds, self._started = self.seconds, None
 
-
-def _plain(losses: list[tuple[int, Tensor | float]]) -> list[tuple[int, float]]:
-    """Return the losses as numbers, and keep them so."""
-    plain = [(step, float(loss)) for step, loss in losses]
-    losses[:] = plain
-    return plain
+    def _plain(self, name: str) -> list[tuple[int, float]]:
+        """Return the losses of that name as numbers, and keep them so."""
+        plain = [(step, float(loss)) for step, loss in self._losses[name]]
+        self._losses[name] = list(plain)
+        return plain

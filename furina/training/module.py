@@ -16,24 +16,24 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchmetrics.aggregation import RunningMean, SumMetric
+from torchmetrics.aggregation import SumMetric
 
-from furina.data.module import TaskDataModule
-from furina.errors import ConfigurationError, DataError, require_same
-from furina.kernels.sharding import whole, write
+from furina.errors import ConfigurationError, DataError
+from furina.kernels.sharding import whole
 from furina.model.accumulation import accumulating
 from furina.model.auxiliary import after_step, auxiliary_loss
 from furina.model.compilation import CompiledDecoder
-from furina.model.parameters import (
-    adapter_parameters,
-    adapter_state_dict,
-    load_adapter_state_dict,
-    parameter_groups,
-)
+from furina.model.parameters import adapter_parameters, parameter_groups
 from furina.model.state import state_of
-from furina.training.beside import require_held, trained_beside
 from furina.training.divergence import DivergenceWatch
-from furina.training.loss import AnswerBatch, answer_logits, mean_nll, select_answers
+from furina.training.loss import (
+    AnswerBatch,
+    LossWeights,
+    answer_logits,
+    loss_weights,
+    mean_nll,
+    select_answers,
+)
 from furina.training.preconditions import (
     refuse_callbacks,
     refuse_ignored_options,
@@ -41,15 +41,12 @@ from furina.training.preconditions import (
     refuse_unsharded_options,
     require_trainable,
 )
-from furina.training.schedule import Schedule, learning_rate_factor, schedule_length, step_seed
+from furina.training.resumable import ResumableModule
+from furina.training.schedule import Schedule, learning_rate_factor, step_seed
 from furina.training.sharding import ShardedStrategy, shard
-from furina.training.window import Share, shares
-
-RUNNING_WINDOW = 20
-"""Optimiser steps averaged in `train/loss_running`."""
 
 
-class FinetuneModule(pl.LightningModule):
+class FinetuneModule(ResumableModule):
     """Train the adapter of `model` on the answer tokens, plus its method's auxiliary loss.
 
     One Lightning batch is one optimiser step: a list of micro-batches, or a single one, each a dict
@@ -91,7 +88,7 @@ class FinetuneModule(pl.LightningModule):
         "inductor", compiles the training forwards; see `CompiledDecoder`.
         Raises ConfigurationError if the model is not adapted or a setting is out of range.
         """
-        super().__init__()
+        super().__init__(model)
         state_of(model)
         _require(learning_rate > 0, "learning_rate", learning_rate, "positive")
         _require(weight_decay >= 0, "weight_decay", weight_decay, "0 or larger")
@@ -102,16 +99,9 @@ class FinetuneModule(pl.LightningModule):
         learning_rate_factor(schedule, 0, 1)
         self.save_hyperparameters(ignore=["model", "compile_backend"])
         self.automatic_optimization = False
-        self.model = model
         self._compiled = (
             None if compile_backend is None else CompiledDecoder(model, compile_backend)
         )
-        self._watch = DivergenceWatch()
-        self._resumed: dict[str, Any] = {}
-        self._beside: dict[str, nn.Parameter] = {}
-        self._running_loss = RunningMean(RUNNING_WINDOW, nan_strategy="disable")
-        self._running_loss.sync_on_compute = False
-        self._running_loss.persistent(True)
         self._validation_loss = SumMetric(nan_strategy="disable")
         self._validation_hits = SumMetric(nan_strategy="disable")
         self._validation_tokens = SumMetric(nan_strategy="disable")
@@ -133,7 +123,7 @@ class FinetuneModule(pl.LightningModule):
             shard(self.model, strategy.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Forget an earlier fit; silence Lightning's word that one hook hides another."""
+        """Forget an earlier fit; silence Lightning's warning that one hook hides another."""
         self._resumed, self._watch = {}, DivergenceWatch()
         self._running_loss.reset()
         warnings.filterwarnings("ignore", ".*`on_before_batch_transfer` in `LightningModule` but")
@@ -159,8 +149,10 @@ class FinetuneModule(pl.LightningModule):
         A subclass may return another optimiser, with a scheduler that is stepped after each step.
         """
         self._require_warmup_to_end()
-        names = ("learning_rate", "weight_decay", "lora_plus_ratio")
-        groups = parameter_groups(self.model, *(self.hparams[name] for name in names))
+        own = self.hparams
+        groups = parameter_groups(
+            self.model, own["learning_rate"], own["weight_decay"], own["lora_plus_ratio"]
+        )
         device = groups[0]["params"][0].device
         optimizer = AdamW(groups, fused=device.type in ("cpu", "cuda"))
         factor = functools.partial(
@@ -174,14 +166,6 @@ class FinetuneModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def on_train_start(self) -> None:
-        """Refuse to go on from a checkpoint of a run with other settings."""
-        self._beside = trained_beside(self.model)
-        if self._resumed:
-            own = self._settings()
-            unsaid = own.keys() - self.hparams.keys() - self._resumed.keys()  # by older checkpoints
-            require_same("run", self._resumed, {key: own[key] for key in own.keys() - unsaid})
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Locate the answer tokens while the batch is still on the CPU."""
@@ -198,9 +182,9 @@ class FinetuneModule(pl.LightningModule):
         optimizer.zero_grad()
         window, parts = _located(batch), []
         with self._accumulation(len(window)), self._compilation():
-            for micro, share in zip(window, self._shares(window), strict=True):
+            for micro, weights in zip(window, self._weights(window), strict=True):
                 with self._gradient_sync(micro is window[-1]):
-                    parts.append(self._backward(micro, share))
+                    parts.append(self._backward(micro, weights))
         norm = self._clip()
         sums = functools.reduce(torch.add, parts)
         loss = self._log_step(sums, norm, scheduler)
@@ -239,59 +223,10 @@ class FinetuneModule(pl.LightningModule):
         """Report a divergence that no logging step has looked at."""
         self._watch.check()
 
-    def state_dict(  # type: ignore[override]
-        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:
-        """Return what is trained only; the frozen backbone has a file of its own."""
-        state = {} if destination is None else destination
-        beside = {name: whole(p.detach()) for name, p in trained_beside(self.model).items()}
-        for name, tensor in {**adapter_state_dict(self.model), **beside}.items():
-            state[f"{prefix}model.{name}"] = tensor
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Copy what is trained, always strictly; raises ConfigurationError on a mismatch."""
-        state = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
-        beside = trained_beside(self.model)
-        own = {name: state.pop(name) for name in beside if name in state}
-        require_held(beside, own)
-        load_adapter_state_dict(self.model, state)
-        with torch.no_grad():
-            for name, parameter in beside.items():
-                write(parameter, own[name])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, the adapter's config and the running loss; never save NaN weights."""
-        self._watch.check()
-        checkpoint["furina"] = {
-            "adapter": _adapter_config(self.model),
-            "settings": self._settings(),
-            "running_loss": self._running_loss.state_dict(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another adapter's checkpoint; restore the running loss."""
-        if "furina" not in checkpoint:
-            raise ConfigurationError("The checkpoint was not written by furina's FinetuneModule.")
-        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
-        if resumes and "optimizer_states" not in checkpoint:
-            raise ConfigurationError(
-                "The checkpoint holds weights only, so no training can go on from it: start a new "
-                "one with FinetuneModule.load_from_checkpoint(path, model=…)."
-            )
-        saved = checkpoint["furina"]
-        require_same("adapter", saved["adapter"], _adapter_config(self.model))
-        self._resumed = saved["settings"]
-        self._running_loss.load_state_dict(saved["running_loss"])
-        self._running_loss._num_vals_seen = checkpoint["global_step"]
-        self._running_loss._update_count = checkpoint["global_step"]
-
-    def _shares(self, window: list[AnswerBatch]) -> list[Share]:
+    def _weights(self, window: list[AnswerBatch]) -> list[LossWeights]:
         if self.trainer.world_size == 1:
-            return shares(window, None)
-        return shares(window, lambda counts: self._sum_over_ranks(counts.to(self.device)))
+            return loss_weights(window, None)
+        return loss_weights(window, lambda counts: self._sum_over_ranks(counts.to(self.device)))
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         total = self.trainer.strategy.reduce(tensor, reduce_op="sum")
@@ -314,15 +249,15 @@ class FinetuneModule(pl.LightningModule):
         block: AbstractContextManager[None] = strategy.block_backward_sync()
         return block
 
-    def _backward(self, micro: AnswerBatch, share: Share) -> Tensor:
+    def _backward(self, micro: AnswerBatch, weights: LossWeights) -> Tensor:
         """Add a micro-batch's gradient; returns its part of [task loss, accuracy, auxiliary]."""
         logits, targets = answer_logits(self.model, micro)
-        task = share.task * mean_nll(logits, targets)
-        auxiliary = share.auxiliary * auxiliary_loss(self.model)
+        task = weights.task * mean_nll(logits, targets)
+        auxiliary = weights.auxiliary * auxiliary_loss(self.model)
         # DDP and FSDP2 average over the ranks but the loss is their sum; the auxiliary loss's own
         # all-reduce has put that factor into its gradient already.
         self.manual_backward(self.trainer.world_size * task + auxiliary)
-        hits = (logits.argmax(-1) == targets).sum() * (share.task / max(len(targets), 1))
+        hits = (logits.argmax(-1) == targets).sum() * (weights.task / max(len(targets), 1))
         return torch.stack([task.detach(), hits, auxiliary.detach()])
 
     def _clip(self) -> Tensor:
@@ -379,29 +314,11 @@ class FinetuneModule(pl.LightningModule):
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.trainer.global_step + 1) % max(interval, 1) == 0
 
-    def _settings(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with the one that wrote the checkpoint."""
-        own = dict(self.hparams)
-        total = schedule_length(own["schedule"], own["total_steps"], self.trainer)
-        # Another batch size or other data show, mostly, in the number of batches.
-        own |= {"total_steps": total, "batches_per_epoch": self.trainer.num_training_batches}
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, TaskDataModule):
-            own |= {f"data.{name}": value for name, value in data.settings.items()}
-        return own
-
 
 def _located(batch: Any) -> list[AnswerBatch]:
     """Return the window's micro-batches with their answers located, whether they were or not."""
     window = [batch] if isinstance(batch, Mapping | AnswerBatch) else batch
     return [micro if isinstance(micro, AnswerBatch) else select_answers(micro) for micro in window]
-
-
-def _adapter_config(model: nn.Module) -> dict[str, Any]:
-    state = state_of(model)
-    own = {"method": state.config.name, **state.config.to_dict(), "targets": list(state.targets)}
-    beside = list(trained_beside(model))
-    return {**own, "trained_beside": beside} if beside else own
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:

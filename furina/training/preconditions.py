@@ -1,4 +1,4 @@
-"""What would train wrongly without a word, refused before the first step."""
+"""Refuse, before the first step, what would silently train something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say how many steps are done, to whoever shows it."""
+"""Report to `furina.progress` how many steps are done."""
 
 from __future__ import annotations
 

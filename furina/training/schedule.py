@@ -15,7 +15,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 def learning_rate_factor(
     schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 0
 ) -> float:
-    """Return the factor on the learning rate of the optimiser step after `step` done ones.
+    """Return the factor on the learning rate of the optimiser step that follows `step` others.
 
     It rises linearly from 1/warmup_steps to 1, then stays there ("constant") or falls to 0 at
     `total_steps` along a line or half a cosine. Raises ConfigurationError for another schedule.

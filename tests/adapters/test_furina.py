@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from torch import Tensor, nn
 
 import furina
 from furina import reference
+from furina.adapters import config_class, configure
 from furina.adapters.furina import FurinaConfig, FurinaLinear
+from furina.adapters.furina_plain import PlainFurinaConfig
 from furina.errors import ConfigurationError
 from furina.kernels.forward import ForwardTracker
 from furina.model.state import state_of
+from tests.adapters import test_contract
 from tests.helpers import Chain, chain, layer_of, perturb, small, tiny_llama, tokens, variants
 
 EXACT = 1e-10
@@ -39,58 +44,26 @@ def every_switch() -> Iterator[FurinaConfig]:
     yield furina_config(selection_coefficient=0.0, num_shared_experts=EXPERTS)
 
 
-class Equations:
-    """One layer's update and activity by the reference functions, k×d products and all."""
-
-    def __init__(self, layer: FurinaLinear) -> None:
-        self.layer, self.config = layer, layer.config
-        self.start = {name: p.detach().clone() for name, p in layer.adapter_tensors().items()}
-
-    def experts(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        a, b = tensors["lora_A"], tensors["lora_Bt"].t()
-        count, rank = self.config.num_experts, self.config.rank
-        return a.view(count, rank, -1), b.view(-1, count, rank).transpose(0, 1)
-
-    def directions(self, tensors: dict[str, Tensor]) -> Tensor:
-        a, b = self.experts(tensors)
-        config = self.config
-        return torch.stack(
-            [
-                reference.direction(a[e], b[e], config.eps, config.detach_norm)
-                for e in range(config.num_shared_experts, config.num_experts)
-            ]
-        )
-
-    def routed(self, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        if not self.config.num_routed_experts:
-            return x.new_zeros(())
-        scale = self.config.scale if self.config.scale_routed else 1.0
-        magnitude = scale * tensors["magnitude"]
-        return reference.routed_update(x, self.directions(tensors), magnitude)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        config, now = self.config, dict(self.layer.named_parameters())
-        a, b = self.experts(now)
-        shared = slice(0, config.num_shared_experts)
-        alpha = 2 * config.rank if config.alpha is None else config.alpha
-        scale = alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
-        y = x @ self.layer.base.weight.T + self.layer.base.bias
-        y = y + reference.shared_update(x, a[shared], b[shared], scale) + self.routed(x, now)
-        return y - self.routed(x, self.start) if config.start == "subtract" else y
-
-    def loss(self, x: Tensor, mask: Tensor) -> Tensor:
-        loud = self.directions(dict(self.layer.named_parameters()))
-        real = x.reshape(-1, x.shape[-1])[mask.reshape(-1) != 0]
-        activity = reference.activity(real, loud, self.config.activity, self.config.eps)
-        divergence, balance = reference.selection_loss(activity, self.config.top_k)
-        return divergence + balance
+def both_forms(config: FurinaConfig) -> tuple[Chain, Chain]:
+    """Return the fast and the plain form, which began alike, after the same moves."""
+    fast, plain = chain(config), chain(PlainFurinaConfig(**config.to_dict()))
+    assert_alike(fast, plain)
+    perturb(fast)
+    pairs = zip(parameters(fast).values(), parameters(plain).values(), strict=True)
+    with torch.no_grad():
+        for moved, parameter in pairs:
+            parameter.copy_(moved)
+    return fast.train(), plain.train()
 
 
-def both_ways(config: FurinaConfig) -> tuple[Chain, Equations, Equations]:
-    model = chain(config)
-    first, second = (Equations(layer) for layer in state_of(model).layers.values())
-    perturb(model)
-    return model.train(), first, second
+def assert_alike(fast: nn.Module, plain: nn.Module) -> None:
+    assert parameters(fast).keys() == parameters(plain).keys()
+    for name, parameter in parameters(fast).items():
+        assert torch.equal(parameter, parameters(plain)[name]), name
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return furina.adapter_parameters(model)
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -115,21 +88,24 @@ def gradients(loss: Tensor, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("shared_experts", [0, 1])
-def test_forward_and_gradients_equal_the_reference_for_every_switch(shared_experts: int) -> None:
+def test_outputs_gradients_and_merged_weights_equal_the_reference_for_every_switch(
+    shared_experts: int,
+) -> None:
     for config in every_switch():
         if config.num_routed_experts:
             options = config.to_dict() | {"num_shared_experts": shared_experts}
             config = FurinaConfig(**options)
-        model, first, second = both_ways(config)
+        fast, plain = both_forms(config)
         x, mask = inputs()
-        found = model(x, mask)
-        expected = second(first(x).tanh())
+        found, expected = fast(x, mask), plain(x, mask)
         assert_equal(found, expected, f"output of {config}")
         weights = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view_as(expected)
-        found_gradients = gradients((found * weights).sum(), model, x)
-        for name, gradient in gradients((expected * weights).sum(), model, x).items():
+        found_gradients = gradients((found * weights).sum(), fast, x)
+        for name, gradient in gradients((expected * weights).sum(), plain, x).items():
             assert gradient.any(), f"{name} has no gradient in the reference: {config}"
             assert_equal(found_gradients[name], gradient, f"gradient of {name} for {config}")
+        for one, other in zip(layers_of(fast), layers_of(plain), strict=True):
+            assert_equal(one.merged_weight(), other.merged_weight(), f"merged weight of {config}")
 
 
 def test_the_selection_loss_and_its_gradients_equal_the_reference_for_every_switch() -> None:
@@ -138,18 +114,74 @@ def test_the_selection_loss_and_its_gradients_equal_the_reference_for_every_swit
         if not config.has_auxiliary_loss:
             continue
         seen += 1
-        model, first, second = both_ways(config)
+        fast, plain = both_forms(config)
         x, mask = inputs()
-        model(x, mask)
-        found = furina.auxiliary_loss(model)
-        losses = torch.stack([first.loss(x, mask), second.loss(first(x).tanh(), mask)])
-        reduced = losses.sum() if config.selection_reduction == "sum" else losses.mean()
-        expected = config.selection_coefficient * reduced
+        fast(x, mask), plain(x, mask)
+        found, expected = furina.auxiliary_loss(fast), furina.auxiliary_loss(plain)
         assert_equal(found, expected, f"loss of {config}")
-        found_gradients = gradients(found, model, x)
-        for name, gradient in gradients(expected, model, x).items():
+        found_gradients = gradients(found, fast, x)
+        for name, gradient in gradients(expected, plain, x).items():
             assert_equal(found_gradients[name], gradient, f"gradient of {name} for {config}")
+        for one, other in zip(layers_of(fast), layers_of(plain), strict=True):
+            tokens = torch.randn(4, one.base.in_features, dtype=torch.float64)
+            assert_equal(one.activity(tokens), other.activity(tokens), f"shares of {config}")
     assert seen > 100
+
+
+def layers_of(model: nn.Module) -> list[FurinaLinear]:
+    return [each for each in state_of(model).layers.values() if isinstance(each, FurinaLinear)]
+
+
+@pytest.mark.parametrize("start", ["zero_magnitude", "zero_b", "subtract"])
+def test_both_forms_train_alike_dropout_and_checkpointing_included(start: str) -> None:
+    losses = []
+    for method in ("furina", "furina_plain"):
+        config = configure(method, {"start": start, "rank": 3, "num_experts": 5, "dropout": 0.2})
+        model = furina.adapt(tiny_llama(torch.float64), config, seed=0).train()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.SGD(furina.parameter_groups(model, 0.05))
+        torch.manual_seed(0)
+        losses.append([])
+        for step in range(4):
+            loss = model(**tokens(seed=step)).loss + furina.auxiliary_loss(model)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    assert losses[0][0] != losses[0][-1]
+
+
+def test_a_changed_equation_is_what_the_plain_form_trains_and_merges(monkeypatch) -> None:
+    direction = reference.direction
+    monkeypatch.setattr(reference, "direction", lambda *given: 2 * direction(*given))
+    config = furina_config(num_shared_experts=0)
+    layer = layer_of(PlainFurinaConfig(**config.to_dict())).train()
+    same = layer_of(config).train()
+    with torch.no_grad():
+        layer.magnitude.fill_(1.0), same.magnitude.fill_(2.0)
+    x = torch.randn(5, 11, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), same(x), rtol=EXACT, atol=EXACT)
+    torch.testing.assert_close(layer.delta(), same.delta(), rtol=EXACT, atol=EXACT)
+
+
+def test_the_plain_form_is_known_by_name_and_not_listed() -> None:
+    assert "furina_plain" not in furina.methods()
+    plain, fast = (fields(config_class(name)) for name in ("furina_plain", "furina"))
+    assert [(each.name, each.default) for each in plain] == [
+        (each.name, each.default) for each in fast
+    ]
+    model = furina.adapt(tiny_llama(), "furina_plain", rank=2, num_experts=4)
+    assert state_of(model).config == PlainFurinaConfig(rank=2, num_experts=4)
+
+
+def test_the_plain_form_keeps_every_methods_contract(monkeypatch) -> None:
+    monkeypatch.setattr(PlainFurinaConfig, "listed", True)
+    tests = [test for name, test in vars(test_contract).items() if name.startswith("test_")]
+    kept = [test for test in tests if [*inspect.signature(test).parameters] == ["method"]]
+    assert len(kept) > 10
+    for test in kept:
+        test("furina_plain")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -356,7 +388,7 @@ def test_an_expert_next_to_nothing_stays_in_the_range_of_fp16(activity: str, sta
                 experts = layer.lora_A.view(EXPERTS, -1, layer.lora_A.shape[1])
                 experts[2], experts[3] = 0, 1e-6 * experts[3]
                 layer.magnitude.mul_(20)
-                assert layer._derived_directions().b.abs().max() > 65504
+                assert layer._directions().b.abs().max() > 65504
         logits = model.train()(**tokens()).logits
         loss = furina.auxiliary_loss(model)
         (logits.float().square().mean() + loss).backward()

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import furina
 from furina.adapters.furina import FurinaLinear
 from furina.adapters.mixture import MixtureLinear
-from furina.analysis import activity
-from furina.analysis.activity import choosing, collect, share_sums, strongest
+from furina.analysis.analyse import collect, strongest
 from furina.errors import ConfigurationError
+from furina.model import selection
+from furina.model.selection import choosing, share_sums
 from furina.model.state import state_of
 from tests.analysis import naive
 from tests.helpers import BACKBONES, layer_of, methods, perturb, perturb_layer, small, tokens
@@ -75,20 +76,6 @@ def test_a_linear_takes_part_exactly_where_tokens_choose(method: str) -> None:
     assert names == per_block if method == "mixlora" else len(names) == 14
 
 
-def test_the_share_of_the_loudest_is_what_record_selection_says() -> None:
-    for kind in ("l2", "l1", "per_unit"):
-        model = adapted("furina", activity=kind).eval()
-        with furina.record_selection(model) as record, torch.no_grad():
-            for batch in batches():
-                model(**batch)
-        found = collect(model, batches())
-        for name, share in record.top_k_share().items():
-            assert found[name].top_k_share.item() / record.tokens == pytest.approx(share)
-            torch.testing.assert_close(
-                found[name].share / record.tokens, record.activity_share()[name]
-            )
-
-
 @pytest.mark.parametrize("method", MIXTURES)
 def test_neither_padding_nor_the_batch_size_nor_the_chunk_changes_the_sums(
     method: str, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +89,7 @@ def test_neither_padding_nor_the_batch_size_nor_the_chunk_changes_the_sums(
     }
     others = [rows, [longer], [longer] * 2]
     found = [collect(model, each) for each in others]
-    monkeypatch.setattr(activity, "CHUNK", 3)
+    monkeypatch.setattr(selection, "CHUNK", 3)
     found.append(collect(model, [batch]))
     for factor, sums in zip((1, 1, 2, 1), found, strict=True):
         for name, each in sums.items():
@@ -118,8 +105,7 @@ def test_the_mode_the_hooks_and_the_records_are_left_as_they_were() -> None:
     collect(model, batches())
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert hooks == {n: len(module._forward_pre_hooks) for n, module in model.named_modules()}
-    tracker = state_of(model).tracker
-    assert tracker.active is None and not tracker.observers
+    assert state_of(model).tracker.active is None
 
 
 def test_dropout_is_off() -> None:
@@ -173,31 +159,31 @@ def shares_of(rows: list[list[float]]) -> Tensor:
 
 def test_equal_experts_have_entropy_1_and_the_share_k_of_n() -> None:
     sums = share_sums(torch.full((6, 1, 5), 0.2, dtype=torch.float64), 2)
-    assert sums["entropy"].item() / 6 == pytest.approx(1)
-    assert sums["top_k_share"].item() / 6 == pytest.approx(2 / 5)
-    assert sums["selected"].sum() == 12 and sums["first"].sum() == 6
-    assert (sums["share"] / 6).tolist() == pytest.approx([0.2] * 5)
+    assert sums.entropy.item() / 6 == pytest.approx(1)
+    assert sums.top_k_share.item() / 6 == pytest.approx(2 / 5)
+    assert sums.selected.sum() == 12 and sums.first.sum() == 6
+    assert (sums.share / 6).tolist() == pytest.approx([0.2] * 5)
 
 
 def test_one_expert_alone_has_entropy_0_and_the_whole_share() -> None:
     sums = share_sums(shares_of([[0.0, 0.0, 1.0, 0.0]] * 3), 1)
-    assert (sums["entropy"].item(), sums["top_k_share"].item()) == (0, 3)
+    assert (sums.entropy.item(), sums.top_k_share.item()) == (0, 3)
     for name in ("selected", "share", "first"):
-        assert sums[name].tolist() == [0, 0, 3, 0]
+        assert getattr(sums, name).tolist() == [0, 0, 3, 0]
 
 
 def test_more_than_all_experts_cannot_be_the_most_active() -> None:
     sums = share_sums(shares_of([[0.9, 0.1], [0.2, 0.8]]), 5)
-    assert sums["top_k_share"].item() == pytest.approx(2)
-    assert sums["selected"].tolist() == [2, 2] and sums["first"].tolist() == [1, 1]
+    assert sums.top_k_share.item() == pytest.approx(2)
+    assert sums.selected.tolist() == [2, 2] and sums.first.tolist() == [1, 1]
 
 
 def test_units_that_weigh_apart_count_as_parts_of_a_token() -> None:
     p = torch.tensor([[[0.7, 0.3], [0.1, 0.9]]], dtype=torch.float64)
     sums = share_sums(p, 1)
-    assert sums["top_k_share"].item() == pytest.approx(0.8)
-    assert sums["selected"].tolist() == [0.5, 0.5]
-    assert sums["share"].tolist() == pytest.approx([0.4, 0.6])
+    assert sums.top_k_share.item() == pytest.approx(0.8)
+    assert sums.selected.tolist() == [0.5, 0.5]
+    assert sums.share.tolist() == pytest.approx([0.4, 0.6])
 
 
 def test_experts_without_a_direction_are_equally_active() -> None:
@@ -216,7 +202,7 @@ def test_the_only_expert_with_a_direction_has_all_activity() -> None:
     p = layer.activity(torch.randn(6, 11, dtype=torch.float64))
     assert (p[:, 0, 2] > 1 - 1e-4).all()
     sums = share_sums(p, 2)
-    assert sums["first"].tolist() == [0, 0, 6, 0] and sums["entropy"].item() < 1e-3
+    assert sums.first.tolist() == [0, 0, 6, 0] and sums.entropy.item() < 1e-3
 
 
 def test_the_parts_add_up_to_the_update_for_every_switch() -> None:
@@ -315,6 +301,6 @@ def test_the_l2_activity_never_forms_every_experts_output_for_every_token() -> N
         layer = layer_of(small("furina", num_experts=9, activity=kind), out_features=200)
         perturb_layer(layer)
         with Largest() as seen:
-            activity._sums(layer, x)
+            selection.selection_sums(layer, x)
         largest[kind] = seen.entries
     assert largest["l2"] <= 60 * 200 < 60 * 8 * 200 <= largest["l1"]

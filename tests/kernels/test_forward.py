@@ -365,3 +365,13 @@ def test_a_recomputed_layer_is_not_recorded_a_second_time() -> None:
     assert before
     assert last.records.keys() == before.keys()
     assert all(last.records[name] is record for name, record in before.items())
+
+
+def test_the_records_are_dropped_once_the_loss_is_read_and_recomputation_adds_none() -> None:
+    model = adapted()
+    enable_checkpointing(model)
+    loss = total(model, tokens())
+    last = state_of(model).tracker.last
+    assert last is not None and last.loss is not None and not last.records
+    loss.backward()
+    assert not last.records

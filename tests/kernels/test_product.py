@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from furina.adapters.base import AdapterLinear
 from furina.kernels import product
-from furina.kernels.directions import direction_gram, directions, l2_activity
+from furina.kernels.directions import ExpertOptions, direction_gram, directions, l2_activity
 from furina.kernels.dropout import drop_
 from furina.kernels.product import low_rank_product
 from furina.model.state import state_of
@@ -123,10 +123,10 @@ def test_directions_and_activity_pass_gradcheck(
     generator = torch.Generator().manual_seed(0)
     shapes = (EXPERTS * RANK, IN), (EXPERTS * RANK, OUT), (OUT,), (3, TOKENS, EXPERTS * RANK)
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    options = {"num_experts": EXPERTS, "num_shared": num_shared, "scale": 1.5, "eps": 0.1}
+    options = ExpertOptions(EXPERTS, num_shared, scale=1.5, eps=0.1)
 
     def function(a: Tensor, bt: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        made = directions(a, bt, v, **options, with_gram=True)
+        made = directions(a, bt, v, options, with_gram=True)
         moved = torch.tensor([True, False, True])
         activity = l2_activity(h.unbind(), (made.gram,) * 3, 0.1, moved)
         return made.b, made.norm[num_shared:], activity[::2, :, num_shared:]
@@ -134,7 +134,8 @@ def test_directions_and_activity_pass_gradcheck(
     for tensor in inputs:
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(function, tuple(inputs))
-    made = directions(*inputs[:3], **options, detach_norm=detach_norm, with_gram=True)
+    a, bt, v, _ = inputs
+    made = directions(a, bt, v, options._replace(detach_norm=detach_norm), with_gram=True)
     gram = direction_gram(inputs[1], made.norm, num_shared)
     torch.testing.assert_close(made.gram, gram, rtol=1e-12, atol=1e-13)
     assert not made.gram[:num_shared].any()

@@ -9,20 +9,15 @@ import torch
 from torch import Tensor
 
 from furina import reference
-from furina.kernels.directions import directions
+from furina.kernels.directions import ExpertOptions, directions
 
 RANK = 3
 
 
 def row_norm(a: Tensor, b: Tensor, rank: int, num_shared: int, eps: float) -> Tensor:
     """Return d̃ of the routed experts. Shape: A (N·r, I), B (O, N·r) → (O, R)."""
-    made = directions(
-        *(a, b.t().contiguous(), b.new_ones(len(b))),
-        num_experts=len(a) // rank,
-        num_shared=num_shared,
-        scale=1.0,
-        eps=eps,
-    )
+    options = ExpertOptions(len(a) // rank, num_shared, scale=1.0, eps=eps)
+    made = directions(a, b.t().contiguous(), b.new_ones(len(b)), options)
     return made.norm[num_shared:].t()
 
 

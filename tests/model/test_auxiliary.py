@@ -269,7 +269,7 @@ def test_recording_works_with_the_loss_off_and_leaves_nothing_behind() -> None:
         model(**tokens())
     assert len(record.top_k_share()) == 14
     tracker = state_of(model).tracker
-    assert not tracker.observers and tracker.active is None and tracker.last is None
+    assert tracker.active is None and tracker.last is None
 
 
 def test_records_inside_one_another_see_each_forward_of_theirs() -> None:
@@ -301,13 +301,21 @@ def test_recording_while_generating_counts_each_real_token_once() -> None:
     assert record.mean_top_k_share() == pytest.approx(expected.mean_top_k_share(), rel=1e-9)
 
 
-def test_an_observer_in_training_changes_neither_records_nor_checkpointed_gradients() -> None:
+def test_recording_in_training_changes_neither_records_nor_checkpointed_gradients() -> None:
     model = adapted(selection_coefficient=0.0, activity="l1")
     model.activation_checkpointing_enable({"use_reentrant": False})
     with furina.record_selection(model) as record:
         loss = model(**tokens()).loss
     loss.backward()
     assert record.tokens == int(tokens()["attention_mask"].sum())
+
+
+def test_recording_adds_nothing_to_what_slim_moves_after_a_step() -> None:
+    model = furina.adapt(BACKBONES["llama"](), small("slim"), seed=0).train()
+    with furina.record_selection(model) as record, torch.no_grad():
+        model(**tokens())
+    assert record.tokens > 0
+    assert all(layer.step_statistics() is None for layer in state_of(model).layers.values())
 
 
 def test_an_output_head_that_sees_a_part_of_the_tokens_is_refused_with_the_reason() -> None:

@@ -5,21 +5,20 @@ import torch
 from torch import Tensor
 
 from furina.errors import DataError
-from furina.training.loss import select_answers
-from furina.training.window import shares
+from furina.training.loss import loss_weights, select_answers
 from tests.training.helpers import windows
 
 
-def test_shares_of_all_micro_batches_sum_to_one() -> None:
+def test_weights_of_all_micro_batches_sum_to_one() -> None:
     window = [select_answers(batch) for batch in windows(1, micro_batch_size=3)[0]]
-    found = shares(window, None)
-    assert sum(share.task for share in found) == pytest.approx(1)
-    assert sum(share.auxiliary for share in found) == pytest.approx(1)
+    found = loss_weights(window, None)
+    assert sum(weights.task for weights in found) == pytest.approx(1)
+    assert sum(weights.auxiliary for weights in found) == pytest.approx(1)
 
 
 def test_ranks_share_the_counts_of_the_global_batch() -> None:
     window = [select_answers(batch) for batch in windows(1, micro_batch_size=3)[0]]
-    alone, both = shares(window, None), shares(window, lambda counts: 2 * counts)
+    alone, both = loss_weights(window, None), loss_weights(window, lambda counts: 2 * counts)
     for one, half in zip(alone, both, strict=True):
         assert half.task == one.task / 2
         assert half.auxiliary == one.auxiliary
@@ -33,4 +32,4 @@ def test_ranks_with_different_numbers_of_micro_batches_are_refused() -> None:
         return counts + torch.tensor([1, size, size**2])
 
     with pytest.raises(DataError, match="different numbers of micro-batches"):
-        shares(window, add_a_rank_with_one_more)
+        loss_weights(window, add_a_rank_with_one_more)
