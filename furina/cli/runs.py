@@ -220,7 +220,7 @@ def run(options: Namespace) -> None:
 
     The runs that succeeded are reported even if others failed.
     """
-    from furina.experiment.devices import device
+    from furina.plan.devices import device
     from furina.records import RecordError
     from furina.storage import require_writable
     from furina.suites import FailedRunsError, Places, read_suite, run_suite
@@ -272,8 +272,8 @@ def _slurm(options: Namespace) -> Slurm | None:
 
 def _print_plan(suite: Suite, options: Namespace, slurm: Slurm | None) -> None:
     """List the runs with what they come to, and Slurm's script if they would go there."""
-    from furina.experiment.planning import DEVICE, plan_all
-    from furina.experiment.summary import summary
+    from furina.plan.plan import DEVICE, plan_all
+    from furina.plan.summary import summary
     from furina.reporting import print_tables
     from furina.suites import Places
     from furina.suites.jobs import slurm_script
