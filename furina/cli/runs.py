@@ -172,7 +172,7 @@ class Run(Command):
 
         The runs that succeeded are reported even if others failed.
         """
-        from furina.experiment.devices import device
+        from furina.plan.devices import device
         from furina.records import RecordError
         from furina.suites import FailedRunsError, Folders, read_suite, run_suite
         from furina.suites.jobs import run_jobs
@@ -227,8 +227,8 @@ class Run(Command):
 
     def _print_plan(self, suite: Suite, slurm: Slurm | None) -> None:
         """List the runs with what they come to, and Slurm's script if they would go there."""
-        from furina.experiment.planning import DEVICE, plan_all
-        from furina.experiment.summary import summary
+        from furina.plan.plan import DEVICE, plan_all
+        from furina.plan.summary import summary
         from furina.reporting import print_tables
         from furina.suites import Folders
         from furina.suites.jobs import slurm_script

@@ -15,7 +15,7 @@ from furina.experiment.config import RunConfig
 from furina.records.environment import memory_bytes
 
 if TYPE_CHECKING:
-    from furina.experiment.speed import Speed
+    from furina.plan.speed import Speed
 
 CPU = "cpu"
 UTILISATION = 0.4
@@ -47,7 +47,7 @@ class Device:
 
     def speed(self, config: RunConfig, tokens: float | None = None) -> Speed:
         """Return the FLOP/s that a run reaches with micro-batches of so many tokens."""
-        from furina.experiment import speed
+        from furina.plan import speed
 
         if self.peak is None:
             return speed.of_run(config, tokens or speed.TOKENS)
@@ -56,7 +56,7 @@ class Device:
 
     def reading(self, config: RunConfig) -> float:
         """Return the bytes/s at which a run reads, which bounds writing token by token."""
-        from furina.experiment import speed
+        from furina.plan import speed
 
         if self.bandwidth is None:
             return speed.bandwidth(config.dtype)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.experiment.devices import UTILISATION, Device
-from furina.experiment.planning import Plan, micro_rows, plan
+from furina.plan.devices import UTILISATION, Device
+from furina.plan.plan import Plan, micro_rows, plan
 from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
 
 MILLION, GIGA, PETA = 1e6, 1e9, 1e15

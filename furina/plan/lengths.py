@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
-from typing import NamedTuple
 
-from furina.data.batches import PAD_MULTIPLE, encode_examples
+from furina.data.batches import Example, StepBatches, collate, encode_examples
 from furina.data.items import Item
 from furina.data.protocols import get_protocol
 from furina.data.sources import Source
 from furina.data.tasks import Task, get_task
-from furina.experiment.at_hand import counting, items_at_hand, spaced, tokenizer_of
 from furina.experiment.config import RunConfig
+from furina.plan.at_hand import counting, items_at_hand, spaced, tokenizer_of
 
 LONGEST = 16
 """Items with most text, which are tokenised to find the longest row."""
@@ -39,13 +38,6 @@ class Lengths:
     longest: int
     answer: float
     tokenizer: str | None = None
-
-
-class Row(NamedTuple):
-    """Tokens of an example, and those of its answer."""
-
-    length: int
-    answer: int
 
 
 def epoch_rows(config: RunConfig) -> dict[str, int]:
@@ -80,7 +72,7 @@ def training_lengths(config: RunConfig, measure: bool = True) -> Lengths:
             longest = max(longest for _, longest in found.values())
             return _lengths(config, rows, longest, name)
     most = config.max_length
-    return Lengths(most, most, _ceil(most), _most_answers(config))
+    return Lengths(most, most, most, _most_answers(config))
 
 
 def label_bytes(task: Task) -> int:
@@ -89,40 +81,32 @@ def label_bytes(task: Task) -> int:
     return max(len(f" {label}".encode()) for label in task.label.labels)
 
 
-def _lengths(config: RunConfig, rows: Sequence[Row], longest: int, name: str) -> Lengths:
-    lengths = [row.length for row in rows]
-    answer = fmean(row.answer for row in rows)
-    return Lengths(fmean(lengths), _padded(config, lengths), _ceil(longest), answer, name)
+def _lengths(config: RunConfig, examples: Sequence[Example], longest: int, name: str) -> Lengths:
+    mean = fmean(len(each.input_ids) for each in examples)
+    answer = fmean(each.answer_length for each in examples)
+    enough = list(examples) * -(-config.batch_size // len(examples))
+    batches = StepBatches(
+        enough,
+        config.batch_size,
+        pad_id=0,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        bucket_steps=config.bucket_steps,
+    )
+    windows = [batches.window(step) for step in range(len(batches))]
+    computed = sum(batch["input_ids"].numel() for window in windows for batch in window)
+    return Lengths(mean, computed / (len(windows) * config.batch_size), longest, answer, name)
 
 
-def _mixed(config: RunConfig, samples: dict[str, tuple[Row, ...]]) -> list[Row]:
+def _mixed(config: RunConfig, samples: dict[str, tuple[Example, ...]]) -> list[Example]:
     """Return rows of each task in the proportions of the mixture, in random order."""
     sizes = epoch_rows(config)
     most = max(sizes.values())
-    mixed: list[Row] = []
+    mixed: list[Example] = []
     for task, rows in samples.items():
         mixed += rows[: max(1, round(len(rows) * sizes[task] / most))] if most else rows
     random.Random(0).shuffle(mixed)
     return mixed
-
-
-def _padded(config: RunConfig, lengths: Sequence[int]) -> float:
-    """Return the mean length with padding, with micro-batches made as `StepBatches` does."""
-    step, total = config.batch_size, 0
-    micro = config.micro_batch_size or step
-    for first in range(0, len(lengths), config.bucket_steps * step):
-        near = list(lengths[first : first + config.bucket_steps * step])
-        if config.bucket_steps > 1:
-            near.sort()
-        for start in range(0, len(near), step):
-            rows = sorted(near[start : start + step], reverse=True)
-            parts = [rows[place : place + micro] for place in range(0, len(rows), micro)]
-            total += sum(len(part) * _ceil(part[0]) for part in parts)
-    return total / len(lengths)
-
-
-def _ceil(length: int) -> int:
-    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def _most_answers(config: RunConfig) -> int:
@@ -140,19 +124,19 @@ def _sampled(
     source: Source,
     data_dir: str | None,
     max_length: int,
-) -> tuple[tuple[Row, ...], int]:
-    """Return a sample of a task's rows, empty if they cannot be read, and the longest's tokens."""
+) -> tuple[tuple[Example, ...], int]:
+    """Return a sample of a task's rows, none if they cannot be read, and the longest's tokens."""
     items = items_at_hand(task, "train", source, data_dir)
     if not items:
         return (), 0
     found, asks = get_task(task), get_protocol(protocol)
     by_text = sorted(items, key=lambda item: -sum(map(len, asks.pair(found, item))))
 
-    def rows(some: Sequence[Item]) -> tuple[Row, ...]:
+    def encoded(some: Sequence[Item]) -> tuple[Example, ...]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that long ones are cut is said in training
-            examples = encode_examples(tokenizer_of(tokenizer), found, some, asks, max_length)
-        return tuple(Row(len(each.input_ids), each.answer_length) for each in examples)
+            return tuple(encode_examples(tokenizer_of(tokenizer), found, some, asks, max_length))
 
-    sample = rows(spaced(items))
-    return sample, max(row.length for row in (*sample, *rows(by_text[:LONGEST])))
+    sample = encoded(spaced(items))
+    padded = collate([*sample, *encoded(by_text[:LONGEST])], pad_id=0)
+    return sample, padded["input_ids"].shape[1]

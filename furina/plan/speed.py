@@ -1,7 +1,7 @@
 """How fast this machine trains, reads and writes: timed on two layers, in about a second a method.
 
 The layers are SmolLM2-135M's, with as large a part of its vocabulary as they are of its depth.
-A rate is the closed form's FLOPs over the seconds, so what the form leaves out slows it down.
+A rate is the FLOPs of the matrix products over the seconds, so what is beside them slows it down.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from furina.backbones.architectures import ARCHITECTURES
 from furina.backbones.load import DTYPES
 from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
-from furina.experiment.flops import forward_flops, step_flops
-from furina.experiment.shapes import Adapted, Decoder, adapted, decoder
 from furina.model.auxiliary import after_step, auxiliary_loss
 from furina.model.inference import evaluation_mode
 from furina.model.inject import adapt
 from furina.model.parameters import parameter_groups
+from furina.plan.counting import Count
 from furina.training import answer_loss, training_attention
 
 if TYPE_CHECKING:
@@ -57,15 +56,12 @@ def speed(method: str, options: str, dtype: str, tokens: int = TOKENS) -> Speed:
     One that does not fit into two layers is taken to be as fast as LoRA.
     """
     model, length = _layers(dtype), tokens // ROWS
-    sides = decoder(model.config, sum(p.numel() for p in model.parameters()))
     batch = _batch(length)
-    plain = _reading(model, batch, sides, None)
+    plain = _reading(model, batch)
     try:
         adapt(model, method, seed=0, **json.loads(options))
     except ConfigurationError:
         adapt(model, "lora", seed=0, rank=128)
-    found = adapted(model)
-    flops = step_flops(sides, found, tokens, length, ROWS * ANSWERS)
     optimizer = AdamW(parameter_groups(model, 1e-4))
 
     def step() -> None:
@@ -77,9 +73,9 @@ def speed(method: str, options: str, dtype: str, tokens: int = TOKENS) -> Speed:
 
     model.train()
     with training_attention(model, length):
-        training = flops / _seconds(step)
+        training = _rate(model, step)
     torch.nn.Module.eval(model)
-    return Speed(training, _reading(model, batch, sides, found), plain)
+    return Speed(training, _reading(model, batch), plain)
 
 
 @cache
@@ -126,13 +122,18 @@ def _batch(length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _reading(
-    model: PreTrainedModel, batch: dict[str, Tensor], sides: Decoder, found: Adapted | None
-) -> float:
-    rows, length = batch["input_ids"].shape
-    flops = forward_flops(sides, found, rows * length, length, rows * ANSWERS)
-    with evaluation_mode(model), torch.inference_mode():
-        return flops / _seconds(lambda: answer_loss(model, batch))
+def _reading(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    def read() -> None:
+        answer_loss(model, batch)
+
+    with evaluation_mode(model), torch.no_grad():
+        return _rate(model, read)
+
+
+def _rate(model: PreTrainedModel, call: Callable[[], Any]) -> float:
+    with Count(model) as counted:
+        call()
+    return counted.flops / _seconds(call)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

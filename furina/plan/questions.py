@@ -10,9 +10,9 @@ from furina.data.items import Question
 from furina.data.protocols import ChoiceProtocol, GenerationProtocol, get_protocol
 from furina.data.sources import Source
 from furina.data.tasks import get_task
-from furina.experiment.at_hand import counting, items_at_hand, spaced, tokenizer_of
 from furina.experiment.config import RunConfig
-from furina.experiment.lengths import label_bytes
+from furina.plan.at_hand import counting, items_at_hand, spaced, tokenizer_of
+from furina.plan.lengths import label_bytes
 
 MOST_CHOICES = 5
 """Choices of a question whose task has no labels, where they cannot be counted."""

@@ -1,0 +1,1 @@
+"""What a run will do, need and take: counted and timed before it starts."""

@@ -1,0 +1,1 @@
+from tests.experiment.conftest import data_dir as data_dir
