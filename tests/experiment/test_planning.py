@@ -28,7 +28,7 @@ from furina.experiment.speed import Speed
 from furina.experiment.summary import advice, summary
 from furina.kernels import processor
 from furina.kernels.processor import Precision, cores
-from furina.reporting.render import markdown
+from furina.reporting.tables.render import markdown
 from tests.experiment.helpers import tiny
 
 ROOT = Path(__file__).parents[2]

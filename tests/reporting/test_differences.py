@@ -5,7 +5,7 @@ import statistics
 import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
-from furina.reporting import differences
+from furina.reporting.read import statistics as differences
 
 
 def test_the_paired_z_is_scipys_paired_t() -> None:

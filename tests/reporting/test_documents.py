@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError
-from furina.reporting import render
-from furina.reporting.cells import Cell, Table, build, label, missing
-from furina.reporting.contents import BENCHMARKS
-from furina.reporting.documents import read_document
-from furina.reporting.tables import main_table
+from furina.reporting.pages.contents import BENCHMARKS
+from furina.reporting.tables import render
+from furina.reporting.tables.cells import Cell, Table, build, label, missing
+from furina.reporting.tables.main import main_table
+from furina.reporting.tables.stored import read_document
 from tests.reporting.frames import load_suite
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from furina.records import RunRecord
-from furina.reporting import accuracy, notes
-from furina.reporting.cells import Cell, Table
-from furina.reporting.overview import NO_USUAL, UNMERGED, WIDEST, overview_table
-from furina.reporting.tables import main_table
+from furina.reporting.tables import notes
+from furina.reporting.tables import scores as accuracy
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.main import main_table
+from furina.reporting.tables.overview import NO_USUAL, UNMERGED, WIDEST, overview_table
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError
-from furina.reporting import plots
-from furina.reporting.cells import Cell, Table, build, label, missing
-from furina.reporting.details import latency_table
-from furina.reporting.inline import inline
-from furina.reporting.page import FOLDER, Drawing, Section, page
-from furina.reporting.plots import loss_curves
-from furina.reporting.tables import main_table
+from furina.reporting.figures import plots
+from furina.reporting.figures.scores import loss_curves
+from furina.reporting.pages.inline import inline
+from furina.reporting.pages.page import FOLDER, Drawing, Section, page
+from furina.reporting.tables.cells import Cell, Table, build, label, missing
+from furina.reporting.tables.details import latency_table
+from furina.reporting.tables.main import main_table
 from tests.reporting.frames import load_suite, rows_of
 
 HOSTILE = "</style><script>alert(1)</script> & \"q\" 'a' <img src=x onerror=alert(1)>"

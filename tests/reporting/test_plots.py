@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from furina.records import RunRecord
-from furina.reporting import plots
+from furina.reporting.figures import plots
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 
 DRAW = """
 import sys
 from pathlib import Path
-from furina.reporting import plots
-from furina.reporting.suites import load_suites
+from furina.reporting.figures import plots
+from furina.reporting.read.suites import load_suites
 suite = load_suites(Path(sys.argv[1]))[0]
 for figure in (plots.accuracy_latency(suite), plots.loss_curves(suite)):
     sys.stdout.write(plots.svg(figure))

@@ -9,24 +9,22 @@ import numpy as np
 import pytest
 
 from furina.records import RecordError, RunRecord, Spread
-from furina.reporting.cells import Cell, Table
-from furina.reporting.comparison import comparison_table
-from furina.reporting.contents import load_paper
-from furina.reporting.effort import command, effort_table
-from furina.reporting.pair_table import pair_table
-from furina.reporting.pairs import Pair, row_pairs
-from furina.reporting.paper import PaperTable
-from furina.reporting.places import Place, in_order, read_index
-from furina.reporting.reproducing import RULES, reproducing, status, status_table
+from furina.reporting.compare.pairs import RowPair, row_pairs
+from furina.reporting.pages.contents import load_paper
+from furina.reporting.read.paper import Exhibit, PaperTable, in_order, read_index
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.comparison import comparison_table
+from furina.reporting.tables.effort import command, effort_table
+from furina.reporting.tables.status import RULES, pair_table, reproducing, status, status_table
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 
 RESULTS = Path(__file__).parents[2] / "results"
-PLACE = Place("Table 1", "Main", "quickstart", "all", "main", "accuracy")
-AGREES = Pair("furina", 2.0, (0.5, 3.5), 4.8)
-NOISE = Pair("furina", 0.5, (-1.0, 2.0), 4.8)
-OPPOSED = Pair("furina", -2.0, (-3.5, -0.5), 4.8)
-ABSENT = Pair("slim", None, None, 5.4)
+PLACE = Exhibit("Table 1", "Main", "quickstart", "all", "main", "accuracy")
+AGREES = RowPair("furina", 2.0, (0.5, 3.5), 4.8)
+NOISE = RowPair("furina", 0.5, (-1.0, 2.0), 4.8)
+OPPOSED = RowPair("furina", -2.0, (-3.5, -0.5), 4.8)
+ABSENT = RowPair("slim", None, None, 5.4)
 
 
 def paper(tmp_path: Path, **values: float) -> PaperTable:
@@ -58,7 +56,7 @@ def cells(table: Table, row: int = 0) -> dict[tuple[str, str], Cell]:
         (replace(AGREES, interval=None), "not measured"),
     ],
 )
-def test_a_pair_is_judged_by_its_interval_and_the_papers_sign(pair: Pair, verdict: str) -> None:
+def test_a_pair_is_judged_by_its_interval_and_the_papers_sign(pair: RowPair, verdict: str) -> None:
     assert pair.verdict == verdict
 
 
@@ -76,7 +74,7 @@ def test_a_pair_is_judged_by_its_interval_and_the_papers_sign(pair: Pair, verdic
         ([], "undecided"),
     ],
 )
-def test_a_status_follows_from_the_pairs(pairs: list[Pair], expected: str, folder: Path) -> None:
+def test_a_status_follows_from_the_pairs(pairs: list[RowPair], expected: str, folder: Path) -> None:
     assert status([pair.verdict for pair in pairs]) == expected
     row = cells(status_table([PLACE], [load_suite(folder)], {"quickstart": pairs}))
     assert row["", "status"].text == expected
@@ -251,7 +249,7 @@ def test_a_mixture_without_its_router_is_a_row_of_the_papers(tmp_path: Path) -> 
     )
 
 
-def time_pair(folder: Path, tmp_path: Path) -> Pair:
+def time_pair(folder: Path, tmp_path: Path) -> RowPair:
     (pair,) = row_pairs(load_suite(folder), paper(tmp_path, lora=800, furina=900), "time")
     return pair
 
@@ -378,7 +376,7 @@ def test_the_committed_list_has_every_table_and_figure_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("place", load_paper(RESULTS), ids=lambda place: place.suite)
-def test_every_place_has_a_suite_that_repeats_it(place: Place) -> None:
+def test_every_place_has_a_suite_that_repeats_it(place: Exhibit) -> None:
     assert (RESULTS.parent / "experiments" / place.suite / "defaults.yaml").is_file()
 
 

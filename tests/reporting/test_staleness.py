@@ -12,7 +12,7 @@ import furina
 from furina.data.tasks import tasks
 from furina.evaluation.evaluation import Engine
 from furina.records import RecordError, RunRecord
-from furina.reporting.staleness import NUMERICS, Change, read_changes, stale_notes
+from furina.reporting.read.changes import NUMERICS, Change, read_changes, stale_notes
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from furina.records import RunRecord
-from furina.reporting.dots import PAPER_BELOW
-from furina.reporting.paper import PaperTable
-from furina.reporting.subjects import drop_dots, training_costs
-from furina.reporting.suites import load_suites
+from furina.reporting.figures.dots import PAPER_BELOW, drop_dots, training_costs
+from furina.reporting.read.paper import PaperTable
+from furina.reporting.read.suites import load_suites
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import accuracy, notes
-from furina.reporting.suites import read_correct
+from furina.reporting.read.scores import read_correct
+from furina.reporting.tables import notes
+from furina.reporting.tables import scores as accuracy
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 

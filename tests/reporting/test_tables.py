@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from furina.records import Provenance, RecordError, RunRecord, Status, Variant
-from furina.reporting import accuracy, notes
-from furina.reporting.cells import Cell, Table
-from furina.reporting.details import latency_table, merge_table
-from furina.reporting.suites import read_correct
-from furina.reporting.tables import main_table
+from furina.reporting.read.scores import read_correct
+from furina.reporting.tables import notes
+from furina.reporting.tables import scores as accuracy
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.details import latency_table, merge_table
+from furina.reporting.tables.main import main_table
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 
