@@ -163,6 +163,6 @@ def own_readme(results: Path) -> Path | None:
     readme = Path("README.md")
     if results.resolve() != Path("results").resolve() or not readme.is_file():
         return None
-    from furina.reporting.pages.readme import BEGIN
+    from furina.reporting.pages.generate import BEGIN
 
     return readme if BEGIN in readme.read_text(encoding="utf-8") else None

@@ -13,7 +13,7 @@ import pytest
 from furina.records import RecordError, RunRecord
 from furina.reporting import OutdatedReportError, report
 from furina.reporting.figures import plots
-from furina.reporting.pages.readme import BEGIN, END, fill
+from furina.reporting.pages.generate import BEGIN, END, fill
 from furina.reporting.read import statistics as significance
 from furina.reporting.tables.overview import WIDEST
 from tests.records import fakes

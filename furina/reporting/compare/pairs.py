@@ -15,7 +15,7 @@ from furina.reporting.compare.forgetting import General, general_tasks, mean_dro
 from furina.reporting.compare.paper import PAPERS_ROWS, REMOVED, PaperColumns
 from furina.reporting.compare.rows import findings, reference_row
 from furina.reporting.read.paper import Measure, PaperTable
-from furina.reporting.read.scores import correctness, difference, macro, scores, served
+from furina.reporting.read.scores import correctness, difference, macro, served
 from furina.reporting.read.statistics import Difference, Values, bootstrap, run_parts
 from furina.reporting.read.suites import Results
 
@@ -130,7 +130,10 @@ def _drop_parts(generals: Sequence[General], row: str, reference: str) -> list[V
     """
     parts: list[Values] = []
     for general in generals:
-        ours, theirs = (_correct(general, each) for each in (row, reference))
+        suite, task = general.suite, general.task
+        ours, theirs = (
+            correctness(suite, each, task, served(suite, each)) for each in (row, reference)
+        )
         if not general.base or ours is None or theirs is None or ours.keys() != theirs.keys():
             return []
         scale = 100 / general.base / len(generals)
@@ -140,11 +143,6 @@ def _drop_parts(generals: Sequence[General], row: str, reference: str) -> list[V
         for each, sign in ((row, 1), (reference, -1))
     )
     return parts
-
-
-def _correct(general: General, row: str) -> dict[str, float] | None:
-    found = scores(general.suite, row, general.task, served(general.suite, row))
-    return correctness(found) if found else None
 
 
 def _time(suite: Results, paper: PaperTable, reference: str) -> Iterator[RowPair]:

@@ -29,24 +29,20 @@ import numpy as np
 from furina.errors import nearest
 from furina.records import RecordError
 from furina.reporting.read.paper import PaperTable
-from furina.reporting.read.scores import by_seed, correctness, macro, require_same, scores, served
+from furina.reporting.read.scores import by_seed, macro, question_differences, scores, served
 from furina.reporting.read.statistics import (
     Comparison,
-    Values,
     bootstrap,
     holm,
     run_parts,
     wilcoxon,
 )
-from furina.reporting.read.suites import Results, Run
+from furina.reporting.read.suites import Results
 
 ALPHA = 0.05
 USUAL = ("lora", "base")
 OWN = ("lora", "furina", "base")
 """The same where the paper has no table: a study of FURINA's parts compares them with the whole."""
-
-Answers = dict[str, tuple[Run, dict[str, float]]]
-"""By task, each question's correctness as a mean over seeds, and the first run it is from."""
 
 
 @dataclass(frozen=True)
@@ -133,40 +129,17 @@ def comparisons(suite: Results, reference: str) -> dict[str, Comparison]:
     A row without per-question outputs of every task is left out. Raises RecordError where two runs
     answered different questions of a task.
     """
-    theirs = _answers(suite, reference)
-    found = {row: _answers(suite, row) for row in suite.rows if row != reference and theirs}
-    return {
-        row: compare(suite, row, reference, ours, theirs)
-        for row, ours in found.items()
-        if ours and theirs
-    }
-
-
-def _answers(suite: Results, row: str) -> Answers | None:
-    """Return a row's answers to every task, None where some are missing."""
-    found: Answers = {}
-    for task in suite.tasks:
-        pairs = scores(suite, row, task, served(suite, row))
-        correct = correctness(pairs) if pairs else None
-        if correct is None:
-            return None
-        found[task] = pairs[0][0], correct
+    found = {}
+    theirs = reference, served(suite, reference)
+    for row in suite.rows:
+        ours = row, served(suite, row)
+        parts = [question_differences(suite, task, ours, theirs) for task in suite.tasks]
+        questions = [np.array(part) / len(parts) for part in parts if part is not None]
+        if row != reference and len(questions) == len(parts) > 0:
+            runs = run_parts(_run_shares(suite, row, reference))
+            generator = np.random.default_rng(_seed(row, reference))
+            found[row] = bootstrap([*questions, *runs], generator)
     return found
-
-
-def compare(suite: Results, row: str, reference: str, ours: Answers, theirs: Answers) -> Comparison:
-    """Return by how much a row is above another, from the answers of both."""
-    generator = np.random.default_rng(_seed(row, reference))
-    questions = [_differences(ours[task], theirs[task]) / len(ours) for task in ours]
-    return bootstrap([*questions, *run_parts(_run_shares(suite, row, reference))], generator)
-
-
-def _differences(
-    ours: tuple[Run, dict[str, float]], theirs: tuple[Run, dict[str, float]]
-) -> Values:
-    """Return the differences by question. Shape: (questions,)."""
-    require_same(ours[1], theirs[1], (ours[0], theirs[0]), "paired")
-    return np.array([ours[1][key] - theirs[1][key] for key in sorted(ours[1])])
 
 
 def _run_shares(suite: Results, row: str, reference: str) -> Iterator[list[float]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from furina.errors import FurinaError, nearest
 from furina.options.signatures import method_names
 from furina.records import RecordError
-from furina.reporting.pages import readme as readme_block
 from furina.reporting.pages.contents import PAPER, load_suites_of, sections, status_section
 from furina.reporting.pages.page import Section, page
 from furina.reporting.read.suites import Results
@@ -21,6 +20,8 @@ from furina.reporting.tables.overview import WIDEST, overview_table
 from furina.reporting.tables.status import reproducing
 from furina.storage import write_text
 
+BEGIN = "<!-- furina:table begin -->"
+END = "<!-- furina:table end -->"
 STATUS = "REPRODUCING.md"
 PAGE = "report.html"
 GENERATED = {"tables": ("md", "csv", "tex"), "figures": ("svg",)}
@@ -94,8 +95,21 @@ def generate(
     if readme is not None:
         made.tables.append(overview_table(suites[shown][0]))
         text = _readme_text(made.tables, results_dir, shown, readme)
-        made.files[readme] = readme_block.fill(readme, text)
+        made.files[readme] = fill(readme, text)
     return made
+
+
+def fill(readme: Path, block: str) -> str:
+    """Return the README's text with `block` between the two marks; RecordError without them."""
+    try:
+        text = readme.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise RecordError(f"{readme} does not exist, so its table cannot be filled in.") from error
+    if (text.count(BEGIN), text.count(END)) != (1, 1) or text.index(BEGIN) > text.index(END):
+        raise RecordError(f"{readme} must hold one line {BEGIN} and, after it, one line {END}.")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{block.strip()}\n{END}{after}"
 
 
 def _warn_of_strangers(suites: Mapping[str, Sequence[Results]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -31,26 +32,6 @@ class Change:
     date: datetime
     area: str
     what: str
-
-    def touches(self, record: RunRecord) -> bool:
-        """Tell whether the record holds numbers that the change moves, had it been made then."""
-        kind, _, part = self.area.partition("/")
-        found = _parts(record)[kind]
-        return part in found if part else bool(found)
-
-
-def _parts(record: RunRecord) -> dict[str, set[str]]:
-    """Return by area what of it the record's numbers come from."""
-    return {
-        "data": {data.task for data in record.data},
-        "training": {record.method} if record.training else set(),
-        "scoring": {score.engine for score in record.evaluations},
-        "time": {
-            what
-            for what, timed in (("generation", record.latency), ("training", record.training))
-            if timed
-        },
-    }
 
 
 def read_changes(path: Path) -> tuple[Change, ...]:
@@ -96,21 +77,29 @@ def moment(where: str, date: str) -> datetime:
 def stale_notes(
     record: RunRecord, changes: tuple[Change, ...], areas: tuple[str, ...] = SCORES
 ) -> list[str]:
-    """Return a note for each later change that touches the record, of those in `areas`.
+    """Return a note for each later change that moves numbers of the record, of those in `areas`.
 
     An area is one of AREAS, or a part of it as in time/training. What counts is when the run
     started: the code that it ran was read then.
     """
     started = moment(record.name, record.started)
+    held = [part for part in _parts(record) if any(_is_in(part, area) for area in areas)]
     return [
         f"made before: {change.what}"
         for change in changes
-        if started < change.date and change.touches(record) and _within(change.area, areas)
+        if started < change.date and any(_is_in(part, change.area) for part in held)
     ]
 
 
-def _within(area: str, areas: tuple[str, ...]) -> bool:
-    """Tell whether an area has something of `areas` in it."""
-    kind, _, part = area.partition("/")
-    wanted = (each.partition("/") for each in areas)
-    return any(kind == one and (not part or not other or part == other) for one, _, other in wanted)
+def _parts(record: RunRecord) -> Iterator[str]:
+    """Yield the parts of areas that the record's numbers come from."""
+    yield from (f"data/{data.task}" for data in record.data)
+    yield from (f"scoring/{score.engine}" for score in record.evaluations)
+    if record.training:
+        yield from (f"training/{record.method}", "time/training")
+    if record.latency:
+        yield "time/generation"
+
+
+def _is_in(part: str, area: str) -> bool:
+    return part == area or part.startswith(f"{area}/")

@@ -8,13 +8,11 @@ import math
 import statistics
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from furina.records import RecordError, Score
-from furina.reporting.read.statistics import Difference, of_scores, paired
+from furina.reporting.read.statistics import Difference, of_pairs, of_scores
 from furina.reporting.read.suites import Results, Run
-
-Scored = Sequence[tuple[Run, Score]]
-"""Scores with the runs that they are of."""
 
 
 def scores(suite: Results, row: str, task: str, variant: str) -> list[tuple[Run, Score]]:
@@ -66,14 +64,17 @@ def difference(
     It is paired over questions where outputs exist; with several seeds a question counts by its
     mean over seeds. None without both scores.
     """
-    treated, control = (scores(suite, row, task, way) for row, way in (ours, theirs))
+    treated, control = (scores(suite, row, task, variant) for row, variant in (ours, theirs))
     if not treated or not control:
         return None
-    first, second = correctness(treated), correctness(control)
-    if first is None or second is None:
-        return of_scores(*_mean_score(treated), *_mean_score(control))
-    require_same(first, second, (treated[0][0], control[0][0]), "paired")
-    return paired(first, second)
+    questions = question_differences(suite, task, ours, theirs)
+    if questions is not None:
+        return of_pairs(questions)
+    (value, error), (usual, usual_error) = (
+        (statistics.fmean(s.value for _, s in side), statistics.fmean(s.stderr for _, s in side))
+        for side in (treated, control)
+    )
+    return of_scores(value, error, usual, usual_error)
 
 
 def gain(suite: Results, row: str, task: str, variant: str = "unmerged") -> Difference | None:
@@ -81,29 +82,39 @@ def gain(suite: Results, row: str, task: str, variant: str = "unmerged") -> Diff
     return difference(suite, task, (row, variant), ("base", "unmerged"))
 
 
-def _mean_score(found: Scored) -> tuple[float, float]:
-    value = statistics.fmean(score.value for _, score in found)
-    return value, statistics.fmean(score.stderr for _, score in found)
+def question_differences(
+    suite: Results, task: str, ours: tuple[str, str], theirs: tuple[str, str]
+) -> list[float] | None:
+    """Return ours minus theirs by question; None unless both have per-question outputs.
+
+    Raises RecordError where they answered different questions.
+    """
+    first, second = (correctness(suite, row, task, variant) for row, variant in (ours, theirs))
+    if first is None or second is None:
+        return None
+    runs = [scores(suite, row, task, variant)[0][0] for row, variant in (ours, theirs)]
+    _require_same(first, second, runs, "paired")
+    return [first[key] - second[key] for key in sorted(first)]
 
 
-def correctness(found: Scored) -> dict[str, float] | None:
-    """Return each question's mean correctness over the runs, None if one has no outputs.
+@lru_cache(maxsize=256)  # a table, a figure and a status ask for the same outputs
+def correctness(suite: Results, row: str, task: str, variant: str) -> Mapping[str, float] | None:
+    """Return each question's mean correctness over the runs; None unless all have outputs.
 
     Raises RecordError where two runs answered different questions.
     """
-    outputs = [read_correct(run, score) for run, score in found]
-    known = [output for output in outputs if output is not None]
-    if len(known) < len(outputs):
+    found = scores(suite, row, task, variant)
+    known = [output for pair in found if (output := read_correct(*pair)) is not None]
+    if not found or len(known) < len(found):
         return None
     for (run, _), output in zip(found, known, strict=True):
-        require_same(known[0], output, (found[0][0], run), "averaged")
+        _require_same(known[0], output, (found[0][0], run), "averaged")
     return {key: statistics.fmean(output[key] for output in known) for key in known[0]}
 
 
-def require_same(
-    first: Mapping[str, float], second: Mapping[str, float], runs: tuple[Run, Run], what: str
+def _require_same(
+    first: Mapping[str, float], second: Mapping[str, float], runs: Sequence[Run], what: str
 ) -> None:
-    """Refuse outputs of different questions; raises RecordError naming the two runs' files."""
     if first.keys() != second.keys():
         raise RecordError(
             f"The per-question outputs of {runs[0].path} and {runs[1].path} are of different "

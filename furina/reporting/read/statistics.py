@@ -85,7 +85,11 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 def paired(treated: Mapping[str, float], control: Mapping[str, float]) -> Difference:
     """Return mean(treated − control) over the keys, which both hold (KeyError otherwise)."""
-    differences = [treated[key] - control[key] for key in sorted(treated)]
+    return of_pairs([treated[key] - control[key] for key in sorted(treated)])
+
+
+def of_pairs(differences: Sequence[float]) -> Difference:
+    """Return the mean of differences that are pairs' own."""
     return Difference(statistics.fmean(differences), standard_error(differences), paired=True)
 
 
