@@ -60,12 +60,6 @@ def test_an_svg_is_xml_without_a_date(folder: Path) -> None:
     assert "<dc:date>" not in text
 
 
-def test_a_png_can_be_made_for_looking_at(folder: Path) -> None:
-    figure = accuracy_latency(load_suite(folder))
-    assert figure
-    assert plots.png(figure).startswith(b"\x89PNG")
-
-
 def test_each_task_has_a_panel_with_every_method_unmerged_and_merged(folder: Path) -> None:
     suite = load_suite(folder)
     figure = accuracy_latency(suite)

@@ -50,14 +50,6 @@ def svg(figure: Figure) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as PNG, for looking at: its bytes depend on the machine's fonts."""
-    buffer = io.BytesIO()
-    with style():
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def look(index: int) -> tuple[str, str]:
     """Return the colour and marker of a series: no two of the first 49 look alike."""
     turn, colour = divmod(index, len(COLOURS))

@@ -57,7 +57,7 @@ def _task_mean(scores: Mapping[Hashable, float]) -> float:
 
 def search_table(records: Mapping[Path, SearchRecord]) -> Table:
     """Return the grid: a column per learning rate, each block's chosen cell bold and starred."""
-    _check_unique(records, _trial)
+    _check_unique(records, lambda r: (block(r), r.task, r.learning_rate, r.magnitude_multiplier))
     require_comparable((path, _search_facts(record)) for path, record in records.items())
     trials = list(records.values())
     rates = sorted({trial.learning_rate for trial in trials})
@@ -85,7 +85,14 @@ def _block_rows(trials: Sequence[SearchRecord], rates: Sequence[float]) -> list[
     for multiplier in sorted({t.magnitude_multiplier for t in trials}, key=lambda m: m or 0.0):
         same = [t for t in trials if t.magnitude_multiplier == multiplier]
         for task in tasks + [MEAN] * (len(tasks) > 1):
-            row = _row_head(trials[0], multiplier, task)
+            shown = "" if multiplier is None else f"{multiplier:g}×"
+            row: Row = {
+                ("", "method"): label(trials[0].method),
+                ("", "protocol"): label(trials[0].protocol),
+                ("", "steps"): number(trials[0].steps),
+                ("", "magnitude"): Cell(shown, {"": multiplier}),
+                ("", "task"): label(task),
+            }
             last = task == (MEAN if len(tasks) > 1 else tasks[0])
             for rate in rates:
                 at_rate = [t for t in same if t.learning_rate == rate]
@@ -93,17 +100,6 @@ def _block_rows(trials: Sequence[SearchRecord], rates: Sequence[float]) -> list[
                 row["learning rate", f"{rate:g}"] = _grid_cell(at_rate, task, tasks, star)
             rows.append(row)
     return rows
-
-
-def _row_head(trial: SearchRecord, multiplier: float | None, task: str) -> Row:
-    shown = "" if multiplier is None else f"{multiplier:g}×"
-    return {
-        ("", "method"): label(trial.method),
-        ("", "protocol"): label(trial.protocol),
-        ("", "steps"): number(trial.steps),
-        ("", "magnitude"): Cell(shown, {"": multiplier}),
-        ("", "task"): label(task),
-    }
 
 
 def _grid_cell(trials: Sequence[SearchRecord], task: str, tasks: Sequence[str], star: bool) -> Cell:
@@ -125,7 +121,7 @@ def _grid_cell(trials: Sequence[SearchRecord], task: str, tasks: Sequence[str], 
 
 def selection_table(records: Mapping[Path, SelectionRecord]) -> Table:
     """Return the top-K share with the selection loss on and off, over seeds."""
-    _check_unique(records, _study_cell)
+    _check_unique(records, lambda r: (r.method, r.task, r.coefficient, _reduction(r)))
     require_comparable((path, _selection_facts(record)) for path, record in records.items())
     runs = list(records.values())
     rows = []
@@ -169,9 +165,8 @@ def _study_row(runs: Sequence[SelectionRecord], off: Sequence[SelectionRecord]) 
 
 def _over_seeds(values: Sequence[float], digits: int) -> Cell:
     mean, error = fmean(values), standard_error(values)
-    if error is None:
-        return Cell(f"{mean:.{digits}f}", {"": mean, "stderr": None}, (ONE_SEED,))
-    return Cell(f"{mean:.{digits}f} ± {error:.{digits}f}", {"": mean, "stderr": error})
+    text = f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+    return Cell(text, {"": mean, "stderr": error}, [ONE_SEED] * (error is None))
 
 
 def _on_minus_off(runs: Sequence[SelectionRecord], off: Sequence[SelectionRecord]) -> Cell:
@@ -184,8 +179,7 @@ def _on_minus_off(runs: Sequence[SelectionRecord], off: Sequence[SelectionRecord
     if on_by_seed.keys() == off_by_seed.keys():
         difference = paired(on_by_seed, off_by_seed)
     else:
-        values = list(on_by_seed.values()), list(off_by_seed.values())
-        difference = unpaired(*values)
+        difference = unpaired(list(on_by_seed.values()), list(off_by_seed.values()))
     notes = [] if difference.paired else [OTHER_SEEDS]
     text = f"{difference.value:+.2f}"
     if difference.stderr is None:
@@ -195,15 +189,7 @@ def _on_minus_off(runs: Sequence[SelectionRecord], off: Sequence[SelectionRecord
     if difference.z is not None:
         text += f" ({difference.z:+.1f} s.e.)"
     numbers = {"": difference.value, "stderr": difference.stderr, "in stderr": difference.z}
-    return Cell(text, numbers, tuple(notes))
-
-
-def _trial(record: SearchRecord) -> Hashable:
-    return block(record), record.task, record.learning_rate, record.magnitude_multiplier
-
-
-def _study_cell(record: SelectionRecord) -> Hashable:
-    return record.method, record.task, record.coefficient, _reduction(record)
+    return Cell(text, numbers, notes)
 
 
 def _check_unique(records: Mapping[Path, S], cell: Callable[[S], Hashable]) -> None:
