@@ -71,8 +71,8 @@ def difference_dots(
             if row in found:
                 comparison = found[row].comparison
                 if comparison is not None:
-                    style_of = {"color": "black", "linewidth": 1.6, "zorder": 3}
-                    axes.plot(comparison.interval, [height, height], **style_of)
+                    ends = comparison.interval
+                    axes.plot(ends, [height, height], color="black", linewidth=1.6, zorder=3)
                 axes.plot(found[row].difference, height, **{**MEAN, "linestyle": ""}, zorder=4)
             if row in gaps:
                 axes.plot(gaps[row], height + PAPER_BELOW, **PAPER)
@@ -139,7 +139,7 @@ def _gaps(suite: Results, row: str, reference: str, task: str) -> list[float]:
 
 
 def _draw_dots(
-    axes: Axes, series: Sequence[Sequence[float]], row: int, spread: float, **look_of: float
+    axes: Axes, series: Sequence[Sequence[float]], row: int, spread: float, **look_of: Any
 ) -> None:
     """Draw the dots of a row, each task's `spread` rows at most from the middle."""
     steps = max(len(series) - 1, 1)

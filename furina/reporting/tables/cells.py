@@ -82,7 +82,7 @@ class Table:
     @property
     def columns(self) -> list[tuple[str, str]]:
         """Return each column's group and name."""
-        return [(str(group), str(name)) for group, name in self.frame.columns]
+        return [(str(column[0]), str(column[1])) for column in self.frame.columns]
 
     @property
     def lines(self) -> list[list[Cell]]:

@@ -179,8 +179,10 @@ def _time(suite: Results, row: str, variant: str, spread: Callable[[Latency], Sp
         return missing(ONE_MODEL)
     own = "base" if row == "base" else variant
     runs = [run for run in suite.runs if run.succeeded] if row == "base" else suite.select(row)
-    timed = [(run, {t.variant: spread(t) for t in run.record.latency}) for run in runs]
-    timed = [(run, times) for run, times in timed if own in times]
+    timed: list[tuple[Run, dict[str, Spread]]] = []
+    for run in runs:
+        times: dict[str, Spread] = {each.variant: spread(each) for each in run.record.latency}
+        timed += [(run, times)] if own in times else []
     if not timed:
         return missing(NO_RESULT if row != "base" and not runs else NOT_TIMED)
     ratios = [times[own].median / times["base"].median for _, times in timed if "base" in times]
