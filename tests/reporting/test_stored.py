@@ -11,7 +11,7 @@ from furina.reporting.pages.contents import BENCHMARKS
 from furina.reporting.tables import render
 from furina.reporting.tables.cells import Cell, Table, build, label, missing
 from furina.reporting.tables.main import main_table
-from furina.reporting.tables.stored import StoredPage, StoredTable, write_page
+from furina.reporting.tables.stored import Page
 from tests.reporting.frames import load_suite
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -19,9 +19,8 @@ WRITTEN = sorted(path for name in BENCHMARKS for path in (RESULTS / name).rglob(
 NASTY = r"a|b \ * _x_ `c` <br> [d] <sup>e</sup> \| **"
 
 
-def page(*tables: Table, title: str = "All") -> StoredPage:
-    stored = tuple(map(StoredTable.of, tables))
-    return StoredPage(title, ("Made by `x`.",), "A picture", stored, ("After.",))
+def page(*tables: Table, title: str = "All") -> Page:
+    return Page(tables, title, ("Made by `x`.",), "A picture", ("After.",))
 
 
 @pytest.fixture
@@ -49,43 +48,50 @@ def same(one: Table, other: Table) -> bool:
 def test_a_table_is_read_back_with_its_numbers_notes_and_remarks(
     nasty: Table, tmp_path: Path
 ) -> None:
-    write_page(tmp_path / "step", {"seconds": [1.5]}, page(nasty))
-    found = StoredPage.read(tmp_path / "step.json")
-    assert found == page(nasty)
-    assert same(found.tables[0].table, nasty)
+    page(nasty).write(tmp_path / "step", {"seconds": [1.5]})
+    found = Page.read(tmp_path / "step.json")
+    assert same(found.tables[0], nasty)
+    assert replace(found, tables=()) == replace(page(), tables=())
     assert json.loads((tmp_path / "step.json").read_text())["seconds"] == [1.5]
 
 
 def test_a_real_table_is_read_back_as_it_looks(folder: Path, tmp_path: Path) -> None:
     made = main_table(load_suite(folder))
-    write_page(tmp_path / "step", {}, page(made))
-    (table,) = StoredPage.read(tmp_path / "step.json").tables
-    assert render.markdown(table.table) == render.markdown(made)
+    page(made).write(tmp_path / "step", {})
+    (table,) = Page.read(tmp_path / "step.json").tables
+    assert render.markdown(table) == render.markdown(made)
 
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(RESULTS)))
 def test_the_committed_markdown_of_a_benchmark_is_its_json_byte_for_byte(path: Path) -> None:
-    found = StoredPage.read(path.with_suffix(".json"))
+    found = Page.read(path.with_suffix(".json"))
     assert found.tables
-    assert found.markdown(f"{path.stem}.svg") == path.read_text()
+    assert found.markdown(path.stem) == path.read_text()
 
 
 def test_the_markdown_has_heading_paragraphs_picture_and_tables(
     nasty: Table, tmp_path: Path
 ) -> None:
-    write_page(tmp_path / "step", {}, page(nasty))
+    page(nasty).write(tmp_path / "step", {})
     table = f"## One step\n\n{render.markdown(nasty)}"
     text = f"# All\n\nMade by `x`.\n\n![A picture](step.svg)\n\n{table}\nAfter.\n"
     assert (tmp_path / "step.md").read_text() == text
-    alone = page(nasty, title="One step").markdown("step.svg")
+    alone = page(nasty, title="One step").markdown("step")
     assert alone.count("One step") == 1, "a page of one table says its title once"
 
 
 def test_a_damaged_page_is_one_sentence(nasty: Table, tmp_path: Path) -> None:
-    stored = StoredTable.of(nasty)
-    for lines in ((), (stored.lines[0][1:],)):
-        with pytest.raises(RecordError, match="The table 'One step'"):
-            _ = replace(stored, lines=lines).table
-    (tmp_path / "step.json").write_text("{}")
-    with pytest.raises(RecordError, match=r"step.json must be an object with the keys title"):
-        StoredPage.read(tmp_path / "step.json")
+    path = tmp_path / "step.json"
+    page(nasty).write(path.with_suffix(""), {})
+    written = json.loads(path.read_text())
+    for lines in ([written["page"]["tables"][0]["lines"][0][1:]], []):
+        written["page"]["tables"][0]["lines"] = lines
+        path.write_text(json.dumps(written))
+        with pytest.raises(RecordError, match=r"step.json: the table 'One step' has no lines"):
+            Page.read(path)
+    path.write_text("{}")
+    with pytest.raises(RecordError, match=r"step.json: page must be an object with the keys title"):
+        Page.read(path)
+    path.write_text("{")
+    with pytest.raises(RecordError, match=r"step.json is no benchmark's JSON"):
+        Page.read(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from furina.records import Spread
 from furina.reporting.read.scores import served
@@ -17,6 +17,15 @@ QUARTILES = statistics.NormalDist().inv_cdf(0.75) * 2
 """Distance of a normal distribution's quartiles, in standard deviations."""
 MEDIAN = math.sqrt(math.pi / 2)
 """Standard error of a normal sample's median, in those of its mean."""
+
+
+def medians(spreads: Sequence[Spread]) -> Spread:
+    """Return the medians over runs of their medians and quartiles, and all their repeats."""
+    q1, median, q3 = (
+        statistics.median(getattr(each, name) for each in spreads)
+        for name in ("q1", "median", "q3")
+    )
+    return Spread(median, q1, q3, sum(each.n for each in spreads))
 
 
 def longer(suite: Results, row: str, reference: str) -> Difference | None:

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from furina.records import Spread, Training
+from furina.reporting.compare.timing import medians
 from furina.reporting.figures.plots import COLOURS, look, panels, style
 from furina.reporting.read.scores import scores
 from furina.reporting.read.suites import Results
@@ -87,14 +88,8 @@ def _point(suite: Results, row: str, task: str, variant: str) -> Point | None:
     times = _times(suite, row, "base" if row == "base" else variant)
     if not found or not times:
         return None
-    middle = Spread(
-        statistics.median(t.median for t in times),
-        statistics.median(t.q1 for t in times),
-        statistics.median(t.q3 for t in times),
-        sum(t.n for t in times),
-    )
     value = statistics.fmean(score.value for score in found)
-    return middle, 100 * value, 100 * statistics.fmean(score.stderr for score in found)
+    return medians(times), 100 * value, 100 * statistics.fmean(score.stderr for score in found)
 
 
 def _times(suite: Results, row: str, variant: str) -> list[Spread]:

@@ -26,7 +26,7 @@ from furina.reporting.tables.main import main_table
 from furina.reporting.tables.paper import paper_table
 from furina.reporting.tables.removal import removal_table
 from furina.reporting.tables.status import explanation, pair_table, status_table
-from furina.reporting.tables.stored import StoredPage
+from furina.reporting.tables.stored import Page
 from furina.reporting.tables.studies import search_table, selection_table
 
 PAPER = "paper"
@@ -128,15 +128,14 @@ def cost_section(results_dir: Path) -> Section | None:
     tables: list[Table] = []
     drawings: list[Drawing] = []
     for path in sorted(p for name in BENCHMARKS for p in (results_dir / name).rglob("*.json")):
-        page = StoredPage.read(path)
+        page = Page.read(path)
         source = path.relative_to(results_dir).with_suffix("").as_posix()
         paragraphs = (text.replace("`", "") for text in (*page.paragraphs, *page.after))
         lead += [f"{source}: {text}" for text in paragraphs]
-        own = [stored.table for stored in page.tables]
-        tables += [replace(table, title=f"{source}: {table.title}") for table in own]
+        tables += [replace(table, title=f"{source}: {table.title}") for table in page.tables]
         picture = path.with_suffix(".svg")
         if picture.is_file():
-            heading = page.title or own[0].title
+            heading = page.title or page.tables[0].title
             title = f"{source}: {page.picture or f'{heading} (figure)'}"
             drawings.append(Drawing(f"{path.stem}-figure", title, picture.read_text("utf-8")))
     if not tables:

@@ -95,7 +95,10 @@ class PaperTable:
     def read(cls, path: Path) -> PaperTable:
         """Read one file; raises RecordError on a damaged one."""
         lines = read_lines(path, HEADER)
-        typed = {(line["row"], line["column"]): _checked(path, line["value"]) for line in lines}
+        for line in lines:
+            if not re.fullmatch(r"-?\d+(\.\d+)?", line["value"]):
+                raise RecordError(f"{path}: {line['value']!r} is not a number.")
+        typed = {(line["row"], line["column"]): line["value"] for line in lines}
         if len(typed) < len(lines):
             raise RecordError(f"{path} gives one row and column twice; keep one of them.")
         rows = _one_each(path, lines, "row", "ours")
@@ -128,12 +131,6 @@ class PaperTable:
         """Return the mean of one of the paper's rows over columns, None unless all are known."""
         known = [self.typed[row, column] for column in columns if (row, column) in self.typed]
         return statistics.fmean(map(float, known)) if len(known) == len(columns) else None
-
-
-def _checked(path: Path, value: str) -> str:
-    if not re.fullmatch(r"-?\d+(\.\d+)?", value):
-        raise RecordError(f"{path}: {value!r} is not a number.")
-    return value
 
 
 def _one_each(path: Path, lines: list[dict[str, str]], key: str, other: str) -> dict[str, str]:

@@ -164,8 +164,7 @@ def load_suites(folder: Path, metric: str | None = None) -> list[Results]:
     runs = tuple(Run(path, r) for path, r in read_folder(folder, RunRecord.read).items())
     if not runs:
         raise RecordError(f"There are no run records in {folder}; run `furina run` first.")
-    _check_base(runs)
-    _check_unique(runs)
+    _check_rows(runs)
     require_comparable((run.path, _facts(run, metric)) for run in runs)
     changes = read_changes(folder.parent / NUMERICS)
     first: dict[str, str] = {}
@@ -178,34 +177,26 @@ def load_suites(folder: Path, metric: str | None = None) -> list[Results]:
     ]
 
 
-def _check_base(runs: Iterable[Run]) -> None:
-    """Refuse another name for the untouched backbone, which every table compares with."""
-    for run in runs:
-        if (run.record.method == "base") != (run.record.row == "base"):
-            raise RecordError(
-                f"{run.path} is row {run.record.row!r} of method {run.record.method!r}: the "
-                "untouched backbone, and nothing else, is row 'base'."
-            )
-
-
-def _check_unique(runs: Iterable[Run]) -> None:
+def _check_rows(runs: Iterable[Run]) -> None:
+    """Refuse another name for the untouched backbone, and what is there twice."""
     seen: dict[Hashable, Path] = {}
     for run in runs:
-        key = (run.record.row, run.record.task, run.record.seed)
-        if key in seen:
+        row, task, seed = run.record.row, run.record.task, run.record.seed
+        if (run.record.method == "base") != (row == "base"):
             raise RecordError(
-                f"{seen[key]} and {run.path} both hold {key[0]} on {key[1]}, seed {key[2]}; "
-                "keep one of them."
+                f"{run.path} is row {row!r} of method {run.record.method!r}: the untouched "
+                "backbone, and nothing else, is row 'base'."
             )
-        seen[key] = run.path
-        for task, protocol in {(s.task, s.protocol) for s in run.record.evaluations}:
-            scored = "score", run.record.row, run.record.seed, task, protocol
-            if scored in seen:
+        if (first := seen.setdefault((row, task, seed), run.path)) != run.path:
+            raise RecordError(
+                f"{first} and {run.path} both hold {row} on {task}, seed {seed}; keep one of them."
+            )
+        for asked in {(score.task, score.protocol) for score in run.record.evaluations}:
+            if (first := seen.setdefault((row, seed, *asked), run.path)) != run.path:
                 raise RecordError(
-                    f"{seen[scored]} and {run.path} both score {run.record.row}, seed "
-                    f"{run.record.seed}, on {task} under {protocol}; keep them in two suites."
+                    f"{first} and {run.path} both score {row}, seed {seed}, on {asked[0]} under "
+                    f"{asked[1]}; keep them in two suites."
                 )
-            seen[scored] = run.path
 
 
 def _facts(run: Run, metric: str | None) -> Iterator[Fact]:

@@ -50,7 +50,6 @@ def _activity_table(records: Mapping[Path, ActivityRecord]) -> Table:
 
 
 def _activity_row(record: ActivityRecord, task: TaskActivity) -> Row:
-    shared = task.shared_part
     return {
         ("top-K share, %", "K of N"): _k_of_n(record),
         ("top-K share, %", "measured"): _mean(task.top_k_share, 100),
@@ -59,10 +58,8 @@ def _activity_row(record: ActivityRecord, task: TaskActivity) -> Row:
         ("load", "balance"): _mean(task.balance),
         ("load", "variation"): _mean(task.load_variation),
         ("load", "busiest, %"): _mean(task.busiest, 100),
-        ("", "shared part, %"): (
-            missing(record.missing["shared_part"])
-            if shared is None
-            else _mean(shared, 100, otherwise=SILENT)
+        ("", "shared part, %"): _mean(
+            task.shared_part or (), 100, record.missing.get("shared_part", SILENT)
         ),
     }
 
@@ -85,10 +82,8 @@ def _experts_row(record: ActivityRecord) -> Row:
     weights = record.weights
     row: Row = {
         ("experts", "similarity"): _mean(weights.similarity, otherwise=NO_UPDATE),
-        ("experts", "effective rank"): (
-            missing(record.missing["effective_rank"])
-            if weights.effective_rank is None
-            else _mean(weights.effective_rank)
+        ("experts", "effective rank"): _mean(
+            weights.effective_rank or (), otherwise=record.missing.get("effective_rank", "")
         ),
     }
     names = ("load overlap, %", "least, %", "pair", "information", "by chance")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -39,6 +39,12 @@ def label(text: str, *notes: str) -> Cell:
 def number(value: float | None, form: str = "", notes: Iterable[str] = ()) -> Cell:
     """Return a number as a format specification shows it; None is a missing one."""
     return missing(*notes) if value is None else Cell(format(value, form), {"": value}, notes)
+
+
+def fewest_to_most(counts: Collection[int], notes: Iterable[str] = ()) -> Cell:
+    """Return the range of counts; its number is the fewest."""
+    fewest, most = min(counts), max(counts)
+    return Cell(f"{fewest}" if fewest == most else f"{fewest} to {most}", {"": fewest}, notes)
 
 
 def interval(

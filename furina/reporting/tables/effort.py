@@ -9,7 +9,16 @@ from collections.abc import Iterable, Sequence
 from furina.records import RunRecord
 from furina.reporting.read.changes import moment
 from furina.reporting.read.suites import Results
-from furina.reporting.tables.cells import Cell, Row, Table, build, label, missing, number
+from furina.reporting.tables.cells import (
+    Cell,
+    Row,
+    Table,
+    build,
+    fewest_to_most,
+    label,
+    missing,
+    number,
+)
 from furina.reporting.tables.notes import ONE_MODEL
 
 PACKAGES = ("torch", "transformers", "lightning", "lm_eval")
@@ -76,8 +85,7 @@ def seeds(suite: Results) -> Cell:
     counts = Counter((record.row, record.task) for record in trained)
     if not counts:
         return missing(ONE_MODEL)
-    fewest, most = min(counts.values()), max(counts.values())
-    return Cell(f"{fewest}" if fewest == most else f"{fewest} to {most}", {"": fewest})
+    return fewest_to_most(counts.values())
 
 
 def command(suite: Results) -> str:

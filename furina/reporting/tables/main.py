@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from furina.records import Latency, Spread
+from furina.reporting.compare.timing import medians
 from furina.reporting.read.scores import served
 from furina.reporting.read.suites import Results, Run
-from furina.reporting.tables.cells import Cell, Row, Table, build, decimals, label, missing, number
+from furina.reporting.tables.cells import (
+    Cell,
+    Row,
+    Table,
+    build,
+    decimals,
+    fewest_to_most,
+    label,
+    missing,
+    number,
+)
 from furina.reporting.tables.notes import DIRTY, FEW_SEEDS, NO_COMMIT, NO_RESULT, ONE_MODEL
 from furina.reporting.tables.scores import accuracy, gain_cell, macro_cell
 
@@ -65,14 +77,10 @@ def seeds_cell(row: str, runs: Sequence[Run]) -> Cell:
     """Return how many seeds a row has, of the tasks that have fewest and most."""
     if row == "base":
         return missing(ONE_MODEL)
-    counts = {task: 0 for task in sorted(run.record.task for run in runs)}
-    for run in runs:
-        counts[run.record.task] += 1
-    if not counts:
+    if not runs:
         return missing(NO_RESULT)
-    fewest, most = min(counts.values()), max(counts.values())
-    text = str(most) if fewest == most else f"{fewest} to {most}"
-    return Cell(text, {"": fewest}, FEW_SEEDS.get(fewest, ()))
+    counts = Counter(run.record.task for run in runs).values()
+    return fewest_to_most(counts, FEW_SEEDS.get(min(counts), ()))
 
 
 def row_head(suite: Results, row: str, shown: Results) -> Row:
@@ -186,18 +194,15 @@ def _time(suite: Results, row: str, variant: str, spread: Callable[[Latency], Sp
     if not timed:
         return missing(NO_RESULT if row != "base" and not runs else NOT_TIMED)
     ratios = [times[own].median / times["base"].median for _, times in timed if "base" in times]
-    spreads = [times[own] for _, times in timed]
-    middle, q1, q3 = (
-        statistics.median(getattr(each, name) for each in spreads)
-        for name in ("median", "q1", "q3")
-    )
+    middle = medians([times[own] for _, times in timed])
     ratio = statistics.median(ratios) if ratios else None
-    text = f"{middle:.{decimals(middle)}f}" + ("" if ratio is None else f" ({ratio:.2f}×)")
+    text = f"{middle.median:.{decimals(middle.median)}f}"
+    text += "" if ratio is None else f" ({ratio:.2f}×)"
     numbers = {
-        "": middle,
-        "q1": q1,
-        "q3": q3,
-        "repeats": sum(each.n for each in spreads),
+        "": middle.median,
+        "q1": middle.q1,
+        "q3": middle.q3,
+        "repeats": middle.n,
         "ratio to base": ratio,
     }
     unpaired = [] if ratios else [NO_BASE_TIME]
