@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from furina.reporting.figures.dots import difference_dots, drop_dots, setting_cu
 from furina.reporting.figures.scores import accuracy_latency, loss_curves
 from furina.reporting.pages.page import Drawing, Section
 from furina.reporting.read.paper import INDEX, Exhibit, PaperTable, exhibit_of, in_order, read_index
-from furina.reporting.read.suites import Results, load_suites, read_folder
+from furina.reporting.read.suites import Results, Run, load_suites, read_folder
 from furina.reporting.tables.activity import activity_tables
 from furina.reporting.tables.cells import Table
 from furina.reporting.tables.comparison import comparison_table
@@ -106,20 +107,42 @@ def suite_section(
     ]
     title = first.name + (f" ({exhibit.place} of the paper)" if exhibit else "")
     shown = tuple(table for table in tables if table is not None)
-    return Section(first.name, title, tables=shown, drawings=tuple(drawings))
+    files: list[tuple[str, Path, Iterable[Path]]] = []
+    files += [(run.record.row, run.path, _samples(run)) for run in first.runs]
+    files += [(record.row, path, ()) for path, record in activity.items()]
+    records = _sources(folder.parent, files)
+    return Section(first.name, title, tables=shown, drawings=tuple(drawings), records=records)
+
+
+def _samples(run: Run) -> Iterator[Path]:
+    return (run.path.parent / s.samples for s in run.record.evaluations if s.samples)
+
+
+def _sources(
+    results_dir: Path, files: Iterable[tuple[str, Path, Iterable[Path]]]
+) -> dict[str, list[str]]:
+    """Return by row its records, each with its samples after it, as seen from the page."""
+    found: dict[str, dict[str, None]] = {}
+    for row, record, samples in files:
+        paths = (Path(os.path.relpath(path, results_dir)) for path in (record, *samples))
+        found.setdefault(row, {}).update(dict.fromkeys(path.as_posix() for path in paths))
+    return {row: list(paths) for row, paths in found.items()}
 
 
 def study_sections(results_dir: Path) -> Iterator[Section]:
     """Yield what was tried on questions held out of train, a section per study."""
     for folder in sorted(path for path in results_dir.glob("*") if path.is_dir()):
-        table = None
-        if _study(folder.name) == "search" and (trials := read_folder(folder, SearchRecord.read)):
+        study, table = _study(folder.name), None
+        files: list[tuple[str, Path, tuple[Path, ...]]] = []
+        if study == "search" and (trials := read_folder(folder, SearchRecord.read)):
             table = search_table(trials)
-        if _study(folder.name) == "selection":
-            runs = read_folder(folder, SelectionRecord.read)
-            table = selection_table(runs) if runs else None
+            files = [(trial.method, path, ()) for path, trial in trials.items()]
+        if study == "selection" and (runs := read_folder(folder, SelectionRecord.read)):
+            table = selection_table(runs)
+            files = [(run.method, path, ()) for path, run in runs.items()]
         if table is not None:
-            yield Section(folder.name, folder.name, tables=(table,))
+            records = _sources(results_dir, files)
+            yield Section(folder.name, folder.name, tables=(table,), records=records)
 
 
 def cost_section(results_dir: Path) -> Section | None:
@@ -132,7 +155,10 @@ def cost_section(results_dir: Path) -> Section | None:
         source = path.relative_to(results_dir).with_suffix("").as_posix()
         paragraphs = (text.replace("`", "") for text in (*page.paragraphs, *page.after))
         lead += [f"{source}: {text}" for text in paragraphs]
-        tables += [replace(table, title=f"{source}: {table.title}") for table in page.tables]
+        tables += [
+            replace(table, title=f"{source}: {table.title}", source=f"{source}.json")
+            for table in page.tables
+        ]
         picture = path.with_suffix(".svg")
         if picture.is_file():
             heading = page.title or page.tables[0].title

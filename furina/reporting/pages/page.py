@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Section:
     """A heading of the page and what stands under it.
 
     `name` is the folder in results/; `written` is whether the tables and figures are generated
-    files of that folder, or only shown.
+    files of that folder, or only shown. `records` holds by row the files, as seen from the page,
+    that its numbers come from.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     drawings: tuple[Drawing, ...] = ()
     written: bool = True
+    records: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -67,13 +69,15 @@ def page(sections: Sequence[Section]) -> str:
 
 def _section(section: Section, names: _Names) -> dict[str, Any]:
     """Return what the template shows of a section; every part of it has an id of its own."""
-    own, source = (
-        names.new(section.name),
-        f"{section.name}/tables/{{}}.csv" if section.written else "",
-    )
+    own = names.new(section.name)
     pictures = [_picture(drawing, names.new(own, drawing.name)) for drawing in section.drawings]
+    ids = {row: names.new(own, "records", row) for row in section.records}
+    files = dict.fromkeys(file for found in section.records.values() for file in found)
+    links = {Path(file).stem: file for file in files if file.endswith(".json")}
+    links |= {row: f"#{name}" for row, name in ids.items()}
+    source = f"{section.name}/tables/{{}}.csv" if section.written else ""
     grids = [
-        _grid(table, names.new(own, table.name), source.format(table.name))
+        _grid(table, names.new(own, table.name), table.source or source.format(table.name), links)
         for table in section.tables
     ]
     return {
@@ -83,6 +87,7 @@ def _section(section: Section, names: _Names) -> dict[str, Any]:
         "lead": section.lead,
         "grids": grids,
         "pictures": pictures,
+        "records": [(ids[row], row, found) for row, found in section.records.items()],
     }
 
 
@@ -104,7 +109,7 @@ def _picture(drawing: Drawing, own: str) -> dict[str, str]:
     return {"id": own, "title": drawing.title, "svg": inline(drawing.svg, own, drawing.themed)}
 
 
-def _grid(table: Table, own: str, source: str) -> dict[str, Any]:
+def _grid(table: Table, own: str, source: str, links: Mapping[str, str]) -> dict[str, Any]:
     marks = table.footnotes
     return {
         "id": own,
@@ -115,6 +120,7 @@ def _grid(table: Table, own: str, source: str) -> dict[str, Any]:
             for i, (_, name) in enumerate(table.columns)
         ],
         "rows": [[_box(cell, marks) for cell in line] for line in table.lines],
+        "links": [links.get(line[0].text) for line in table.lines],
         "notes": [(mark, sentence) for sentence, mark in marks.items()],
         "remarks": table.remarks,
         "source": source,

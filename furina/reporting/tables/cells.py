@@ -76,7 +76,8 @@ def decimals(value: float) -> int:
 class Table:
     """A frame of cells with (group, column) headers; `name` is the stem of its files.
 
-    The first `keys` columns name a row: a narrow terminal repeats them in every block.
+    The first `keys` columns name a row: a narrow terminal repeats them in every block. `source` is
+    the file of results that its numbers come from, where that is one.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Table:
     frame: pd.DataFrame
     remarks: tuple[str, ...] = ()
     keys: int = 1
+    source: str = ""
 
     @property
     def columns(self) -> list[tuple[str, str]]:
