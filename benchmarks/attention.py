@@ -37,8 +37,8 @@ import furina
 from furina.errors import ConfigurationError, FurinaError
 from furina.model.inference import logits_at
 from furina.records.environment import provenance
-from furina.reporting.cells import Cell, Row, build, label, missing
-from furina.reporting.render import markdown as render
+from furina.reporting.tables.cells import Cell, Row, build, label, missing
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 from furina.training.loss import IGNORED, answer_logits, mean_nll, select_answers
 

@@ -65,9 +65,9 @@ from furina.experiment.config import RunConfig
 from furina.experiment.fit import fit
 from furina.kernels.processor import best_device
 from furina.records.environment import provenance
-from furina.reporting import plots
-from furina.reporting.cells import Row, build, label
-from furina.reporting.render import markdown as render
+from furina.reporting.figures import plots
+from furina.reporting.tables.cells import Row, build, label
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 from furina.training.divergence import DivergedError
 from furina.training.schedule import learning_rate_factor

@@ -34,8 +34,8 @@ from furina.data.sources import load_items
 from furina.data.splits import test_subset
 from furina.errors import FurinaError
 from furina.records.environment import provenance
-from furina.reporting.cells import Cell, Row, build, label
-from furina.reporting.render import markdown as render
+from furina.reporting.tables.cells import Cell, Row, build, label
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 
 WORKER = Path(__file__).with_name("gguf_worker.py")

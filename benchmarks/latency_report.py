@@ -11,9 +11,9 @@ from intervals import median_interval
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from furina.reporting import plots
-from furina.reporting.cells import Cell, Row, Table, build, label, missing
-from furina.reporting.render import markdown as render
+from furina.reporting.figures import plots
+from furina.reporting.tables.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 
 Report = Mapping[str, Any]

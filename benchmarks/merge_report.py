@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from furina.reporting.cells import Cell, Row, Table, build, label, missing
-from furina.reporting.render import markdown as render
+from furina.reporting.tables.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 
 Case = Mapping[str, Any]

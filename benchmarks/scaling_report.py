@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from furina.reporting import plots, render
-from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
+from furina.reporting.figures import plots
+from furina.reporting.tables import render
+from furina.reporting.tables.cells import Cell, Row, Table, build, decimals, label, missing
 from furina.storage import write_text
 
 NAMES = {

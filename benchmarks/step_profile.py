@@ -27,8 +27,8 @@ from training import parse as training_options
 
 from furina.errors import FurinaError
 from furina.records.environment import provenance
-from furina.reporting.cells import Cell, Row, Table, build, label, missing
-from furina.reporting.render import markdown as render
+from furina.reporting.tables.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 
 PARTS = {

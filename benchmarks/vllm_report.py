@@ -10,8 +10,8 @@ from typing import Any
 from intervals import median_interval
 from latency_report import TIMES, spread
 
-from furina.reporting.cells import Cell, Row, Table, build, label, missing
-from furina.reporting.render import markdown as render
+from furina.reporting.tables.cells import Cell, Row, Table, build, label, missing
+from furina.reporting.tables.render import markdown as render
 from furina.storage import write_json, write_text
 
 Report = Mapping[str, Any]

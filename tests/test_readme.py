@@ -17,7 +17,7 @@ from furina.assets import ASSETS
 from furina.backbones.load import load_backbone, load_tokenizer
 from furina.cli import main
 from furina.data.protocols import protocols
-from furina.reporting.readme import BEGIN, END
+from furina.reporting.pages.generate import BEGIN, END
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

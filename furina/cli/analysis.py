@@ -96,8 +96,10 @@ class Analyse(WithData, WithBackbone):
 def _show(file: Path) -> None:
     """Print the record's tables and draw its maps."""
     from furina.records import ActivityRecord
-    from furina.reporting import plots, print_tables
-    from furina.reporting.activity import activity_figures, activity_tables
+    from furina.reporting import print_tables
+    from furina.reporting.figures import plots
+    from furina.reporting.figures.activity import activity_figures
+    from furina.reporting.tables.activity import activity_tables
     from furina.storage import write_text
 
     records = {file: ActivityRecord.read(file)}

@@ -109,6 +109,6 @@ def own_readme(results: Path) -> Path | None:
     readme = Path("README.md")
     if results.resolve() != Path("results").resolve() or not readme.is_file():
         return None
-    from furina.reporting.readme import BEGIN
+    from furina.reporting.pages.generate import BEGIN
 
     return readme if BEGIN in readme.read_text(encoding="utf-8") else None

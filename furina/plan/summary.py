@@ -9,7 +9,7 @@ from furina.errors import ConfigurationError
 from furina.experiment.config import RunConfig
 from furina.plan.devices import UTILISATION, Device
 from furina.plan.plan import Plan, micro_rows, plan
-from furina.reporting.cells import Cell, Row, Table, build, decimals, label, missing
+from furina.reporting.tables.cells import Cell, Row, Table, build, decimals, label, missing
 
 MILLION, GIGA, PETA = 1e6, 1e9, 1e15
 LEAST = 0.001

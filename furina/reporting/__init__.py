@@ -1,9 +1,9 @@
 """Tables and figures, generated from the JSON records alone (no torch is imported)."""
 
-from furina.reporting.cells import Cell, Table
-from furina.reporting.generate import OutdatedReportError, Report, report
-from furina.reporting.render import print_tables
-from furina.reporting.studies import best_point
+from furina.reporting.pages.generate import OutdatedReportError, Report, report
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.render import print_tables
+from furina.reporting.tables.studies import best_point
 
 __all__ = [
     "Cell",

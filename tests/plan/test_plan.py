@@ -28,7 +28,7 @@ from furina.plan.plan import Plan, plan, plan_all
 from furina.plan.questions import asked
 from furina.plan.speed import Speed
 from furina.plan.summary import advice, summary
-from furina.reporting.render import markdown
+from furina.reporting.tables.render import markdown
 from tests.experiment.helpers import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from furina.reporting.cells import Cell, Table
-from furina.reporting.suites import Suite, load_suites
+from furina.reporting.read.suites import Results, load_suites
+from furina.reporting.tables.cells import Cell, Table
 
 
-def load_suite(folder: Path, metric: str | None = None) -> Suite:
+def load_suite(folder: Path, metric: str | None = None) -> Results:
     """Return the suite of a folder that was scored under one protocol."""
     (suite,) = load_suites(folder, metric)
     return suite

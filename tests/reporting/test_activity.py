@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 
 from furina.records import ActivityRecord, RecordError
-from furina.reporting import activity, plots, render
-from furina.reporting.activity import activity_figures, activity_tables
-from furina.reporting.activity_maps import TOKENS, legible
-from furina.reporting.cellmaps import LEVELS, Scale, expert_colours
-from furina.reporting.cells import Cell
+from furina.reporting.figures import plots
+from furina.reporting.figures.activity import TOKENS, activity_figures, legible
+from furina.reporting.figures.heatmap import LEVELS, ColourScale, expert_colours
+from furina.reporting.tables import activity, render
+from furina.reporting.tables.activity import activity_tables
+from furina.reporting.tables.cells import Cell
 from tests.records.fake_activity import EXPERTS, LAYERS, activity_record, example
 from tests.reporting.frames import rows_of
 
@@ -208,7 +209,7 @@ def test_a_map_has_a_cell_for_every_expert_and_layer_in_its_loads_colour(
     assert len(panels) == 2
     places = [OURS.linears.index(name) for name in OURS.shown]
     most = max(max(task.frequency[place]) for task in OURS.tasks for place in places)
-    scale = Scale(0.0, most)
+    scale = ColourScale(0.0, most)
     for task, areas in zip(OURS.tasks, panels, strict=True):
         assert sum(areas.values()) == LAYERS * EXPERTS
         wanted: dict[str, float] = {}
@@ -253,10 +254,10 @@ def test_the_overlap_of_tasks_stands_in_its_cells(ours: dict[str, Figure]) -> No
 
 
 def test_colours_tell_levels_and_experts_apart() -> None:
-    scale = Scale(0.2, 1.0)
+    scale = ColourScale(0.2, 1.0)
     found = [scale.colour(0.2 + 0.8 * i / 100) for i in range(101)]
     assert len(dict.fromkeys(found)) == LEVELS and scale.colour(None) is None
     assert scale.is_dark(0.2) and not scale.is_dark(1.0)
-    assert Scale(1.0, 1.0).colour(1.0), "all linears may have as many experts as K"
+    assert ColourScale(1.0, 1.0).colour(1.0), "all linears may have as many experts as K"
     for count in (2, 7, 8, 32):
         assert len(set(expert_colours(count))) == count

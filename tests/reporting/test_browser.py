@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-from furina.reporting.readme import BEGIN, END
+from furina.reporting.pages.generate import BEGIN, END
 
 HERE = Path(__file__).parent
 REPORT = HERE.parents[1] / "results" / "report.html"

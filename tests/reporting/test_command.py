@@ -9,8 +9,9 @@ import pytest
 
 from furina.cli import main
 from furina.cli.shared import own_readme
-from furina.reporting import plots, significance
-from furina.reporting.readme import BEGIN, END
+from furina.reporting.figures import plots
+from furina.reporting.pages.generate import BEGIN, END
+from furina.reporting.read import statistics as significance
 
 BLOCK = f"# Mine\n\n{BEGIN}\nold\n{END}\n"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import notes, render
-from furina.reporting.beside import NOT_IN_PAPER
-from furina.reporting.cells import Cell, Table
-from furina.reporting.comparison import FEW_PAIRS, NOT_PAIRED, comparison_table
-from furina.reporting.findings import findings
-from furina.reporting.paper import UNKNOWN, PaperTable
-from furina.reporting.significance import comparisons, holm, signed_rank
-from furina.reporting.standings import macro, reference_row
+from furina.reporting.compare.rows import comparisons, findings, reference_row, signed_rank
+from furina.reporting.read.paper import PaperTable
+from furina.reporting.read.scores import macro
+from furina.reporting.read.statistics import holm
+from furina.reporting.tables import notes, render
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.comparison import FEW_PAIRS, NOT_PAIRED, comparison_table
+from furina.reporting.tables.paper import NOT_IN_PAPER, UNKNOWN
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 

@@ -13,10 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from furina.records import RecordError, RunRecord
-from furina.reporting.dots import PAPER_BELOW, difference_dots, setting_curves, varied_settings
-from furina.reporting.findings import findings
-from furina.reporting.paper import PaperTable
-from furina.reporting.plots import COLOURS, MARKERS, look, svg
+from furina.reporting.compare.rows import findings
+from furina.reporting.figures.dots import (
+    PAPER_BELOW,
+    difference_dots,
+    setting_curves,
+    varied_settings,
+)
+from furina.reporting.figures.plots import COLOURS, MARKERS, look, svg
+from furina.reporting.read.paper import PaperTable
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 
@@ -152,8 +157,8 @@ def test_series_differ_in_shape_as_well_as_in_colour() -> None:
 DRAW = """
 import sys
 from pathlib import Path
-from furina.reporting import dots, plots
-from furina.reporting.suites import load_suites
+from furina.reporting.figures import dots, plots
+from furina.reporting.read.suites import load_suites
 suite = load_suites(Path(sys.argv[1]))[0]
 for figure in (dots.difference_dots(suite), dots.setting_curves(suite)):
     sys.stdout.write(plots.svg(figure))

@@ -7,19 +7,14 @@ from pathlib import Path
 import pytest
 
 from furina.records import RunRecord
-from furina.reporting import notes
-from furina.reporting.accuracy import NO_BASE_SCORE
-from furina.reporting.cells import Cell
-from furina.reporting.comparison import comparison_table
-from furina.reporting.forgetting import (
-    AT_CHANCE,
-    DROP,
-    NOTHING_TO_LOSE,
-    forgetting_table,
-    general_tasks,
-)
-from furina.reporting.paper import PaperTable
-from furina.reporting.suites import load_suites
+from furina.reporting.compare.forgetting import general_tasks
+from furina.reporting.read.paper import PaperTable
+from furina.reporting.read.suites import load_suites
+from furina.reporting.tables import notes
+from furina.reporting.tables.cells import Cell
+from furina.reporting.tables.comparison import comparison_table
+from furina.reporting.tables.forgetting import AT_CHANCE, DROP, NOTHING_TO_LOSE, forgetting_table
+from furina.reporting.tables.scores import NO_BASE_SCORE
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 

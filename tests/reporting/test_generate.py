@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import OutdatedReportError, plots, report, significance
-from furina.reporting.overview import WIDEST
-from furina.reporting.readme import BEGIN, END, fill
+from furina.reporting import OutdatedReportError, report
+from furina.reporting.figures import plots
+from furina.reporting.pages.generate import BEGIN, END, fill
+from furina.reporting.read import statistics as significance
+from furina.reporting.tables.overview import WIDEST
 from tests.records import fakes
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from furina.records import RunRecord
-from furina.reporting import accuracy, notes
-from furina.reporting.cells import Cell, Table
-from furina.reporting.overview import NO_USUAL, UNMERGED, WIDEST, overview_table
-from furina.reporting.tables import main_table
+from furina.reporting.read import scores as numbers
+from furina.reporting.tables import notes
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.main import main_table
+from furina.reporting.tables.overview import NO_USUAL, UNMERGED, WIDEST, overview_table
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 
@@ -63,7 +64,7 @@ def test_what_would_be_wider_than_a_page_shows_the_mean_of_its_tasks(folder: Pat
     assert [len(table.frame.columns) for table in (three, four)] == [WIDEST, 6]
     shown = cell(four, "furina", ("mean of 4 tasks", "%"))
     suite = load_suite(folder)
-    ours, base = (accuracy.macro(suite, *at).numbers[""] for at in (("furina", "merged"), BASE))
+    ours, base = (numbers.macro(suite, *at) for at in (("furina", "merged"), BASE))
     assert isinstance(ours, float) and isinstance(base, float)
     assert shown.numbers[""] == pytest.approx(ours)
     assert shown.numbers["gain"] == pytest.approx(ours - base)
@@ -76,9 +77,9 @@ def test_an_accuracy_is_the_merged_models_with_its_own_gain(folder: Path) -> Non
     suite = load_suite(folder)
     shown = cell(overview_table(suite), "furina", ARC)
     merged = cell(main_table(suite), "furina", ("arc_easy acc, %", "merged"))
-    gain = accuracy.gain(suite, "furina", "arc_easy", "merged")
+    gain = numbers.gain(suite, "furina", "arc_easy", "merged")
     assert gain and gain.stderr
-    assert gain != accuracy.gain(suite, "furina", "arc_easy")
+    assert gain != numbers.gain(suite, "furina", "arc_easy")
     expected = f"{merged.text} ({100 * gain.value:+.1f} ± {100 * gain.stderr:.1f})"
     assert shown.text == expected
 
@@ -95,9 +96,7 @@ def test_seeds_are_averaged_and_few_are_said(folder: Path, seeded: Path) -> None
     suite = load_suite(seeded)
     table = overview_table(suite)
     assert cell(table, "lora", ("", "method")).notes == ()
-    values = [
-        100 * score.value for _, score in accuracy.scores(suite, "lora", "arc_easy", "merged")
-    ]
+    values = [100 * score.value for _, score in numbers.scores(suite, "lora", "arc_easy", "merged")]
     shown = cell(table, "lora", ARC)
     assert shown.text.startswith(f"{statistics.fmean(values):.1f} ± ")
     assert "sd" not in shown.text

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError
-from furina.reporting import plots
-from furina.reporting.cells import Cell, Table, build, label, missing
-from furina.reporting.details import latency_table
-from furina.reporting.inline import inline
-from furina.reporting.page import FOLDER, Drawing, Section, page
-from furina.reporting.plots import loss_curves
-from furina.reporting.tables import main_table
+from furina.reporting.figures import plots
+from furina.reporting.figures.scores import loss_curves
+from furina.reporting.pages.inline import inline
+from furina.reporting.pages.page import FOLDER, Drawing, Section, page
+from furina.reporting.tables.cells import Cell, Table, build, label, missing
+from furina.reporting.tables.details import latency_table
+from furina.reporting.tables.main import main_table
 from tests.reporting.frames import load_suite, rows_of
 
 HOSTILE = "</style><script>alert(1)</script> & \"q\" 'a' <img src=x onerror=alert(1)>"
@@ -83,6 +83,9 @@ def drawing(folder: Path) -> Drawing:
     return Drawing("loss_curves", "Training loss", plots.svg(figure))
 
 
+RECORDS = {"lora": ["quickstart/lora--arc_easy--seed0.json", "quickstart/samples/a.jsonl.gz"]}
+
+
 @pytest.fixture
 def whole(folder: Path, small: Table, drawing: Drawing) -> str:
     suite = load_suite(folder)
@@ -91,7 +94,9 @@ def whole(folder: Path, small: Table, drawing: Drawing) -> str:
     tables = (main_table(suite), latency)
     return page(
         [
-            Section("quickstart", "Quickstart", ("Words.",), tables, (drawing, drawing)),
+            Section(
+                "quickstart", "Quickstart", ("Words.",), tables, (drawing, drawing), records=RECORDS
+            ),
             Section("second", HOSTILE, (HOSTILE,), (small, small), (drawing,), written=False),
         ]
     )
@@ -133,6 +138,15 @@ def test_no_two_ids_are_equal_and_every_reference_leads_to_one(whole: str) -> No
     assert set(targets) <= set(found.ids)
 
 
+def test_a_row_leads_to_its_records_and_samples(whole: str) -> None:
+    found = Page(whole)
+    links = [a["href"] for a in found.of("a")]
+    assert links.count("#quickstart-records-lora") == 1, "of the main table"
+    assert "quickstart-records-lora" in found.ids
+    assert set(RECORDS["lora"]) <= set(links)
+    assert links.count(RECORDS["lora"][0]) > 1, "the table of latencies has a row per record"
+
+
 def test_every_cell_of_every_table_is_there_in_order(whole: str, folder: Path) -> None:
     suite = load_suite(folder)
     for table in (main_table(suite), latency_table(suite)):
@@ -142,7 +156,11 @@ def test_every_cell_of_every_table_is_there_in_order(whole: str, folder: Path) -
             part for part in whole.split("<table>") if table.title in part.split("<thead")[0]
         )
         shown = Page(body[body.index("<tbody>") : body.index("</tbody>") + len("</tbody>")])
-        texts = [data for path, data in shown.texts if path[-1] in ("th", "td", "b")]
+        texts = [
+            data
+            for path, data in shown.texts
+            if path[-1] in ("th", "td", "b") or tuple(path[-2:]) == ("th", "a")
+        ]
         assert [text for text in texts if text.strip()] == [text for text in cells if text.strip()]
 
 

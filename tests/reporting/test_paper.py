@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError
-from furina.reporting.paper import HEADER, PaperTable, paper_table
-from furina.reporting.places import INDEX, read_index
+from furina.reporting.read.paper import HEADER, INDEX, PaperTable, read_index
+from furina.reporting.tables.paper import paper_table
 
 PAPER = Path(__file__).parents[2] / "results" / "paper"
 FILES = sorted(path for path in PAPER.glob("*.csv") if path.name != INDEX)

@@ -13,17 +13,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from furina.records import RunRecord
-from furina.reporting import plots
+from furina.reporting.figures import plots
+from furina.reporting.figures.scores import accuracy_latency, loss_curves
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 
 DRAW = """
 import sys
 from pathlib import Path
-from furina.reporting import plots
-from furina.reporting.suites import load_suites
+from furina.reporting.figures import plots
+from furina.reporting.figures.scores import accuracy_latency, loss_curves
+from furina.reporting.read.suites import load_suites
 suite = load_suites(Path(sys.argv[1]))[0]
-for figure in (plots.accuracy_latency(suite), plots.loss_curves(suite)):
+for figure in (accuracy_latency(suite), loss_curves(suite)):
     sys.stdout.write(plots.svg(figure))
 """
 
@@ -40,33 +42,27 @@ def test_an_svg_is_the_same_bytes_in_every_process(folder: Path) -> None:
 
 def test_an_svg_does_not_depend_on_the_users_style(folder: Path) -> None:
     suite = load_suite(folder)
-    figure = plots.loss_curves(suite)
+    figure = loss_curves(suite)
     assert figure
     plain = plots.svg(figure)
     with mpl.rc_context({"font.size": 20, "axes.grid": False, "svg.hashsalt": "other"}):
-        again = plots.loss_curves(suite)
+        again = loss_curves(suite)
         assert again
         assert plots.svg(again) == plain
         assert mpl.rcParams["font.size"] == 20
 
 
 def test_an_svg_is_xml_without_a_date(folder: Path) -> None:
-    figure = plots.accuracy_latency(load_suite(folder))
+    figure = accuracy_latency(load_suite(folder))
     assert figure
     text = plots.svg(figure)
     assert ET.fromstring(text).tag.endswith("svg")
     assert "<dc:date>" not in text
 
 
-def test_a_png_can_be_made_for_looking_at(folder: Path) -> None:
-    figure = plots.accuracy_latency(load_suite(folder))
-    assert figure
-    assert plots.png(figure).startswith(b"\x89PNG")
-
-
 def test_each_task_has_a_panel_with_every_method_unmerged_and_merged(folder: Path) -> None:
     suite = load_suite(folder)
-    figure = plots.accuracy_latency(suite)
+    figure = accuracy_latency(suite)
     assert figure
     assert [axes.get_title() for axes in figure.axes] == suite.tasks
     for task, axes in zip(suite.tasks, figure.axes, strict=True):
@@ -85,7 +81,7 @@ def test_each_task_has_a_panel_with_every_method_unmerged_and_merged(folder: Pat
 
 def test_a_missing_cell_leaves_the_other_points(folder: Path) -> None:
     (folder / "lora--openbookqa--seed0.json").unlink()
-    figure = plots.accuracy_latency(load_suite(folder))
+    figure = accuracy_latency(load_suite(folder))
     assert figure
     markers = [sum(line.get_marker() in ("o", "s", "*") for line in a.lines) for a in figure.axes]
     assert markers == [5, 3]
@@ -97,7 +93,7 @@ def names_in_legend(figure: Figure) -> list[str]:
 
 
 def test_loss_curves_show_every_trained_run_and_name_each_method_once(seeded: Path) -> None:
-    figure = plots.loss_curves(load_suite(seeded))
+    figure = loss_curves(load_suite(seeded))
     assert figure
     assert names_in_legend(figure) == ["lora", "furina, auxiliary loss included"]
     for axes in figure.axes:
@@ -109,7 +105,7 @@ def test_no_two_loss_curves_look_alike(tmp_path: Path) -> None:
     record = fakes.run_record("lora", "arc_easy")
     for row in "abcdefghi":
         fakes.write_run(tmp_path, replace(record, config={**record.config, "row": row}))
-    figure = plots.loss_curves(load_suite(tmp_path))
+    figure = loss_curves(load_suite(tmp_path))
     assert figure
     thick = [line for line in figure.axes[0].lines if not line.get_label().startswith("_")]
     assert len({(line.get_color(), line.get_linestyle()) for line in thick}) == 9
@@ -123,7 +119,7 @@ def test_an_auxiliary_loss_is_no_part_of_the_task_loss(folder: Path) -> None:
         total = tuple((step, 1.5 + auxiliary) for step, auxiliary in added)
         training = replace(record.training, loss_curve=total, auxiliary_curve=added)
         replace(record, training=training).write(path)
-    figure = plots.loss_curves(load_suite(folder))
+    figure = loss_curves(load_suite(folder))
     assert figure
     assert names_in_legend(figure) == ["lora", "furina"]
     for axes in figure.axes:
@@ -134,7 +130,7 @@ def test_an_auxiliary_loss_is_no_part_of_the_task_loss(folder: Path) -> None:
 def test_a_diverged_run_keeps_its_curve(folder: Path) -> None:
     record = replace(fakes.run_record("lora", "arc_easy"), status="diverged", evaluations=())
     fakes.write_run(folder, record)
-    figure = plots.loss_curves(load_suite(folder))
+    figure = loss_curves(load_suite(folder))
     assert figure
     assert len(figure.axes[0].lines) == 4
 
@@ -143,15 +139,15 @@ def test_there_is_no_figure_without_numbers(folder: Path) -> None:
     for path in folder.glob("*.json"):
         replace(RunRecord.read(path), latency=(), training=None).write(path)
     suite = load_suite(folder)
-    assert plots.accuracy_latency(suite) is None
-    assert plots.loss_curves(suite) is None
+    assert accuracy_latency(suite) is None
+    assert loss_curves(suite) is None
 
 
 def test_more_methods_than_colours_are_all_shown_and_no_two_alike(folder: Path) -> None:
     for i in range(len(plots.COLOURS)):
         record = replace(fakes.run_record("lora", "arc_easy"), method=f"method{i}")
         record.write(folder / record.file_name)
-    figure = plots.accuracy_latency(load_suite(folder))
+    figure = accuracy_latency(load_suite(folder))
     assert figure
     labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     looks = {(h.get_color(), h.get_marker()) for h in figure.legends[0].get_lines()[:-2]}

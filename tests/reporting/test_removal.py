@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from furina.records import RunRecord
-from furina.reporting.differences import Difference
-from furina.reporting.removal import removal_table, verdict
+from furina.reporting.read.statistics import Difference
+from furina.reporting.tables.removal import removal_table, verdict
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from furina.reporting import render
-from furina.reporting.cells import MISSING, Cell, Table, build, label, missing
-from furina.reporting.tables import main_table
+from furina.reporting.tables import render
+from furina.reporting.tables.cells import MISSING, Cell, Table, build, label, missing
+from furina.reporting.tables.main import main_table
 from tests.reporting.frames import load_suite, rows_of
 
 NASTY = "50 % of a_b & c|d <e> ~ ^ {x} # $ \\ “q” × – *"

@@ -12,15 +12,9 @@ import pytest
 from scipy import stats  # type: ignore[import-untyped]
 
 from furina.records import RecordError
-from furina.reporting import significance
-from furina.reporting.significance import (
-    Comparison,
-    bootstrap,
-    comparisons,
-    holm,
-    signed_rank,
-    wilcoxon,
-)
+from furina.reporting.compare.rows import comparisons, signed_rank
+from furina.reporting.read import statistics as significance
+from furina.reporting.read.statistics import Comparison, bootstrap, holm, wilcoxon
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 

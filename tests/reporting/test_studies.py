@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pytest
 
 from furina.records import RecordError, SearchRecord, SelectionRecord
-from furina.reporting import studies
-from furina.reporting.cells import Cell, Table
-from furina.reporting.studies import best_point, search_table, selection_table
+from furina.reporting.tables import studies
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.studies import best_point, search_table, selection_table
 from tests.records.fakes import search_record, selection_record
 from tests.reporting.frames import rows_of
 

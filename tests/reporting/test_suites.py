@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from furina.records import RecordError, RunRecord
-from furina.reporting import accuracy, notes
-from furina.reporting.suites import read_correct
+from furina.reporting.read import scores as numbers
+from furina.reporting.read.scores import read_correct
+from furina.reporting.tables import notes
+from furina.reporting.tables import scores as accuracy
 from tests.records import fakes
 from tests.reporting.frames import load_suite
 
@@ -214,7 +216,7 @@ def test_tasks_are_those_that_were_scored_and_have_a_mean(folder: Path) -> None:
         for score in suite.select("lora")[0].record.evaluations
         if score.variant == "unmerged"
     ]
-    assert accuracy.macro(suite, "lora", "unmerged").numbers[""] == pytest.approx(sum(values) / 2)
+    assert numbers.macro(suite, "lora", "unmerged") == pytest.approx(sum(values) / 2)
 
 
 def test_two_runs_that_score_the_same_are_an_error(folder: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from furina.records import Provenance, RecordError, RunRecord, Status, Variant
-from furina.reporting import accuracy, notes
-from furina.reporting.cells import Cell, Table
-from furina.reporting.details import latency_table, merge_table
-from furina.reporting.suites import read_correct
-from furina.reporting.tables import main_table
+from furina.reporting.read import scores as numbers
+from furina.reporting.read.scores import read_correct
+from furina.reporting.tables import notes
+from furina.reporting.tables import scores as accuracy
+from furina.reporting.tables.cells import Cell, Table
+from furina.reporting.tables.details import latency_table, merge_table
+from furina.reporting.tables.main import main_table
 from tests.records import fakes
 from tests.reporting.frames import load_suite, rows_of
 
@@ -97,7 +99,7 @@ def test_a_gain_without_per_question_outputs_is_unpaired_and_says_so(folder: Pat
 
 def test_the_gain_over_several_seeds_uses_each_questions_mean(seeded: Path) -> None:
     shown = cell(main_table(load_suite(seeded)), "lora", ARC, "gain")
-    one_seed = accuracy.gain(load_suite(seeded), "lora", "arc_easy")
+    one_seed = numbers.gain(load_suite(seeded), "lora", "arc_easy")
     assert one_seed
     means = [
         statistics.fmean(answers)
@@ -126,13 +128,13 @@ def test_a_score_at_chance_is_marked(folder: Path) -> None:
     table = main_table(suite)
     for method in suite.rows:
         for task in suite.tasks:
-            for _, score in accuracy.scores(suite, method, task, "unmerged"):
+            for _, score in numbers.scores(suite, method, task, "unmerged"):
                 shown = cell(table, method, f"{task} acc, %", "unmerged")
                 assert any("chance (25.0 %)" in note for note in shown.notes) == score.suspect
         suspects = {
             task
             for task in suite.tasks
-            for _, score in accuracy.scores(suite, method, task, "unmerged")
+            for _, score in numbers.scores(suite, method, task, "unmerged")
             if score.suspect
         }
         mean = cell(table, method, f"mean of {len(suite.tasks)} tasks, %", "unmerged")

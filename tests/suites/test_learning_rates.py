@@ -9,8 +9,8 @@ import pytest
 
 from furina.adapters.furina import FurinaConfig
 from furina.records import SearchRecord
-from furina.reporting.studies import best_point
-from furina.reporting.suites import read_folder
+from furina.reporting.read.suites import read_folder
+from furina.reporting.tables.studies import best_point
 from furina.suites.reading import read_suite
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""Figures, byte for byte the same from the same records."""

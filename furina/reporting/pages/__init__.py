@@ -1,0 +1,1 @@
+"""Pages: what a folder of results holds, as files and as one HTML page."""

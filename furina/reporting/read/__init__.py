@@ -1,0 +1,1 @@
+"""Numbers: the records and what people typed, read strictly, and statistics on them."""

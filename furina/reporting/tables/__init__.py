@@ -1,0 +1,1 @@
+"""Tables of cells, and their four forms: terminal, Markdown, CSV and LaTeX."""
