@@ -218,7 +218,7 @@ def batch_of(model: nn.Module, shape: Shape) -> AnswerBatch:
     return AnswerBatch(inputs, (starts + ends).flatten(), targets, rows * length)
 
 
-class Count(TorchDispatchMode):
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the FLOPs of matrix products, and follow the bytes of what operations make.
 
     Torch's own FlopCounterMode holds on to tensors that recomputation would have given up.
@@ -226,8 +226,9 @@ class Count(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         """Leave out the bytes of the model's tensors, and of the gradients that it has."""
-        super().__init__()
-        self.flops = self.bytes = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: int = 0
+        self.bytes = self.peak = 0
         tensors = [*model.parameters(), *model.buffers()]
         tensors += [p.grad for p in model.parameters() if p.grad is not None]
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}

@@ -133,7 +133,8 @@ def _reading(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
 def _rate(model: PreTrainedModel, call: Callable[[], Any]) -> float:
     with Count(model) as counted:
         call()
-    return counted.flops / _seconds(call)
+    rate: float = counted.flops / _seconds(call)
+    return rate
 
 
 def _seconds(call: Callable[[], Any]) -> float:
