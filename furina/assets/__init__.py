@@ -98,6 +98,11 @@ def _asset(name: str) -> Asset:
     return ASSETS[name]
 
 
+def fetching(name: str) -> str:
+    """Return the command that fetches an asset."""
+    return "furina assets" if _asset(name).default else f"furina assets {name}"
+
+
 def is_cached(name: str, cache_dir: Path | str | None = None) -> bool:
     """Tell whether the asset is fetched and ready to use."""
     return (cache_folder(cache_dir) / _asset(name).cached_name).exists()
@@ -111,8 +116,9 @@ def locate(name: str, cache_dir: Path | str | None = None) -> Path:
     """
     path = cache_folder(cache_dir) / _asset(name).cached_name
     if not path.exists():
-        command = "furina assets" if _asset(name).default else f"furina assets {name}"
-        raise AssetError(f"{name} is not cached in {path.parent}: run `{command}` to fetch it.")
+        raise AssetError(
+            f"{name} is not cached in {path.parent}: run `{fetching(name)}` to fetch it."
+        )
     return path
 
 
@@ -130,7 +136,7 @@ def intact(name: str, weights: bool = True) -> Path:
     if damaged is not None:
         raise AssetError(
             f"{damaged} is not as it was when it was fetched, by its checksum: delete {folder} and "
-            f"run `furina assets{'' if _asset(name).default else f' {name}'}`."
+            f"run `{fetching(name)}`."
         )
     return folder
 

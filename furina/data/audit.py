@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furina.data.items import Item, Question, normalised, overlap
-from furina.data.sources import Source, Split, load_items, resolve_source, splits_held
+from furina.data.places import Split
+from furina.data.sources import Source, load_items, resolve_source, splits_held
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from furina.data.cells import Row
+from furina.data.parsing import Row
 from furina.data.items import Item, Question, chance_level
 from furina.data.tasks import Task
 from furina.errors import ConfigurationError, DataError, nearest

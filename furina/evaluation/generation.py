@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from furina.data.encoding import Encoder, check_vocabulary
-from furina.data.protocols.base import Decoding
+from furina.data.protocols import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.evaluation.independence import (
     check_causal,

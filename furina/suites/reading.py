@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import yaml
 
-from furina.data import get_task
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
 from furina.suites.suites import EXPERIMENTS, SHIPPED, Scale, Study, Suite, named, title

@@ -16,8 +16,7 @@ from furina.data.batches import collate, encode_examples
 from furina.data.encoding import Encoder, encode_pair
 from furina.data.items import Question
 from furina.data.protocols import Decoding, get_protocol
-from furina.data.tasks import get_task
-from furina.data.tasks.base import Asked
+from furina.data.tasks import TextPrompt, get_task
 from furina.errors import ConfigurationError
 from furina.evaluation.bridge import live_model
 from furina.evaluation.evaluation import Engine
@@ -250,7 +249,7 @@ def test_an_answer_without_a_token_is_refused_in_training():
     bare.backend_tokenizer.normalizer = normalizers.Replace("\u2603", "")
     question = Question("snow", "What?", ("\u2603", "b"), 0)
     assert encode_pair(bare, "Question: What?\nAnswer:", "\u2603")[1] == []
-    spoilt = dataclasses.replace(ARC, text=lambda asked: Asked("Q:", asked.choices))
+    spoilt = dataclasses.replace(ARC, text=lambda asked: TextPrompt("Q:", asked.choices))
     with pytest.raises(ConfigurationError, match="answer of item 'snow' of arc_easy no token"):
         encode_examples(bare, spoilt, [question], TEXT, 512)
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from furina.data import extraction
 from furina.data.items import Instruction, Item, Program
-from furina.data.protocols.base import Decoding, GenerationProtocol, Judgement
-from furina.data.tasks.base import Task
+from furina.data.protocols import Decoding, GenerationProtocol, Judgement
+from furina.data.tasks import Task
 from furina.errors import ConfigurationError
 
 REQUEST = "Complete the following Python function."

@@ -10,8 +10,8 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from furina.data.cells import number_text
 from furina.data.items import Instruction, Problem, Program, Question
+from furina.data.parsing import number_text
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
 from furina.errors import DataError
