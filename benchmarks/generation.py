@@ -30,8 +30,8 @@ from furina.data.protocols import Decoding, GenerationProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, FurinaError
-from furina.evaluation.bridge import live_model
 from furina.evaluation.generation import generate
+from furina.evaluation.hflm import live_model
 
 Texts = list[str]
 

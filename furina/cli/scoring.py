@@ -108,7 +108,7 @@ def evaluate(options: Namespace) -> None:
     items = {task: _items(options, task) for task in dict.fromkeys(options.task)}
     model, backbone = _model(options)
     from furina.backbones.load import load_tokenizer
-    from furina.evaluation.harness import evaluate as score
+    from furina.evaluation.evaluate import evaluate as score
 
     tokenizer = load_tokenizer(backbone)
     settings = {key: options[key] for key in ("batch_size", "engine", "execute_code")}

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from furina.data.items import Item, Problem, Program, Question, chance_level
+from furina.data.items import Item, Problem, Program, Question
 from furina.data.protocols import GenerationProtocol, Judgement
 from furina.data.protocols.code import Code
 from furina.data.tasks import Task
-from furina.evaluation.evaluation import (
-    Evaluation,
-    FirstPrompt,
-    lm_eval_version,
-    metric_score,
-    sha256,
-)
+from furina.evaluation.evaluation import Evaluation, FirstPrompt, sha256
 from furina.evaluation.generation import generate
 from furina.evaluation.samples import TextSample
 from furina.evaluation.sandbox import run_program
@@ -42,20 +36,17 @@ def score_answers(
     protocol.require_consent(task, execute_code)
     prompts = [protocol.context(task, item) for item in items]
     written = generate(model, tokenizer, prompts, protocol.decoding(task), batch_size)
-    samples = tuple(
+    samples = [
         _sample(task, item, protocol, prompt, output)
         for item, prompt, output in zip(items, prompts, written.texts, strict=True)
-    )
-    chance = chance_level(items)
-    return Evaluation(
-        task=task.name,
-        protocol=protocol.name,
-        protocol_version=str(protocol.version),
+    ]
+    return Evaluation.of(
+        task,
+        protocol,
+        items,
+        samples,
         engine="generate",
-        lm_eval_version=lm_eval_version(),
         batch_size=batch_size,
-        scores={metric: metric_score(metric, samples, chance) for metric in protocol.metrics},
-        samples=samples,
         first_prompt=FirstPrompt(prompts[0], written.prompt_ids),
         truncated=written.truncated,
     )

@@ -18,10 +18,10 @@ from furina.data.items import Question
 from furina.data.protocols import Decoding, get_protocol
 from furina.data.tasks import TextPrompt, get_task
 from furina.errors import ConfigurationError
-from furina.evaluation.bridge import live_model
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.evaluation import Engine
 from furina.evaluation.generation import generate
-from furina.evaluation.harness import evaluate
+from furina.evaluation.hflm import live_model
 
 ARC, TEXT, CLEAN = get_task("arc_easy"), get_protocol("text"), get_protocol("generate_clean")
 ENGINES: tuple[Engine, ...] = ("shared", "lm_eval")

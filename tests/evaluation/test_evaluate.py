@@ -18,7 +18,7 @@ from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError, FurinaError
 from furina.evaluation.choices import TASKS
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.independence import check_causal
 from furina.evaluation.samples import read_samples
 from furina.records import Score
