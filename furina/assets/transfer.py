@@ -24,17 +24,6 @@ ATTEMPTS = 5
 BLOCK = 1 << 18
 
 
-def _progress(visible: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not visible)
-
-
 def _append(http: requests.Session, url: str, part: Path, bar: Progress) -> None:
     """Continue `part` from its present length, or from zero if the server has no ranges."""
     have = part.stat().st_size if part.exists() else 0
@@ -82,7 +71,14 @@ def download(http: requests.Session, url: str, path: Path, sha256: str, progress
         FurinaError: the disk is full or the folder cannot be written.
     """
     part = path.with_name(path.name + ".part")
-    with disk_errors(path), _progress(progress) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with disk_errors(path), Progress(*columns, disable=not progress) as bar:
         path.parent.mkdir(parents=True, exist_ok=True)
         bar.add_task(path.name, total=None)
         resumed = part.exists()

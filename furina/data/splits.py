@@ -16,6 +16,11 @@ def rank(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"{seed}\n{key}".encode()).digest()
 
 
+def chosen(keys: Sequence[str], count: int, seed: int) -> list[int]:
+    """Return the indices, in order, of `count` keys that the seed chooses."""
+    return sorted(sorted(range(len(keys)), key=lambda i: rank(seed, keys[i]))[:count])
+
+
 def split_train(
     items: Sequence[ItemT], validation_size: int, seed: int
 ) -> tuple[list[ItemT], list[ItemT]]:
@@ -59,8 +64,8 @@ def test_subset(
             f"test_size={size} is not possible with {len(items)} test items: choose 1 to "
             f"{len(items)}, or none for all."
         )
-    ranked = sorted(range(len(items)), key=lambda index: rank(seed, items[index].id))
-    return f"{name}-{size}-seed{seed}", [items[index] for index in sorted(ranked[:size])]
+    indices = chosen([item.id for item in items], size, seed)
+    return f"{name}-{size}-seed{seed}", [items[index] for index in indices]
 
 
 def warn_overlap(train: Sequence[Item], test: Sequence[Item], task: str) -> None:

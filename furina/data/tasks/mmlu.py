@@ -54,5 +54,4 @@ TASK = Task(
     },
     text=by_text,
     label=lettered(choices_inline, _LETTERS),
-    harness="mmlu",
 )
