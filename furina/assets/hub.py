@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what of it is cached, and in one sentence why it does not give the rest."""
+"""The Hugging Face hub: what its cache holds, and in one sentence why it refuses the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["model", "data set"]
 
 LOGIN = "`hf auth login` or HF_TOKEN"
 PAUSES = (0.5, 1.5)
-"""Seconds before the hub is asked again, where it is silent or fails by itself."""
+"""Seconds to wait before asking again, if the hub is silent or fails."""
 
 
 def cached_file(name: str, file: str) -> Path | None:
@@ -47,7 +47,7 @@ def cached_model(name: str) -> Path | None:
 
 @contextmanager
 def only_cached_data() -> Iterator[None]:
-    """Let `datasets` read its cache alone: as HF_HUB_OFFLINE, which counts at its import only."""
+    """Make `datasets` read only its cache; HF_HUB_OFFLINE would have to be set at its import."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
@@ -59,9 +59,9 @@ def only_cached_data() -> Iterator[None]:
 
 
 def refusal(name: str, kind: Kind) -> str | None:
-    """Return why the hub does not give a repository, None where it does; offline it is not asked.
+    """Return why the hub refuses a repository, None if it does not; offline it is not asked.
 
-    The libraries that load from it would try for a minute, and not tell the reasons apart.
+    The libraries that load from it would retry for a minute and not distinguish the reasons.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -91,7 +91,7 @@ def refusal(name: str, kind: Kind) -> str | None:
 
 
 def reason(error: BaseException, name: str, kind: Kind) -> str | None:
-    """Return what of the hub made loading a repository fail, None where it was something else."""
+    """Return why the hub made loading a repository fail, None if something else did."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     cause: BaseException | None = error
@@ -121,8 +121,8 @@ def _unreachable(error: BaseException) -> str:
     from huggingface_hub import constants
 
     return (
-        f"{constants.ENDPOINT} cannot be reached or stopped answering ({type(error).__name__}): check the "
-        "network and HF_ENDPOINT, and try again."
+        f"{constants.ENDPOINT} cannot be reached or stopped answering ({type(error).__name__}): "
+        "check the network and HF_ENDPOINT, and try again."
     )
 
 

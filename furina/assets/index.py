@@ -1,4 +1,4 @@
-"""Where pip would download from: its configured indexes, and one file's address on them."""
+"""Find a file's address on the package indexes that pip is configured for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Download one file whole: resumable, verified, and moved into place only when it is right."""
+"""Download a file: resume it, verify it, and move it into place only if it is right."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ _PROBE = "Question: 1"
 
 
 class Encoded(NamedTuple):
-    """A context and what continues it; `is_split` if both together are the joined text's tokens.
+    """A context and its continuation; `is_split` if they join to the tokens of the joined text.
 
-    They are not where the tokenizer merges the end of the one with the start of the other.
+    They do not where the tokenizer merges the end of the one with the start of the other.
     """
 
     context: list[int]
@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes as one tokenizer does, once it is known what that adds to a text by itself.
+    """Encodes texts as one tokenizer does, knowing which tokens that adds by itself.
 
     Attributes:
         front: the tokens that it puts before a text: none, or a BOS.
@@ -65,7 +65,7 @@ class Encoder:
         return Encoded(ids, whole[end:], is_split=whole[:end] == ids)
 
     def trained(self, context: str, continuation: str) -> Encoded:
-        """Encode for training: behind the tokens that a prompt has, nothing of the answer is lost.
+        """Encode for training: the context as a prompt has it, then all of the answer.
 
         Where the border is merged, the answer is encoded by itself.
         """
@@ -77,10 +77,10 @@ class Encoder:
         return pair._replace(continuation=list(alone))
 
     def scored(self, context: str, continuation: str) -> Encoded:
-        """Encode for scoring, where every token of the answer must be one of its own.
+        """Encode for scoring, which takes an answer whose tokens are all its own.
 
         Raises:
-            ConfigurationError: it is not, or the answer has none.
+            ConfigurationError: a token holds text of both sides, or the answer has no token.
         """
         pair = self.pair(context, continuation)
         if not (pair.is_split and pair.continuation):
@@ -92,9 +92,9 @@ class Encoder:
         return pair
 
     def cut(self, ids: Sequence[int], longest: int | None, keep: int = 1) -> list[int]:
-        """Return at most `longest` tokens: the start goes, a BOS and the last `keep` stay.
+        """Return at most `longest` tokens: drop the start, keep a BOS and the last `keep`.
 
-        A BOS goes too where there is no room for both.
+        The BOS is dropped too where there is no room for both.
         """
         if longest is None or len(ids) <= longest:
             return list(ids)

@@ -1,4 +1,4 @@
-"""Rows out of files, by kind of file; a damaged one is one sentence."""
+"""Read the rows of a file by its kind; say in one sentence where it is damaged."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from furina.errors import DataError
 
 Stream = IO[bytes] | gzip.GzipFile
 Located = tuple[str, Row]
-"""A row after where it stands in the file, such as "line 7"."""
+"""Where a row stands in its file, such as "line 7", and the row."""
 Read = Callable[[Stream, str], Iterator[Located]]
+
+# A KeyError is a name that an archive lacks, a RuntimeError a file that it calls encrypted.
+_UNREADABLE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error)
+_DAMAGE = (*_UNREADABLE, ValueError, KeyError, RuntimeError)
 
 
 @contextmanager
 def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterator[None]:
-    """Raise DataError where what is read inside cannot be decoded."""
+    """Raise DataError if what is read inside cannot be decoded."""
     try:
         yield
-    except (
-        *(OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError),
-        *(KeyError, RuntimeError),  # a name that an archive lacks, a file that it calls encrypted
-    ) as error:
+    except _DAMAGE as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
 def read_file(name: str, stream: IO[bytes], where: str) -> list[Located]:
     """Return all rows of a file: JSON lines, a JSON list, CSV or Arrow, gzipped if so named.
 
-    Each stands behind where it was found. A CSV file has no header: its rows are
-    `{"file": its name, "cells": [...]}`.
+    A CSV file has no header: its rows are `{"file": its name, "cells": [...]}`.
 
     Raises:
         DataError: it is damaged or of an unknown kind.
@@ -57,8 +57,8 @@ def read_file(name: str, stream: IO[bytes], where: str) -> list[Located]:
 def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Located]:
     """Return the documents of a gzipped file of evaluation requests, in order, each once.
 
-    There is one request a choice, and behind all documents a second, bare copy of each: those
-    begin at the number that `config` names, if any.
+    There is one request per choice. After all documents may come a bare copy of each, from the
+    number on that `config` names.
 
     Raises:
         DataError: it is damaged, or lacks one of the documents that `config` counts.
@@ -77,7 +77,7 @@ def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Located]
 
 
 def numbered(rows: Iterable[Row]) -> Iterator[Located]:
-    """Yield every row behind its number, counted from 1."""
+    """Locate every row by its number, counted from 1."""
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 

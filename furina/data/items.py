@@ -1,4 +1,4 @@
-"""What the benchmarks are made of, and what can be told of a list of items without a model."""
+"""The items of the benchmarks, and facts about lists of them that need no model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Item(ABC):
-    """What every kind of item has: an id, and texts of which `may_be_blank` names the exceptions.
+    """Base of every kind of item: an id, and texts, which only `may_be_blank` lets be blank.
 
     Raises:
         DataError: a field is no text, blank, or undecodable.
@@ -35,7 +35,7 @@ class Item(ABC):
             self._check(name, text)
 
     def _check(self, field: str, text: object) -> None:
-        """Refuse what no model can read: other than text, nothing but spaces, half a character."""
+        """Refuse what no model can read: no text, a blank one, or an unpaired surrogate."""
         if not isinstance(text, str):
             raise DataError(f"Item {self.id!r} has a {field} that is {text!r} and no text.")
         if not (field in self.may_be_blank or text.strip()):
@@ -159,7 +159,7 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 
 def normalised(item: Item) -> str:
-    """Return what is asked without case and spacing: equal for the same item asked twice."""
+    """Return what is asked, without case and spacing, so that repeats are equal."""
     return " ".join(item.asked.casefold().split())
 
 
@@ -172,7 +172,7 @@ def data_hash(items: Iterable[Item]) -> str:
 
 
 def content_id(*fields: str) -> str:
-    """Return an id for an item whose source gives none: the same wherever the item lies."""
+    """Return an id for an item whose source gives none, from its texts alone."""
     return hashlib.sha256("\0".join(fields).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -183,10 +183,10 @@ def overlap(items: Iterable[ItemT], others: Iterable[Item]) -> list[ItemT]:
 
 
 def chance_level(items: Sequence[Item]) -> float:
-    """Return the accuracy that takes no reading: the mean of 1 / number of choices, 0 without.
+    """Return the accuracy of guessing: the mean of 1 / number of choices, 0 without choices.
 
-    Where all questions have the same choices, as BoolQ's, it is the share of the commonest answer:
-    what a model scores that has learnt to say nothing else.
+    Where all questions have the same choices, as in BoolQ, it is the share of the commonest answer:
+    the score of a model that has learnt to say nothing else.
     """
     questions = [item for item in items if isinstance(item, Question)]
     if len(questions) == len(items) > 1 and len({question.choices for question in questions}) == 1:

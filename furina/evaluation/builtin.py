@@ -1,4 +1,4 @@
-"""lm-eval's own tasks on a live model, wherever their data can be had."""
+"""Score a live model on lm-eval's own tasks, with data of the hub or given rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.tasks
@@ -114,7 +115,8 @@ def score_builtin(
         scores = [score for score in results if score.metric in CHOICE_METRICS]
         first = scores[0].samples[0].prompts[0]
         first_prompt = FirstPrompt(first, tuple(lm.tok_encode(first)))
-        truncated = _truncated(lm, scores[0].samples)
+        pairs = (zip(s.prompts, s.answers, strict=True) for s in scores[0].samples)
+        truncated = sum(lm.cuts(*lm.encoder.pair(*pair)[:2]) for pair in chain(*pairs))
     evaluation = Evaluation.of(
         task,
         get_protocol("lm_eval"),
@@ -139,13 +141,6 @@ def harness_prompt(task: Task, question: Item) -> tuple[str, str]:
         harness.build_all_requests()
     prompt, answer = harness.instances[question.answer].args
     return str(prompt), str(answer)
-
-
-def _truncated(lm: FittedLM, samples: Sequence[BuiltinSample]) -> int:
-    pairs = (pair for s in samples for pair in zip(s.prompts, s.answers, strict=True))
-    encoded = (lm.encoder.pair(*pair) for pair in pairs)
-    window = lm.max_length + 1  # the last is only predicted
-    return sum(len(each.context) + len(each.continuation) > window for each in encoded)
 
 
 def _choice_sample(question: Question, sample: BuiltinSample) -> ChoiceSample:
@@ -202,7 +197,7 @@ def _load(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> Any:
 
 @functools.cache
 def _manager(kind: Callable[[], Any]) -> Any:
-    """Return the index of all tasks, which takes ten seconds to make."""
+    """Return the index of all tasks; making it takes ten seconds."""
     return kind()
 
 
@@ -215,7 +210,7 @@ def _with_rows(manager: Any, name: str, rows: Sequence[Row]) -> Any:
     evaluated, *others = [split for split in splits if split]
 
     def dataset(**_: object) -> Any:
-        """Return the rows as the split that is evaluated, which is the first that there is."""
+        """Return the rows as the evaluated split: the first that the task names."""
         whole = Dataset.from_list([dict(row) for row in rows])
         empty = {split: whole.select([]) for split in others}
         return DatasetDict({**empty, evaluated: whole})

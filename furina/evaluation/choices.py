@@ -86,12 +86,11 @@ def _check_prompts(
     lm: FittedLM, task: Task, questions: Sequence[Question], protocol: ChoiceProtocol
 ) -> tuple[FirstPrompt, int]:
     """Encode as training does; make sure lm-eval does the same, and count what will be cut."""
-    truncated, window = 0, lm.max_length + 1  # the last token is only predicted
-    for question in questions:
-        context = protocol.context(task, question)
-        for answer in protocol.answers(task, question):
-            ids = lm.encoder.scored(context, answer)
-            truncated += len(ids.context) + len(ids.continuation) > window
+    truncated = sum(
+        lm.cuts(*lm.encoder.scored(protocol.context(task, question), answer)[:2])
+        for question in questions
+        for answer in protocol.answers(task, question)
+    )
     if truncated:
         warnings.warn(
             f"{truncated} prompts are longer than the model's {lm.max_length} tokens: their "

@@ -35,10 +35,10 @@ Answer = tuple[float, bool]
 """The log-likelihood of a continuation, and whether greedy decoding would give it."""
 
 PAIRS_PER_WIDTH = 2
-"""Query-key pairs that cost one token, per hidden unit: 6 by operations, in less efficient ones."""
+"""Query-key pairs that cost as much as a token, per hidden unit: 6 by FLOPs, fewer by time."""
 
 LONGEST_ROW = 2048
-"""Nodes of a row that branches: its mask grows with their square."""
+"""Most nodes of a row that branches: its mask grows with their square."""
 
 PATHS = Packing(price=0, longest=0)
 """Rows without branches."""
@@ -47,7 +47,7 @@ TREES = Packing(price=2**31, longest=2**31)
 """Rows that branch wherever they can."""
 
 PROBES, PROBE_LENGTH = 5, 8
-"""Of the self-check: a prefix and four branches, of eight tokens each."""
+"""Size of the self-check: a prefix and four branches, of eight tokens each."""
 
 
 class Budget(NamedTuple):
@@ -72,14 +72,14 @@ def budget_of(device: torch.device) -> Budget:
 
 
 class Request(NamedTuple):
-    """The tokens that the model reads, and those that the last of its positions predict."""
+    """The tokens that the model reads, and the targets that its last positions predict."""
 
     inputs: Ids
     targets: Ids
 
 
 class Scorer:
-    """Scores with one model, packed where that is exact and one sequence a row where it is not.
+    """Scores with one model: packed where that is exact, else one sequence per row.
 
     Args:
         model: a causal language model, adapted, merged or plain.
@@ -92,7 +92,7 @@ class Scorer:
     def __init__(
         self, model: PreTrainedModel, max_length: int, batch_size: int | None = None
     ) -> None:
-        """Find out whether the model reads packed rows as it should."""
+        """Check whether the model reads packed rows correctly."""
         check_causal(model)
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
         embedding: Any = model.get_input_embeddings()
@@ -204,7 +204,7 @@ class Scorer:
         return logits_at(self.model, slots, ids, **inputs)
 
     def _why_not_packed(self) -> str | None:
-        """Return None if a small group scores the same packed and plain, else what is in the way.
+        """Return why rows are not packed, None if a small group scores the same packed and plain.
 
         Wrong positions cost half the spread of log-probabilities and more, rounding much less.
         """

@@ -1,4 +1,4 @@
-"""Score a live model on a task's items under a protocol: the one entrance to every kind."""
+"""Score a live model on a task's items, by the scorer that the protocol needs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What scoring a model returns: scores, and everything they were made from."""
+"""The result of scoring a model: scores, and everything they were made from."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ class MetricScore:
 
 @dataclass(frozen=True)
 class FirstPrompt:
-    """What the model was given first, as text and as token ids; `sha256` is that of `text`."""
+    """The first prompt, as text and as token ids."""
 
     text: str
     ids: tuple[int, ...]
@@ -105,12 +105,7 @@ class Evaluation:
                 task=self.task,
                 protocol=self.protocol,
                 protocol_version=self.protocol_version,
-                metric=score.metric,
-                value=score.value,
-                stderr=score.stderr,
-                n=score.n,
-                chance=score.chance,
-                suspect=score.suspect,
+                **asdict(score),
                 engine=self.engine,
                 first_prompt_sha256=self.first_prompt.sha256,
                 first_prompt_ids=self.first_prompt.ids,

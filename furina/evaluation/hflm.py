@@ -1,4 +1,4 @@
-"""A live model as lm-eval's HFLM, quietly, and nothing of the caller's changed."""
+"""Wrap a live model as lm-eval's HFLM, quietly, and leave the caller's objects unchanged."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,7 +40,7 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
-    """HFLM whose prompts keep their BOS when they are cut, and every token known to the model."""
+    """HFLM that keeps the BOS of a prompt it cuts, and refuses tokens unknown to the model."""
 
     batch_size_per_gpu: int
 
@@ -48,6 +48,10 @@ class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
         """Find out what the tokenizer adds."""
         super().__init__(*args, **options)
         self.encoder = Encoder(self.tokenizer)
+
+    def cuts(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Return whether the model cannot read all of both; the last token is only predicted."""
+        return len(context) + len(continuation) > self.max_length + 1
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], *args: Any, **options: Any
@@ -63,8 +67,8 @@ class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
     def _fitted(self, requests: list[TokenRequest]) -> list[TokenRequest]:
         fitted = []
         for text, context, continuation in requests:
-            room = self.max_length + 1  # the last token is only predicted
-            if len(context) + len(continuation) > room > len(continuation):
+            room = self.max_length + 1
+            if self.cuts(context, continuation) and room > len(continuation):
                 whole = self.encoder.cut([*context, *continuation], room, len(continuation))
                 context = whole[: -len(continuation)]
             fitted.append((text, context, continuation))
@@ -73,7 +77,7 @@ class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
         return fitted
 
     def generate_until(self, *args: Any, **options: Any) -> list[str]:
-        """Answer one prompt at a time where prompts of a batch would change each other's."""
+        """Answer prompts, one at a time where those of a batch would affect each other."""
         own, pad = self.batch_size_per_gpu, self.tokenizer.pad_token_id
         is_apart = original_length(self.model) is not None
         if own != 1 and (is_apart or reads_padding(self.model, pad)):
@@ -91,7 +95,7 @@ class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
 
 
 class SharedPrefixLM(FittedLM):
-    """HFLM whose log-likelihoods come from a `Scorer`, question by question the same."""
+    """HFLM whose log-likelihoods come from a `Scorer`."""
 
     _scorer: Scorer | None = None
 
@@ -158,7 +162,7 @@ def live_model(
 
 
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy that has the tokens without which HFLM ends in a TypeError; it is changed."""
+    """Return a copy with the special tokens without which HFLM raises a TypeError."""
     own = copy.deepcopy(tokenizer)
     if own.eos_token_id is None:
         if own.pad_token_id is None and own.bos_token_id is None:
@@ -171,7 +175,7 @@ def _with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leave of lm-eval's talk its errors; its bar of requests tells `furina.progress` instead."""
+    """Silence all of lm-eval but its errors, and report its progress to `furina.progress`."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     chatty: tuple[Any, ...] = (
@@ -196,7 +200,7 @@ def quiet() -> Iterator[None]:
 
 
 def _bar(tqdm: type[Any], unit: str | None) -> type[Any]:
-    """Return a kind of tqdm that shows nothing, and tells of what it counts if that has a unit."""
+    """Return a silent kind of tqdm, which reports what it counts if that has a unit."""
 
     class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:

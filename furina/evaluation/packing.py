@@ -1,4 +1,4 @@
-"""Token sequences that share prefixes, packed as trees: what they share is there once.
+"""Pack token sequences as trees, in which a shared prefix stands once.
 
 A row holds the nodes of one tree in depth-first order, so the descendants of node j are the nodes
 from j up to `ends[j]`: node i may attend to j exactly if j <= i < ends[j].

@@ -8,7 +8,7 @@ anywhere in the output. `clean` mends these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 from furina.data import extraction
@@ -36,8 +36,8 @@ class Generate(GenerationProtocol):
 
     metrics: ClassVar[tuple[str, ...]] = ("acc",)
     ends: ClassVar[bool] = True
-    word: ClassVar[Callable[[str, Sequence[str]], str | None]]
-    letter: ClassVar[Callable[[str], str | None]]
+    word: staticmethod[[str, Sequence[str]], str | None]
+    letter: staticmethod[[str], str | None]
 
     def refusal(self, task: Task) -> str | None:
         """Refuse tasks that LLM-Adapters does not ask."""
