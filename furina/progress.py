@@ -53,7 +53,7 @@ def part(name: str) -> Iterator[None]:
 
 
 def advance(done: int, total: int, unit: str) -> None:
-    """Report how much is done, such as 12 of 32 steps; the first report is where the part starts."""
+    """Report how much is done, such as 12 of 32 steps; the pace counts from the first report."""
     display = _display.get()
     if display is not None and display.part is not None:
         display.part.advance(done, total, unit)

@@ -28,7 +28,7 @@ class Encoder:
     """Encodes texts as one tokenizer does, knowing which tokens that adds by itself.
 
     Attributes:
-        front: the tokens that it puts before a text: none, or a BOS.
+        prefix: the tokens that it puts before a text: none, or a BOS.
 
     Raises:
         ConfigurationError: it puts a token behind a text, or two BOS tokens before it.
@@ -37,14 +37,14 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Read what the tokenizer adds."""
         self.tokenizer = tokenizer
-        self.front = _front(tokenizer)
+        self.prefix = _prefix(tokenizer)
         first = tokenizer.bos_token_id
         if first is None:
             first = tokenizer.eos_token_id
         self._own = None if first is None else str(tokenizer.decode(first))
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's tokens, behind `front` unless the text brings its own BOS."""
+        """Return a text's tokens, behind `prefix` unless the text brings its own BOS."""
         adds = self._own is None or not text.startswith(self._own)
         return list(self.tokenizer.encode(text, add_special_tokens=adds, verbose=False))
 
@@ -98,7 +98,7 @@ class Encoder:
         """
         if longest is None or len(ids) <= longest:
             return list(ids)
-        head = len(self.front) if tuple(ids[: len(self.front)]) == self.front else 0
+        head = len(self.prefix) if tuple(ids[: len(self.prefix)]) == self.prefix else 0
         if not head and ids[0] == self.tokenizer.bos_token_id:
             head = 1
         head = head if longest - head >= keep else 0
@@ -130,7 +130,7 @@ def check_vocabulary(
         )
 
 
-def _front(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     bare = list(tokenizer.encode(_PROBE, add_special_tokens=False))
     whole = list(tokenizer.encode(_PROBE))
     starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
@@ -139,19 +139,19 @@ def _front(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"The tokenizer turns the text {_PROBE!r} into {len(bare)} tokens and, with its "
             "special tokens, into others: use the model's own tokenizer."
         )
-    front, behind = whole[: starts[0]], whole[starts[0] + len(bare) :]
+    before, behind = whole[: starts[0]], whole[starts[0] + len(bare) :]
     if behind:
         raise ConfigurationError(
             f"The tokenizer appends EOS to a prompt ({_named(tokenizer, behind)}), and nothing "
             "goes on behind an end: load it with add_eos_token=False, or take the token out of "
             "its post-processor."
         )
-    if len(set(front)) < len(front):
+    if len(set(before)) < len(before):
         raise ConfigurationError(
-            f"The tokenizer puts two BOS tokens before a prompt ({_named(tokenizer, front)}): load "
-            "it without one of them."
+            f"The tokenizer puts two BOS tokens before a prompt ({_named(tokenizer, before)}): "
+            "load it without one of them."
         )
-    return tuple(front)
+    return tuple(before)
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

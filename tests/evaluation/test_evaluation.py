@@ -30,7 +30,7 @@ def test_a_score_is_suspect_unless_two_errors_above_chance(value, suspect):
     assert is_suspect(value, stderr=0.02, chance=0.25) is suspect
 
 
-def test_statistics_and_samples_need_no_torch():
+def test_scores_and_samples_need_no_torch():
     code = (
         "import sys, furina.evaluation.evaluation, furina.evaluation.samples;"
         "assert not {'torch', 'transformers', 'lm_eval', 'lightning'} & sys.modules.keys()"

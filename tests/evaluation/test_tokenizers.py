@@ -101,7 +101,7 @@ def test_what_stands_in_front_is_read_and_every_answer_is_its_own_text(kind, que
     make, front = KINDS[kind]
     tokenizer = make()
     encoder = Encoder(tokenizer)
-    assert list(encoder.front) == front
+    assert list(encoder.prefix) == front
     for question in questions:
         prompt = TEXT.context(ARC, question)
         for answer in TEXT.answers(ARC, question):
