@@ -59,10 +59,17 @@ def score_choices(
     does not part an answer from its prompt, and FurinaError if the model's outputs are not finite.
     Warns if prompts had to be cut.
     """
+    name = f"furina_{protocol.name}"
     with live_model(model, tokenizer, batch_size, engine) as lm:
         first, truncated = _check_prompts(lm, task, questions, protocol)
-        results = _run(lm, task, questions, protocol)
-    name = f"furina_{protocol.name}"
+        # The task file's own loader receives the metadata. simple_evaluate would also reseed every
+        # generator and query the environment.
+        manager = TaskManager(
+            include_path=str(TASKS),
+            include_defaults=False,
+            metadata={"questions": questions, "benchmark": task.name},
+        )
+        results = lm_evaluate(lm=lm, task_dict=manager.load([name]))
     assert int(results["versions"][name]) == protocol.version
     evaluation = Evaluation.of(
         task,
@@ -75,9 +82,10 @@ def score_choices(
         truncated=truncated,
     )
     for metric, score in evaluation.scores.items():
-        same = math.isclose(score.value, float(results["results"][name][f"{metric},none"]))
-        assert same, "the samples are not the score's"
-        stderr = float(results["results"][name][f"{metric}_stderr,none"])
+        value, stderr = (
+            float(results["results"][name][f"{metric}{suffix},none"]) for suffix in ("", "_stderr")
+        )
+        assert math.isclose(score.value, value), "the samples are not the score's"
         assert math.isclose(score.stderr, stderr, abs_tol=1e-12)
     return evaluation
 
@@ -102,21 +110,6 @@ def _check_prompts(
     assert lm.tok_encode(first) == ids.context, "lm-eval and training encode prompts differently"
     assert lm.tok_encode(first + target) == [*ids.context, *ids.continuation]
     return FirstPrompt(first, tuple(ids.context)), truncated
-
-
-def _run(
-    lm: FittedLM, task: Task, questions: Sequence[Question], protocol: ChoiceProtocol
-) -> Mapping[str, Any]:
-    # The task file's own loader receives the metadata. simple_evaluate would also reseed every
-    # generator and query the environment.
-    manager = TaskManager(
-        include_path=str(TASKS),
-        include_defaults=False,
-        metadata={"questions": questions, "benchmark": task.name},
-    )
-    tasks = manager.load([f"furina_{protocol.name}"])
-    results: Mapping[str, Any] = lm_evaluate(lm=lm, task_dict=tasks)
-    return results
 
 
 def _sample(row: Mapping[str, Any]) -> ChoiceSample:
