@@ -60,8 +60,13 @@ def encode_examples(
         ConfigurationError: `max_length` leaves no room for any answer, the protocol ends its
             examples and the tokenizer has no end-of-text token, or that adds one by itself.
     """
-    examples, truncated = [], 0
-    encoder, end = Encoder(tokenizer), _end(tokenizer, protocol)
+    if protocol.ends and tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"Protocol {protocol.name} ends its answers and the tokenizer has no end-of-text "
+            "token: set tokenizer.eos_token."
+        )
+    end = [int(tokenizer.eos_token_id)] if protocol.ends else []
+    encoder, examples, truncated = Encoder(tokenizer), [], 0
     for item in items:
         context, answer, _ = encoder.trained(*protocol.pair(task, item))
         answer = [*answer, *end]
@@ -90,17 +95,6 @@ def encode_examples(
             said = f"{count} of {len(items)} examples of {task.name} {fate}."
             warnings.warn(said, stacklevel=2)
     return examples
-
-
-def _end(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[int]:
-    if not protocol.ends:
-        return []
-    if tokenizer.eos_token_id is None:
-        raise ConfigurationError(
-            f"Protocol {protocol.name} ends its answers and the tokenizer has no end-of-text "
-            "token: set tokenizer.eos_token."
-        )
-    return [int(tokenizer.eos_token_id)]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

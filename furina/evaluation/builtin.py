@@ -227,6 +227,7 @@ def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
             if not answer_filter or metric.endswith("_stderr"):
                 continue
             stderr = row.get(f"{metric}_stderr,{answer_filter}")
+            own = [r for r in results["samples"].get(task, ()) if r["filter"] == answer_filter]
             yield BuiltinScore(
                 task=task,
                 metric=metric,
@@ -235,13 +236,8 @@ def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
                 stderr=float(stderr) if isinstance(stderr, float) else None,
                 n=results["n-samples"][task]["effective"],
                 version=str(results["versions"].get(task)),
-                samples=_samples(results["samples"].get(task, ()), answer_filter),
+                samples=tuple(_sample(r) for r in sorted(own, key=lambda r: int(r["doc_id"]))),
             )
-
-
-def _samples(rows: Sequence[Mapping[str, Any]], answer_filter: str) -> tuple[BuiltinSample, ...]:
-    own = (row for row in rows if row["filter"] == answer_filter)
-    return tuple(_sample(row) for row in sorted(own, key=lambda row: int(row["doc_id"])))
 
 
 def _sample(row: Mapping[str, Any]) -> BuiltinSample:

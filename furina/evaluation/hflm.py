@@ -51,7 +51,7 @@ class FittedLM(lm_eval.models.huggingface.HFLM):  # type: ignore[misc]
 
     def cuts(self, context: Sequence[int], continuation: Sequence[int]) -> bool:
         """Return whether the model cannot read all of both; the last token is only predicted."""
-        return len(context) + len(continuation) > self.max_length + 1
+        return bool(len(context) + len(continuation) > self.max_length + 1)
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], *args: Any, **options: Any
