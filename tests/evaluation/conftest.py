@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from furina.backbones.load import load_backbone
 from furina.backbones.tiny import tiny_tokenizer
 from furina.data.items import Question
 from furina.data.parsing import to_labelled_row
 
+BOS, EOS = 1, 2
 STEMS = [
     ("Which of these can float on a lake?", ("a brick", "a cork", "an anvil", "a coin"), 1),
     ("What is 7 + 5?", ("10", "11", "12", "13"), 2),
@@ -64,3 +66,12 @@ def data_dir(tmp_path: Path) -> Path:
     text = "".join(json.dumps(to_labelled_row(question)) + "\n" for question in QUESTIONS)
     (folder / "test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return folder.parent
+
+
+def templated(template: str):
+    """Return a tokenizer that adds its special tokens to every text as the template says."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer

@@ -22,19 +22,11 @@ from furina.evaluation.evaluate import evaluate
 from furina.evaluation.evaluation import Engine
 from furina.evaluation.generation import generate
 from furina.evaluation.hflm import live_model
+from tests.evaluation.conftest import BOS, EOS, templated
 
 ARC, TEXT, CLEAN = get_task("arc_easy"), get_protocol("text"), get_protocol("generate_clean")
 ENGINES: tuple[Engine, ...] = ("shared", "lm_eval")
-BOS, EOS = 1, 2
 WORDS = ["question", "answer", ":", "?", "a", "b", "the", "is", "in", "x", "ice", "frozen"]
-
-
-def templated(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return tokenizer
 
 
 def sentence_pieces():
