@@ -128,11 +128,7 @@ def _unreachable(error: BaseException) -> str:
 
 def _answer(error: HfHubHTTPError, name: str, kind: Kind) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        GatedRepoError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
 
     endpoint, status = constants.ENDPOINT, error.response.status_code
     page = f"{endpoint}/{'' if kind == 'model' else 'datasets/'}{name}"

@@ -37,10 +37,7 @@ CHECKPOINT = "checkpoint"
 
 
 def load_backbone(
-    name: str,
-    dtype: str = AUTO,
-    device: str | None = None,
-    attention: str | None = None,
+    name: str, dtype: str = AUTO, device: str | None = None, attention: str | None = None
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 

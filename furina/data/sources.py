@@ -103,10 +103,7 @@ def _is_at_hand(place: Place, folder: Path | None) -> bool:
 
 
 def load_items(
-    task: str,
-    split: Split,
-    source: Source = "auto",
-    data_dir: Path | str | None = None,
+    task: str, split: Split, source: Source = "auto", data_dir: Path | str | None = None
 ) -> list[Item]:
     """Return all items of a task's split, in the source's order, every id there once.
 

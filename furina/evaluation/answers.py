@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from furina.data.extraction import complete_program
 from furina.data.items import Item, Problem, Program, Question
 from furina.data.protocols import GenerationProtocol, Judgement
-from furina.data.protocols.code import Code
 from furina.data.tasks import Task
 from furina.evaluation.evaluation import Evaluation, FirstPrompt, sha256
 from furina.evaluation.generation import generate
@@ -56,8 +56,7 @@ def _sample(
     task: Task, item: Item, protocol: GenerationProtocol, prompt: str, output: str
 ) -> TextSample:
     if isinstance(item, Program):
-        assert isinstance(protocol, Code)
-        outcome = run_program(protocol.program(item, output))
+        outcome = run_program(complete_program(item, output))
         judged = {protocol.metrics[0]: Judgement(outcome.reason, outcome.passed)}
     else:
         judged = protocol.judge(task, item, output)

@@ -20,12 +20,7 @@ from furina.data.encoding import Encoder, check_vocabulary
 from furina.errors import ConfigurationError, nearest
 from furina.evaluation.engine import Answer, Scorer
 from furina.evaluation.evaluation import Engine
-from furina.evaluation.independence import (
-    check_causal,
-    original_length,
-    reads_padding,
-    vocabulary,
-)
+from furina.evaluation.independence import check_causal, original_length, reads_padding, vocabulary
 from furina.model.inference import evaluation_mode
 from furina.progress import advance
 
@@ -178,11 +173,7 @@ def quiet() -> Iterator[None]:
     """Silence all of lm-eval but its errors, and report its progress to `furina.progress`."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
-    chatty: tuple[Any, ...] = (
-        lm_eval.api.task,
-        lm_eval.api.model,
-        lm_eval.models.huggingface,
-    )
+    chatty: tuple[Any, ...] = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
     bars = [module.tqdm for module in chatty]
     mapping = not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

@@ -48,23 +48,21 @@ def check_causal(model: PreTrainedModel) -> None:
     """
     if model in _causal:
         return
-    ids = _drawn(model, 2, 2 * PROMPT)
-    ids[1, :PROMPT] = ids[0, :PROMPT]
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise _not_causal(model)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :PROMPT].double()
-    if logits.isfinite().all():
-        if differ(model, logits[1], logits[0]) is not None:
-            raise _not_causal(model)
-        _causal.add(model)
-
-
-def _not_causal(model: PreTrainedModel) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(model).__name__} is no causal language model: later tokens change what it says of "
-        "earlier ones, so the likelihood of an answer cannot be read off; choose a decoder."
-    )
+    is_causal = not getattr(model.config, "is_encoder_decoder", False)
+    if is_causal:
+        ids = _drawn(model, 2, 2 * PROMPT)
+        ids[1, :PROMPT] = ids[0, :PROMPT]
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :PROMPT].double()
+        if not logits.isfinite().all():
+            return
+        is_causal = differ(model, logits[1], logits[0]) is None
+    if not is_causal:
+        raise ConfigurationError(
+            f"{type(model).__name__} is no causal language model: later tokens change what it says "
+            "of earlier ones, so the likelihood of an answer cannot be read off; choose a decoder."
+        )
+    _causal.add(model)
 
 
 def reads_padding(model: PreTrainedModel, pad_id: int) -> bool:

@@ -64,11 +64,7 @@ def _boxed_or_number(output: str) -> str | None:
 
 
 _READINGS: dict[str, tuple[_Reading, _Reading, Callable[[str, str], bool]]] = {
-    "number": (
-        extraction.strict_number,
-        extraction.flexible_number,
-        extraction.numbers_equal,
-    ),
+    "number": (extraction.strict_number, extraction.flexible_number, extraction.numbers_equal),
     "letter": (extraction.strict_letter, extraction.anchored_letter, str.__eq__),
     "latex": (extraction.last_boxed, _boxed_or_number, extraction.latex_equal),
 }

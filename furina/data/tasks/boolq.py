@@ -9,16 +9,7 @@ lm-eval's own task reads here what it reads from SuperGLUE, less the title. Prot
 from __future__ import annotations
 
 from furina.data.items import Question
-from furina.data.parsing import (
-    Row,
-    index,
-    label_index,
-    nameless,
-    text,
-    texts,
-    unframed,
-    value,
-)
+from furina.data.parsing import Row, index, label_index, nameless, text, texts, unframed, value
 from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
 from furina.data.prompts import continued
 from furina.data.tasks import Instructed, Labels, Task, TextPrompt
