@@ -26,13 +26,12 @@ from scoring import timed
 
 import furina
 from furina.data.items import data_hash
-from furina.data.protocols import GenerationProtocol, get_protocol
-from furina.data.protocols.base import Decoding
+from furina.data.protocols import Decoding, GenerationProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, FurinaError
-from furina.evaluation.bridge import live_model
 from furina.evaluation.generation import generate
+from furina.evaluation.hflm import live_model
 
 Texts = list[str]
 

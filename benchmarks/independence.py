@@ -19,7 +19,7 @@ from typing import Any
 from furina.backbones.load import load_backbone, load_tokenizer
 from furina.data.items import data_hash
 from furina.data.sources import load_items
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.samples import ChoiceSample
 
 VARIANTS = [("lm_eval", 1), ("lm_eval", 8), ("shared", 1), ("shared", 8), ("shared", 32)]

@@ -32,7 +32,7 @@ from furina.data.items import Question, data_hash
 from furina.data.protocols import ChoiceProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
-from furina.evaluation.bridge import live_model
+from furina.evaluation.hflm import live_model
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 GAP = 1e-3

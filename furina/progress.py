@@ -1,7 +1,7 @@
-"""Show how much of a long work is done and how long the rest takes, where a caller wants it shown.
+"""Show how far a long task has come and how long the rest will take, if the caller asks for it.
 
-The work itself calls `part` and `advance`, which do nothing outside `shown`. Nothing runs beside
-the work, so what is timed takes as long as without.
+The task calls `part` and `advance`, which do nothing outside `shown`. No thread runs beside the
+task, so timings are not disturbed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 BAR, LINE = 0.25, 15.0
-"""Seconds, at least, between two looks of a terminal's bar, and between two lines elsewhere."""
+"""Least seconds between two updates of a terminal's bar, and between two lines elsewhere."""
 WORTH_A_LINE = 1.0
-"""Seconds that a part takes if its end is said."""
+"""Least seconds of a part whose end is reported."""
 
 
 @contextmanager
 def shown(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-    """Show the parts of what runs within: a terminal gets a bar, a file or pipe lines.
+    """Show the parts of what runs inside: as a bar on a terminal, as lines in a file or pipe.
 
-    Of processes that train together the first one shows them.
+    Of processes that train together only the first shows them.
     """
     is_first = os.environ.get("RANK", "0") == "0"
     before = _display.set(_Display(stream, clock) if is_first else None)
@@ -38,7 +38,7 @@ def shown(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Iterat
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
-    """Name what runs within; a part of a part goes by the name of the whole."""
+    """Name what runs inside; a part of a part goes by the name of the whole."""
     display = _display.get()
     if display is None or display.part is not None:
         yield
@@ -53,7 +53,7 @@ def part(name: str) -> Iterator[None]:
 
 
 def advance(done: int, total: int, unit: str) -> None:
-    """Say how much of the part is done, such as 12 of 32 steps; first of all what was before."""
+    """Report how much is done, such as 12 of 32 steps; the pace counts from the first report."""
     display = _display.get()
     if display is not None and display.part is not None:
         display.part.advance(done, total, unit)
@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Say a line about the part under way, or about the whole where none is."""
+    """Print a line about the current part, or about the whole if there is none."""
     display = _display.get()
     if display is not None and display.part is not None:
         display.part.say(text)
@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 
 class _Display:
-    """Where parts are shown, and the one that is under way."""
+    """Where parts are shown, and the current one."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float]) -> None:
         self.stream, self.clock = stream, clock
@@ -87,7 +87,7 @@ _display: ContextVar[_Display | None] = ContextVar("display", default=None)
 
 
 class _Part:
-    """A part under way; its pace is that since the first `advance` of a unit, or of a new count."""
+    """A current part; its pace counts from the first `advance` of a unit or a new count."""
 
     def __init__(self, name: str, stream: TextIO, clock: Callable[[], float]) -> None:
         self.name, self.stream, self.clock = name, stream, clock
@@ -96,7 +96,7 @@ class _Part:
         self.bar = _bar(name, stream)
 
     def advance(self, done: int, total: int, unit: str) -> None:
-        """Show where it stands, but not too often."""
+        """Show the state, but not too often."""
         now = self.clock()
         if unit != self.unit or done < self.done:
             self.unit, self.start = unit, (done, now)
@@ -116,7 +116,7 @@ class _Part:
             self.say(text)
 
     def close(self, is_done: bool) -> None:
-        """Take the bar away, and say what it took if it is done."""
+        """Remove the bar, and print how long the part took if it is done."""
         if self.bar:
             self.bar.stop()
         took = self.clock() - self.began
@@ -133,7 +133,7 @@ class _Part:
 
 
 def _bar(name: str, stream: TextIO) -> Progress | None:
-    """Return a bar that is on the terminal now, None where there is no terminal."""
+    """Show a bar and return it, None if the stream is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 

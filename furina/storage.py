@@ -20,7 +20,7 @@ from furina.errors import FurinaError
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing folder or a forbidden path into one sentence about `path`."""
+    """Turn an error of the disk or of permissions into one sentence about `path`."""
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the command again",
         errno.EDQUOT: "the disk quota is used up; free some space and run the command again",
@@ -65,7 +65,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse, before anything is computed, a path that nothing could be written below.
+    """Refuse a path below which nothing can be written, before anything is computed.
 
     Raises FurinaError where a part of it is a file, or its last existing folder may not be written.
     """
@@ -77,7 +77,7 @@ def require_writable(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Delete what killed writers of `path` have left beside it; nobody may be writing it now."""
+    """Delete what killed writers of `path` left beside it; nobody may be writing it now."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

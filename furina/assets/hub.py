@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what of it is cached, and in one sentence why it does not give the rest."""
+"""The Hugging Face hub: what its cache holds, and in one sentence why it refuses the rest."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from furina.assets import is_offline
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 Kind = Literal["model", "data set"]
 
 LOGIN = "`hf auth login` or HF_TOKEN"
 PAUSES = (0.5, 1.5)
-"""Seconds before the hub is asked again, where it is silent or fails by itself."""
+"""Seconds to wait before asking again, if the hub is silent or fails."""
 
 
 def cached_file(name: str, file: str) -> Path | None:
@@ -44,7 +47,7 @@ def cached_model(name: str) -> Path | None:
 
 @contextmanager
 def only_cached_data() -> Iterator[None]:
-    """Let `datasets` read its cache alone: as HF_HUB_OFFLINE, which counts at its import only."""
+    """Make `datasets` read only its cache; HF_HUB_OFFLINE would have to be set at its import."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE
@@ -56,11 +59,11 @@ def only_cached_data() -> Iterator[None]:
 
 
 def refusal(name: str, kind: Kind) -> str | None:
-    """Return why the hub does not give a repository, None where it does; offline it is not asked.
+    """Return why the hub refuses a repository, None if it does not; offline it is not asked.
 
-    The libraries that load from it would try for a minute, and not tell the reasons apart.
+    The libraries that load from it would retry for a minute and not distinguish the reasons.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     file, repo_type = ("config.json", "model") if kind == "model" else ("README.md", "dataset")
@@ -70,43 +73,38 @@ def refusal(name: str, kind: Kind) -> str | None:
         return reason(error, name, kind)
     if is_offline():
         return f"The {kind} {name} is not in the cache, and offline it cannot be fetched."
-    pauses = iter(PAUSES)
-    while True:
+    for pause in (*PAUSES, None):
         try:
             get_hf_file_metadata(url)
             return None
         except EntryNotFoundError:  # the repository is there, and data need no card
             missing = (
-                f"{name} holds no model that transformers loads: at {_endpoint()} it has no {file}."
+                f"{name} holds no model that transformers loads: at {constants.ENDPOINT} it has no "
+                f"{file}."
             )
             return missing if kind == "model" else None
         except Exception as error:  # which HTTP client the hub's library has is its own affair
-            pause = next(pauses, None)
             if pause is None or not _may_pass(error):
                 return reason(error, name, kind) or _unreachable(error)
-        time.sleep(pause)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns")
 
 
 def reason(error: BaseException, name: str, kind: Kind) -> str | None:
-    """Return what of the hub made loading a repository fail, None where it was something else."""
+    """Return why the hub made loading a repository fail, None if something else did."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    for cause in _chain(error):
-        if isinstance(cause, EntryNotFoundError):  # of many files a repository need not have
-            continue
+    cause: BaseException | None = error
+    while cause is not None:
         if isinstance(cause, HFValidationError):
             return f"{name!r} is no name of a {kind} on the hub: that is ORGANISATION/NAME."
-        if isinstance(cause, HfHubHTTPError):
+        # Of the many files that are asked for, a repository need not have all.
+        if isinstance(cause, HfHubHTTPError) and not isinstance(cause, EntryNotFoundError):
             return _answer(cause, name, kind)
         if _is_transport(cause):
             return _unreachable(cause)
+        cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -119,29 +117,20 @@ def _may_pass(error: Exception) -> bool:
     return _is_transport(error) if status is None else status >= 500
 
 
-def _endpoint() -> str:
+def _unreachable(error: BaseException) -> str:
     from huggingface_hub import constants
 
-    return constants.ENDPOINT
-
-
-def _unreachable(error: BaseException) -> str:
     return (
-        f"{_endpoint()} cannot be reached or stopped answering ({type(error).__name__}): check the "
-        "network and HF_ENDPOINT, and try again."
+        f"{constants.ENDPOINT} cannot be reached or stopped answering ({type(error).__name__}): "
+        "check the network and HF_ENDPOINT, and try again."
     )
 
 
-def _answer(error: Exception, name: str, kind: Kind) -> str:
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-    )
+def _answer(error: HfHubHTTPError, name: str, kind: Kind) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import DisabledRepoError, GatedRepoError, RepositoryNotFoundError
 
-    assert isinstance(error, HfHubHTTPError)
-    endpoint, status = _endpoint(), error.response.status_code
+    endpoint, status = constants.ENDPOINT, error.response.status_code
     page = f"{endpoint}/{'' if kind == 'model' else 'datasets/'}{name}"
     if isinstance(error, GatedRepoError):
         if status == 401:
@@ -157,16 +146,12 @@ def _answer(error: Exception, name: str, kind: Kind) -> str:
         )
     if isinstance(error, DisabledRepoError):
         return f"The {kind} {name} is disabled at {endpoint}: choose another."
-    if status == 401:
-        return (
-            f"{endpoint} refuses your token: log in anew with `hf auth login`, or correct or unset "
-            "HF_TOKEN."
-        )
-    if status == 403:
-        return f"Your token does not open {page}: give another one with {LOGIN}."
-    if status == 429:
-        return (
-            f"{endpoint} has had too many requests from you: wait some minutes, or log in with "
-            f"{LOGIN}, which allows more."
-        )
-    return f"{endpoint} answered {status} when asked for the {kind} {name}: try again later."
+    by_status = {
+        401: f"{endpoint} refuses your token: log in anew with `hf auth login`, or correct or "
+        "unset HF_TOKEN.",
+        403: f"Your token does not open {page}: give another one with {LOGIN}.",
+        429: f"{endpoint} has had too many requests from you: wait some minutes, or log in with "
+        f"{LOGIN}, which allows more.",
+    }
+    other = f"{endpoint} answered {status} when asked for the {kind} {name}: try again later."
+    return by_status.get(status, other)

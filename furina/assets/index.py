@@ -1,9 +1,8 @@
-"""Where pip would download from: its configured indexes, and one file's address on them."""
+"""Find a file's address on the package indexes that pip is configured for."""
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -76,25 +75,23 @@ class _Anchors(HTMLParser):
         self.addresses += [value for name, value in attrs if (tag, name) == ("a", "href") and value]
 
 
-def _addresses(page: str, content_type: str) -> list[str]:
-    """List the file addresses of a project page: PEP 691 JSON or PEP 503 HTML."""
-    if "json" in content_type:
-        return [file["url"] for file in json.loads(page)["files"]]
+def _addresses(http: requests.Session, url: str) -> list[str]:
+    """List the files of a project's page (PEP 691 JSON or PEP 503 HTML); none without a page."""
     anchors = _Anchors()
-    anchors.feed(page)
-    return anchors.addresses
-
-
-def _project_page(http: requests.Session, url: str) -> tuple[str, str, str]:
-    """Return (text, content type, final address) of a project's page; empty if it has none."""
     if folder := local_path(url):
         page = folder / "index.html"
-        return (page.read_text() if page.is_file() else ""), "text/html", url
+        anchors.feed(page.read_text() if page.is_file() else "")
+        return [urljoin(url, address) for address in anchors.addresses]
     response = http.get(url, headers={"Accept": ACCEPT}, timeout=TIMEOUT)
     if response.status_code in (404, 410):
-        return "", "text/html", url
+        return []
     response.raise_for_status()
-    return response.text, response.headers.get("Content-Type", ""), response.url
+    if "json" in response.headers.get("Content-Type", ""):
+        addresses = [file["url"] for file in response.json()["files"]]
+    else:
+        anchors.feed(response.text)
+        addresses = anchors.addresses
+    return [urljoin(response.url, address) for address in addresses]
 
 
 def file_url(http: requests.Session, package: str, filename: str, bases: Iterable[str]) -> str:
@@ -108,10 +105,9 @@ def file_url(http: requests.Session, package: str, filename: str, bases: Iterabl
         page_url = f"{base.rstrip('/')}/{package}/"
         asked.append(shown(page_url))
         try:
-            page, content_type, final_url = _project_page(http, page_url)
-            for address in _addresses(page, content_type):
+            for address in _addresses(http, page_url):
                 if unquote(urlsplit(address).path).rpartition("/")[2] == filename:
-                    return urljoin(final_url, address)
+                    return address
         except (requests.RequestException, ValueError, KeyError) as error:
             failures.append(f"{asked[-1]} gave {type(error).__name__}")
     if failures:

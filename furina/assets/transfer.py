@@ -1,4 +1,4 @@
-"""Download one file whole: resumable, verified, and moved into place only when it is right."""
+"""Download a file: resume it, verify it, and move it into place only if it is right."""
 
 from __future__ import annotations
 
@@ -22,17 +22,6 @@ from furina.storage import disk_errors, sha256_file
 
 ATTEMPTS = 5
 BLOCK = 1 << 18
-
-
-def _progress(visible: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not visible)
 
 
 def _append(http: requests.Session, url: str, part: Path, bar: Progress) -> None:
@@ -82,7 +71,14 @@ def download(http: requests.Session, url: str, path: Path, sha256: str, progress
         FurinaError: the disk is full or the folder cannot be written.
     """
     part = path.with_name(path.name + ".part")
-    with disk_errors(path), _progress(progress) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with disk_errors(path), Progress(*columns, disable=not progress) as bar:
         path.parent.mkdir(parents=True, exist_ok=True)
         bar.add_task(path.name, total=None)
         resumed = part.exists()

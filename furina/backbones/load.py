@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +32,11 @@ DTYPES = {
     "float64": torch.float64,
 }
 CHECKPOINT = "checkpoint"
-"""In place of a dtype: the one that the weights are stored in."""
+"""Stands for the dtype that the weights are stored in."""
 
 
 def load_backbone(
-    name: str,
-    dtype: str = AUTO,
-    device: str | None = None,
-    attention: str | None = None,
+    name: str, dtype: str = AUTO, device: str | None = None, attention: str | None = None
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode.
 
@@ -64,29 +63,25 @@ def load_backbone(
     number_format = _dtype(resolve_dtype(dtype, device).dtype)
     model: PreTrainedModel
     if name in TINY:
-        try:
+        with _failures(name):
             model = tiny_model(name, number_format or torch.float32, attention)
-        except ValueError as error:
-            raise ConfigurationError(_no_such(name, error)) from error
     else:
         source = _source(name, weights=True)
-        try:
-            with quiet_transformers(errors_only=True):  # its table of odd weights is an error here
-                stored = AutoConfig.from_pretrained(source).dtype
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype=number_format or "auto",
-                    attn_implementation=attention,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
-                model, weights = loaded
-                if stored is None:  # older files do not say it, and the weights are asked
-                    stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
-            if dtype == AUTO:
-                model.checkpoint_dtype = stored
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ConfigurationError(_no_such(name, error)) from error
+        # transformers prints a table of odd weights, which are an error here.
+        with _failures(name), quiet_transformers(errors_only=True):
+            stored = AutoConfig.from_pretrained(source).dtype
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=number_format or "auto",
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            model, weights = loaded
+            if stored is None:  # older files do not say it, and the weights are asked
+                stored = AutoModelForCausalLM.from_pretrained(source, dtype="auto").dtype
+        if dtype == AUTO:
+            model.checkpoint_dtype = stored
         _require_whole(name, model, weights)
     again: Any = name if name in (*models(), *TINY) else published_name(model)
     model.backbone_name = again
@@ -109,13 +104,10 @@ def meta_backbone(name: str, dtype: str = "bfloat16") -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     number_format, file = _dtype(dtype), None if name in TINY else _shape(name)
-    try:
+    with _failures(name, _shaped()), torch.device("meta"):
         config = AutoConfig.from_pretrained(str(file)) if file else tiny_config(name)
         chosen = number_format or config.dtype
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(_no_such(name, error, _shaped())) from error
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=chosen)  # type: ignore[no-untyped-call]
     torch.nn.Module.eval(model)
     return model
 
@@ -134,11 +126,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if name in TINY:
         return tiny_tokenizer(has_bos=name == "tiny-llama")
     source = _source(name)
-    tokenizer: PreTrainedTokenizerBase
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(_no_such(name, error, kind="the tokenizer of")) from error
+    with _failures(name, kind="the tokenizer of"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -233,6 +222,15 @@ def _shape(name: str) -> Path:
 
 def _shaped() -> list[str]:
     return [*ARCHITECTURES, *TINY]
+
+
+@contextmanager
+def _failures(name: str, known: list[str] | None = None, kind: str = "backbone") -> Iterator[None]:
+    """Say in one sentence why transformers cannot load what a name leads to."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(_no_such(name, error, known, kind)) from error
 
 
 def _no_such(

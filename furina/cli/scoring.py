@@ -105,7 +105,7 @@ class Evaluate(WithData, _WithModel):
             items[name] = test_subset(every, self.size, self.seed or 0)[1]
         model = self.load(backbone)
         from furina.backbones.load import load_tokenizer
-        from furina.evaluation.harness import evaluate
+        from furina.evaluation.evaluate import evaluate
 
         tokenizer = load_tokenizer(backbone)
         done = []

@@ -1,4 +1,4 @@
-"""What a task's rows look like, and how much of its test split its train split gives away."""
+"""Count a task's rows, and how much of its test split its train split gives away."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furina.data.items import Item, Question, normalised, overlap
-from furina.data.sources import Source, Split, load_items, resolve_source, splits_held
+from furina.data.places import Split
+from furina.data.sources import Source, load_items, resolve_source, splits_held
 from furina.data.tasks import get_task
-from furina.errors import ConfigurationError
 
 NGRAM = 13
-"""Words of a shared run that counts as contamination, as GPT-3's report took it."""
+"""Words in a row that count as contamination if they are shared, as in GPT-3's report."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +53,20 @@ class Audit:
     leakage: Leakage | None
 
 
-def audit(
-    task: str,
-    source: Source = "auto",
-    data_dir: Path | str | None = None,
-    ngram: int = NGRAM,
-) -> Audit:
+def audit(task: str, source: Source = "auto", data_dir: Path | str | None = None) -> Audit:
     """Count what `source` holds of a task.
 
     Raises:
-        ConfigurationError: task or source is unknown, or `ngram` is below 1.
+        ConfigurationError: task or source is unknown.
         DataError: the source holds nothing of the task, or its rows are missing or damaged.
         AssetError: the wheel is asked for but not cached.
     """
-    if ngram < 1:
-        raise ConfigurationError(f"ngram={ngram} must be at least 1.")
     found, resolved = get_task(task), resolve_source(source, data_dir)
     held = splits_held(found, resolved) or ["test"]  # which `load_items` then refuses
     items = {split: load_items(task, split, source, data_dir) for split in held}
     facts = {split: split_facts(rows, found.rows[split]) for split, rows in items.items()}
     pair = (items["train"], items["test"]) if {"train", "test"} <= set(items) else None
-    return Audit(task, resolved, ngram, facts, leakage(*pair, ngram) if pair else None)
+    return Audit(task, resolved, NGRAM, facts, leakage(*pair) if pair else None)
 
 
 def split_facts(items: Sequence[Item], public_rows: int) -> SplitFacts:

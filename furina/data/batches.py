@@ -8,7 +8,7 @@ micro-batch also holds `task_types` (rows,).
 
 from __future__ import annotations
 
-import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 from furina.data.encoding import Encoder
 from furina.data.items import Item
 from furina.data.protocols import Protocol
+from furina.data.splits import seeded_key
 from furina.data.tasks import Task
 from furina.errors import ConfigurationError
 
@@ -59,8 +60,13 @@ def encode_examples(
         ConfigurationError: `max_length` leaves no room for any answer, the protocol ends its
             examples and the tokenizer has no end-of-text token, or that adds one by itself.
     """
-    examples, truncated = [], 0
-    encoder, end = Encoder(tokenizer), _end(tokenizer, protocol)
+    if protocol.ends and tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"Protocol {protocol.name} ends its answers and the tokenizer has no end-of-text "
+            "token: set tokenizer.eos_token."
+        )
+    end = [int(tokenizer.eos_token_id)] if protocol.ends else []
+    encoder, examples, truncated = Encoder(tokenizer), [], 0
     for item in items:
         context, answer, _ = encoder.trained(*protocol.pair(task, item))
         answer = [*answer, *end]
@@ -80,35 +86,21 @@ def encode_examples(
             f"max_length={max_length} is too short: every answer of {task.name} alone is as long; "
             "raise it."
         )
-    lost = f"of {len(items)} examples of {task.name}", f"max_length={max_length} tokens"
-    if truncated:
-        warnings.warn(
-            f"{truncated} {lost[0]} are longer than {lost[1]} and lost the start of their context.",
-            stacklevel=2,
-        )
-    if left_out := len(items) - len(examples):
-        warnings.warn(
-            f"{left_out} {lost[0]} have an answer that alone fills {lost[1]} and were left out.",
-            stacklevel=2,
-        )
+    room, left_out = f"max_length={max_length} tokens", len(items) - len(examples)
+    for count, fate in (
+        (truncated, f"are longer than {room} and lost the start of their context"),
+        (left_out, f"have an answer that alone fills {room} and were left out"),
+    ):
+        if count:
+            said = f"{count} of {len(items)} examples of {task.name} {fate}."
+            warnings.warn(said, stacklevel=2)
     return examples
-
-
-def _end(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> list[int]:
-    if not protocol.ends:
-        return []
-    if tokenizer.eos_token_id is None:
-        raise ConfigurationError(
-            f"Protocol {protocol.name} ends its answers and the tokenizer has no end-of-text "
-            "token: set tokenizer.eos_token."
-        )
-    return [int(tokenizer.eos_token_id)]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad examples on the right, to the longest rounded up to a multiple of 8."""
     longest = max(len(example.input_ids) for example in examples)
-    shape = len(examples), -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    shape = len(examples), math.ceil(longest / PAD_MULTIPLE) * PAD_MULTIPLE
     input_ids = torch.full(shape, pad_id, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORED)
@@ -125,6 +117,10 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return batch
 
 
+def _micro_batches(examples: Sequence[Example], size: int, pad_id: int) -> Iterator[Batch]:
+    return (collate(examples[at : at + size], pad_id) for at in range(0, len(examples), size))
+
+
 class InOrder(IterableDataset[Batch]):
     """Examples in micro-batches of `size` rows; iterable, so that Lightning leaves them alone."""
 
@@ -134,12 +130,11 @@ class InOrder(IterableDataset[Batch]):
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
-        return -(-len(self.examples) // self.size)
+        return math.ceil(len(self.examples) / self.size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield them."""
-        for first in range(0, len(self.examples), self.size):
-            yield collate(self.examples[first : first + self.size], self.pad_id)
+        """Yield the micro-batches in order."""
+        return _micro_batches(self.examples, self.size, self.pad_id)
 
 
 class StepBatches(IterableDataset[list[Batch]]):
@@ -220,14 +215,12 @@ class StepBatches(IterableDataset[list[Batch]]):
         order = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         # Longest first: a batch that does not fit into memory fails before the work is done.
         rows = sorted((self.examples[row] for row in order), key=lambda row: -len(row.input_ids))
-        mine, size = rows[self.rank :: self.world_size], self.micro_batch_size
-        return [
-            collate(mine[first : first + size], self.pad_id) for first in range(0, len(mine), size)
-        ]
+        mine = rows[self.rank :: self.world_size]
+        return list(_micro_batches(mine, self.micro_batch_size, self.pad_id))
 
     def _order(self, epoch: int) -> list[int]:
         if self._permutation[0] != epoch:
-            digest = hashlib.sha256(f"{self.seed}\n{epoch}".encode()).digest()
+            digest = seeded_key(self.seed, str(epoch))
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             order = _permutation(len(self.examples), generator)
             self._permutation = (epoch, self._bucketed(order, generator))

@@ -14,9 +14,9 @@ _PROBE = "Question: 1"
 
 
 class Encoded(NamedTuple):
-    """A context and what continues it; `is_split` if both together are the joined text's tokens.
+    """A context and its continuation; `is_split` if they join to the tokens of the joined text.
 
-    They are not where the tokenizer merges the end of the one with the start of the other.
+    They do not where the tokenizer merges the end of the one with the start of the other.
     """
 
     context: list[int]
@@ -25,10 +25,10 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes as one tokenizer does, once it is known what that adds to a text by itself.
+    """Encodes texts as one tokenizer does, knowing which tokens that adds by itself.
 
     Attributes:
-        front: the tokens that it puts before a text: none, or a BOS.
+        prefix: the tokens that it puts before a text: none, or a BOS.
 
     Raises:
         ConfigurationError: it puts a token behind a text, or two BOS tokens before it.
@@ -37,14 +37,14 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Read what the tokenizer adds."""
         self.tokenizer = tokenizer
-        self.front = _front(tokenizer)
+        self.prefix = _prefix(tokenizer)
         first = tokenizer.bos_token_id
         if first is None:
             first = tokenizer.eos_token_id
         self._own = None if first is None else str(tokenizer.decode(first))
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's tokens, behind `front` unless the text brings its own BOS."""
+        """Return a text's tokens, behind `prefix` unless the text brings its own BOS."""
         adds = self._own is None or not text.startswith(self._own)
         return list(self.tokenizer.encode(text, add_special_tokens=adds, verbose=False))
 
@@ -65,7 +65,7 @@ class Encoder:
         return Encoded(ids, whole[end:], is_split=whole[:end] == ids)
 
     def trained(self, context: str, continuation: str) -> Encoded:
-        """Encode for training: behind the tokens that a prompt has, nothing of the answer is lost.
+        """Encode for training: the context as a prompt has it, then all of the answer.
 
         Where the border is merged, the answer is encoded by itself.
         """
@@ -77,10 +77,10 @@ class Encoder:
         return pair._replace(continuation=list(alone))
 
     def scored(self, context: str, continuation: str) -> Encoded:
-        """Encode for scoring, where every token of the answer must be one of its own.
+        """Encode for scoring, which takes an answer whose tokens are all its own.
 
         Raises:
-            ConfigurationError: it is not, or the answer has none.
+            ConfigurationError: a token holds text of both sides, or the answer has no token.
         """
         pair = self.pair(context, continuation)
         if not (pair.is_split and pair.continuation):
@@ -92,13 +92,13 @@ class Encoder:
         return pair
 
     def cut(self, ids: Sequence[int], longest: int | None, keep: int = 1) -> list[int]:
-        """Return at most `longest` tokens: the start goes, a BOS and the last `keep` stay.
+        """Return at most `longest` tokens: drop the start, keep a BOS and the last `keep`.
 
-        A BOS goes too where there is no room for both.
+        The BOS is dropped too where there is no room for both.
         """
         if longest is None or len(ids) <= longest:
             return list(ids)
-        head = len(self.front) if tuple(ids[: len(self.front)]) == self.front else 0
+        head = len(self.prefix) if tuple(ids[: len(self.prefix)]) == self.prefix else 0
         if not head and ids[0] == self.tokenizer.bos_token_id:
             head = 1
         head = head if longest - head >= keep else 0
@@ -130,7 +130,7 @@ def check_vocabulary(
         )
 
 
-def _front(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     bare = list(tokenizer.encode(_PROBE, add_special_tokens=False))
     whole = list(tokenizer.encode(_PROBE))
     starts = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
@@ -139,19 +139,19 @@ def _front(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"The tokenizer turns the text {_PROBE!r} into {len(bare)} tokens and, with its "
             "special tokens, into others: use the model's own tokenizer."
         )
-    front, behind = whole[: starts[0]], whole[starts[0] + len(bare) :]
+    before, behind = whole[: starts[0]], whole[starts[0] + len(bare) :]
     if behind:
         raise ConfigurationError(
             f"The tokenizer appends EOS to a prompt ({_named(tokenizer, behind)}), and nothing "
             "goes on behind an end: load it with add_eos_token=False, or take the token out of "
             "its post-processor."
         )
-    if len(set(front)) < len(front):
+    if len(set(before)) < len(before):
         raise ConfigurationError(
-            f"The tokenizer puts two BOS tokens before a prompt ({_named(tokenizer, front)}): load "
-            "it without one of them."
+            f"The tokenizer puts two BOS tokens before a prompt ({_named(tokenizer, before)}): "
+            "load it without one of them."
         )
-    return tuple(front)
+    return tuple(before)
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from furina.data.splits import rank
+from furina.data.splits import chosen
 from furina.errors import ConfigurationError, nearest
+from furina.options.hints import is_of, scalars
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ def read_shares(mixture: Mapping[str, Any]) -> dict[str, Share]:
 
     Raises ConfigurationError for an unknown option or a value of the wrong type.
     """
-    known = {item.name: item for item in fields(Share)}
+    known = scalars(Share)
     shares = {}
     for task, options in mixture.items():
         if not isinstance(options, Mapping | None):
@@ -57,10 +58,7 @@ def read_shares(mixture: Mapping[str, Any]) -> dict[str, Share]:
                 raise ConfigurationError(
                     f"mixture: {task} has an unknown option {name!r}.{nearest(str(name), known)}"
                 )
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number or (name == "cap" and value is None)) or (
-                name != "weight" and isinstance(value, float)
-            ):
+            if not is_of(value, known[name]):
                 raise ConfigurationError(f"mixture: {task} has {name}={value!r}: give a number.")
         shares[task] = Share(**(options or {}))
     return shares
@@ -70,8 +68,7 @@ def take(rows: Sequence[T], cap: int | None, seed: int, name: str) -> list[T]:
     """Return `cap` rows in their order, chosen by seed and name; all without a cap."""
     if cap is None or cap >= len(rows):
         return list(rows)
-    ranked = sorted(range(len(rows)), key=lambda index: rank(seed, f"{name}\n{index}"))
-    return [rows[index] for index in sorted(ranked[:cap])]
+    return [rows[i] for i in chosen([f"{name}\n{i}" for i in range(len(rows))], cap, seed)]
 
 
 def repeat(rows: Sequence[T], weight: float, seed: int, name: str) -> list[T]:

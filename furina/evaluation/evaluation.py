@@ -1,15 +1,20 @@
-"""What scoring a model returns: scores, and everything they were made from."""
+"""The result of scoring a model: scores, and everything they were made from."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from furina.data.items import Item, chance_level
+from furina.data.protocols import Protocol
+from furina.data.tasks import Task
+from furina.errors import DataError
 from furina.evaluation.samples import Sample, write_samples
-from furina.evaluation.statistics import is_suspect, standard_error
 from furina.records import Score, Variant
 
 Engine = Literal["shared", "lm_eval"]
@@ -29,7 +34,7 @@ class MetricScore:
 
 @dataclass(frozen=True)
 class FirstPrompt:
-    """What the model was given first, as text and as token ids; `sha256` is that of `text`."""
+    """The first prompt, as text and as token ids."""
 
     text: str
     ids: tuple[int, ...]
@@ -59,6 +64,35 @@ class Evaluation:
     first_prompt: FirstPrompt
     truncated: int
 
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        protocol: Protocol,
+        items: Sequence[Item],
+        samples: Sequence[Sample],
+        *,
+        engine: str,
+        batch_size: int,
+        first_prompt: FirstPrompt,
+        truncated: int,
+        protocol_version: str | None = None,
+    ) -> Evaluation:
+        """Score the samples of `items` by each of their metrics."""
+        chance = chance_level(items)
+        return cls(
+            task=task.name,
+            protocol=protocol.name,
+            protocol_version=protocol_version or str(protocol.version),
+            engine=engine,
+            lm_eval_version=version("lm-eval"),
+            batch_size=batch_size,
+            scores={metric: metric_score(metric, samples, chance) for metric in samples[0].correct},
+            samples=tuple(samples),
+            first_prompt=first_prompt,
+            truncated=truncated,
+        )
+
     def write_samples(self, path: Path) -> None:
         """Write the per-question outputs as gzipped JSON lines, atomically."""
         write_samples(path, self.samples)
@@ -71,12 +105,7 @@ class Evaluation:
                 task=self.task,
                 protocol=self.protocol,
                 protocol_version=self.protocol_version,
-                metric=score.metric,
-                value=score.value,
-                stderr=score.stderr,
-                n=score.n,
-                chance=score.chance,
-                suspect=score.suspect,
+                **asdict(score),
                 engine=self.engine,
                 first_prompt_sha256=self.first_prompt.sha256,
                 first_prompt_ids=self.first_prompt.ids,
@@ -97,11 +126,21 @@ def metric_score(metric: str, samples: Sequence[Sample], chance: float) -> Metri
     )
 
 
-def lm_eval_version() -> str:
-    """Return the version of lm-eval that is installed."""
-    from importlib.metadata import version
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean, sample deviation / sqrt(n), as lm-eval does.
 
-    return version("lm-eval")
+    Raises DataError for fewer than two values, which have none.
+    """
+    n = len(values)
+    if n < 2:
+        raise DataError(f"A standard error needs at least 2 questions, not {n}: score more.")
+    mean = sum(values) / n
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def is_suspect(value: float, stderr: float, chance: float) -> bool:
+    """Return whether a score is not above chance by more than two standard errors."""
+    return value <= chance + 2 * stderr
 
 
 def sha256(text: str) -> str:

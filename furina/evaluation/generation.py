@@ -1,4 +1,4 @@
-"""Let a model write: deterministic answers that do not depend on what else is in the batch."""
+"""Generate answers deterministically, and independently of what else is in the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from furina.data.encoding import Encoder, check_vocabulary
-from furina.data.protocols.base import Decoding
+from furina.data.protocols import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.evaluation.independence import (
     check_causal,
@@ -132,7 +132,7 @@ def _room(model: PreTrainedModel, decoding: Decoding) -> int | None:
 def _batches(
     order: Sequence[int], writer: _Writer, lengths: Sequence[int], batch_size: int
 ) -> Iterator[Sequence[int]]:
-    """Yield what is written together: as many as asked for, where none changes another."""
+    """Yield the prompts of each batch: `batch_size`, or one where prompts would interact."""
     model, decoding, start = writer.model, writer.decoding, 0
     longest = original_length(model) if decoding.pass_mask else None
     is_padded = decoding.pass_mask and min(batch_size, len(set(lengths))) > 1
@@ -156,7 +156,7 @@ def _batches(
 
 @contextmanager
 def _own_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the model's generation config out: transformers fills gaps from it, samplers too."""
+    """Hide the model's generation config, from which transformers would fill every gap."""
     from transformers import GenerationConfig
 
     config = model.generation_config
@@ -234,7 +234,7 @@ class _Writer:
         return rest
 
     def _ended(self, ids: Sequence[int]) -> bool:
-        """Return whether a row's new tokens are an answer that is whole."""
+        """Return whether a row's new tokens are a whole answer."""
         whole = len(ids) >= self.decoding.max_new_tokens or not self.ends.isdisjoint(ids)
         return whole or self._stopped(ids)
 

@@ -1,4 +1,4 @@
-"""Whether a model's rows are what each would be alone: what batches and packed rows rest on."""
+"""Check that a row's outputs do not depend on other rows, as batching and packing assume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT, PADDING = 6, 12
-"""Tokens of the probes: of what is read, and of the padding before it."""
+"""Lengths of the probes in tokens: of the prompt, and of the padding before it."""
 
 # Properties of the architecture: weights that change do not change them.
 _causal: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -23,7 +23,7 @@ _reads_padding: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakK
 
 
 def rounding(model: PreTrainedModel, values: Tensor) -> float:
-    """Return by how much two computations of `values` may differ in the model's number format.
+    """Return how far rounding alone may move two computations of `values` apart.
 
     Both round every sublayer's output, of which there are 2 per layer: with independent errors,
     they differ by about eps·√(2L) of their spread. Norms, softmax and logarithms round in fp32
@@ -41,35 +41,34 @@ def differ(model: PreTrainedModel, first: Tensor, second: Tensor) -> float | Non
 
 
 def check_causal(model: PreTrainedModel) -> None:
-    """Raise ConfigurationError if tokens change what the model says before them.
+    """Raise ConfigurationError if a token changes the logits before it.
 
-    The model should be in eval mode. Outputs that are not finite say nothing: who reads them will.
+    The model should be in eval mode. Outputs that are not finite prove nothing and are let pass:
+    whoever reads them reports them.
     """
     if model in _causal:
         return
-    ids = _drawn(model, 2, 2 * PROMPT)
-    ids[1, :PROMPT] = ids[0, :PROMPT]
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise _not_causal(model)
-    with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :PROMPT].double()
-    if logits.isfinite().all():
-        if differ(model, logits[1], logits[0]) is not None:
-            raise _not_causal(model)
-        _causal.add(model)
-
-
-def _not_causal(model: PreTrainedModel) -> ConfigurationError:
-    return ConfigurationError(
-        f"{type(model).__name__} is no causal language model: later tokens change what it says of "
-        "earlier ones, so the likelihood of an answer cannot be read off; choose a decoder."
-    )
+    is_causal = not getattr(model.config, "is_encoder_decoder", False)
+    if is_causal:
+        ids = _drawn(model, 2, 2 * PROMPT)
+        ids[1, :PROMPT] = ids[0, :PROMPT]
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :PROMPT].double()
+        if not logits.isfinite().all():
+            return
+        is_causal = differ(model, logits[1], logits[0]) is None
+    if not is_causal:
+        raise ConfigurationError(
+            f"{type(model).__name__} is no causal language model: later tokens change what it says "
+            "of earlier ones, so the likelihood of an answer cannot be read off; choose a decoder."
+        )
+    _causal.add(model)
 
 
 def reads_padding(model: PreTrainedModel, pad_id: int) -> bool:
-    """Return whether masked padding before a prompt changes how the model goes on.
+    """Return whether masked padding before a prompt changes what the model writes.
 
-    That of recurrent models may pass through their state. The model should be in eval mode.
+    In a recurrent model it may pass through the state. The model should be in eval mode.
     """
     if model not in _reads_padding:
         ids = _drawn(model, 2, PADDING + PROMPT)
@@ -100,7 +99,7 @@ def _first_logits(model: Any, ids: Tensor, mask: Tensor, pad_id: int) -> Tensor:
 
 
 def original_length(model: PreTrainedModel) -> int | None:
-    """Return the length beyond which a batch's longest row changes the others, None for no such.
+    """Return the length beyond which a batch's longest row changes the others, None for none.
 
     Rope scaling "dynamic" and "longrope" choose one set of frequencies for a whole batch, by its
     last position (`dynamic_rope_update` of transformers).
@@ -119,7 +118,7 @@ def original_length(model: PreTrainedModel) -> int | None:
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Bring back the frequencies of short rows: "dynamic" keeps those of the longest one so far."""
+    """Reset "dynamic" rope scaling, which keeps the frequencies of the longest row so far."""
     with torch.inference_mode():
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import truediv
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -112,13 +113,41 @@ def measure_latency(
     Raises ConfigurationError for fewer than one round, row, prompt token or two new tokens, and if
     the tokens do not fit the model.
     """
-    _check(model, prompt_tokens, new_tokens, batch_size, rounds, warmup)
-    enters = adapter_variants(model) if variants is None else dict(variants)
-    timers = {name: partial(_timed, model, enter, clock) for name, enter in enters.items()}
+    if min(prompt_tokens, new_tokens - 1, batch_size, rounds) < 1 or warmup < 0:
+        raise ConfigurationError(
+            "Latency needs at least 1 prompt token, 2 new tokens, 1 row and 1 round, and no "
+            f"negative warm-up: got {prompt_tokens}, {new_tokens}, {batch_size}, {rounds} and "
+            f"{warmup}."
+        )
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and prompt_tokens + new_tokens > room:
+        raise ConfigurationError(
+            f"{prompt_tokens} + {new_tokens} tokens do not fit the model's {room} positions: "
+            "time fewer."
+        )
+
+    def timed(enter: Enter, prompt: Tensor, new_tokens: int) -> Timing:
+        with enter():
+            return generate(model, prompt.to(model.device), new_tokens, clock)[1]
+
+    enters = adapter_variants(model) if variants is None else variants
+    timers = {name: partial(timed, enter) for name, enter in enters.items()}
     prompts = random_prompts(model, (batch_size, prompt_tokens), seed)
     with evaluation_mode(model), torch.inference_mode():
         timings = interleaved(timers, prompts, new_tokens, rounds=rounds, warmup=warmup, seed=seed)
-    return results(timings, (batch_size, prompt_tokens), new_tokens)
+    base = timings.get(BASE)
+    return [
+        LatencyResult(
+            variant=name,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            batch_size=batch_size,
+            rounds=tuple(own),
+            ratio_to_base={} if base is None else _ratios(own, base),
+            **_spreads(own),
+        )
+        for name, own in timings.items()
+    ]
 
 
 def random_prompts(
@@ -151,25 +180,6 @@ def interleaved(
             if number >= warmup:
                 timings[name].append(timing)
     return timings
-
-
-def results(
-    timings: Mapping[str, Sequence[Timing]], shape: tuple[int, int], new_tokens: int
-) -> list[LatencyResult]:
-    """Summarise the rounds of each variant; `shape` is (batch, P)."""
-    base = timings.get(BASE)
-    return [_result(name, shape, new_tokens, own, base) for name, own in timings.items()]
-
-
-def _timed(
-    model: PreTrainedModel,
-    enter: Enter,
-    clock: Callable[[], float],
-    prompt: Tensor,
-    new_tokens: int,
-) -> Timing:
-    with enter():
-        return generate(model, prompt.to(model.device), new_tokens, clock)[1]
 
 
 def generate(
@@ -257,56 +267,15 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _check(
-    model: PreTrainedModel,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch_size: int,
-    rounds: int,
-    warmup: int,
-) -> None:
-    if min(prompt_tokens, new_tokens - 1, batch_size, rounds) < 1 or warmup < 0:
-        raise ConfigurationError(
-            "Latency needs at least 1 prompt token, 2 new tokens, 1 row and 1 round, and no "
-            f"negative warm-up: got {prompt_tokens}, {new_tokens}, {batch_size}, {rounds} and "
-            f"{warmup}."
-        )
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and prompt_tokens + new_tokens > room:
-        raise ConfigurationError(
-            f"{prompt_tokens} + {new_tokens} tokens do not fit the model's {room} positions: "
-            "time fewer."
-        )
-
-
-def _result(
-    name: str,
-    shape: tuple[int, int],
-    new_tokens: int,
-    own: Sequence[Timing],
-    base: Sequence[Timing] | None,
-) -> LatencyResult:
-    ttft, per_token, total = (_spread(column) for column in zip(*own, strict=True))
-    return LatencyResult(
-        variant=name,
-        batch_size=shape[0],
-        prompt_tokens=shape[1],
-        new_tokens=new_tokens,
-        rounds=tuple(own),
-        ttft_ms=ttft,
-        per_token_ms=per_token,
-        total_ms=total,
-        ratio_to_base={} if base is None else _ratios(own, base),
-    )
-
-
 def _ratios(own: Sequence[Timing], base: Sequence[Timing]) -> dict[str, Spread]:
     """Divide round by round: what slowed the machine down in a round cancels."""
-    pairs = list(zip(own, base, strict=True))
-    return {
-        name: _spread([getattr(mine, name) / getattr(theirs, name) for mine, theirs in pairs])
-        for name in Timing._fields
-    }
+    pairs = zip(own, base, strict=True)
+    return _spreads([Timing(*map(truediv, mine, theirs)) for mine, theirs in pairs])
+
+
+def _spreads(timings: Sequence[Timing]) -> dict[str, Spread]:
+    columns = zip(*timings, strict=True)
+    return {name: _spread(times) for name, times in zip(Timing._fields, columns, strict=True)}
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -1,4 +1,4 @@
-"""Token sequences that share prefixes, packed as trees: what they share is there once.
+"""Pack token sequences as trees, in which a shared prefix stands once.
 
 A row holds the nodes of one tree in depth-first order, so the descendants of node j are the nodes
 from j up to `ends[j]`: node i may attend to j exactly if j <= i < ends[j].
@@ -16,7 +16,7 @@ Ids = tuple[int, ...]
 
 
 @dataclass
-class Row:
+class Tree:
     """One tree of tokens; `paths[k]` leads from its root to the end of the sequence `members[k]`.
 
     `depths` are the nodes' positions in their sequences, `ends` where their descendants end.
@@ -64,25 +64,25 @@ class Packing:
     longest: int
     apart: int | None = None
 
-    def rows(self, sequences: Sequence[Ids]) -> list[Row]:
+    def rows(self, sequences: Sequence[Ids]) -> list[Tree]:
         """Pack all sequences, whatever their order, into as few tokens as pays off.
 
         Neighbours in lexicographic order share most; what a sequence shares with the one before
         is then what it shares with the whole tree.
         """
-        rows: list[Row] = []
+        rows: list[Tree] = []
         last: Ids = ()
         for member in sorted(range(len(sequences)), key=sequences.__getitem__):
             ids = sequences[member]
             shared = common_prefix(last, ids)
             if not rows or not self._joins(rows[-1], last, ids, shared):
-                rows.append(Row())
+                rows.append(Tree())
                 shared = 0
             rows[-1].add(member, ids, shared)
             last = ids
         return rows
 
-    def _joins(self, row: Row, last: Ids, ids: Ids, shared: int) -> bool:
+    def _joins(self, row: Tree, last: Ids, ids: Ids, shared: int) -> bool:
         if self.apart is not None and max(len(last), len(ids)) > self.apart:
             return False
         if shared == len(last) and not row.branches:
@@ -119,7 +119,7 @@ class Limits:
     apart: int | None = None
 
 
-def batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Iterator[list[Row]]:
+def batches(rows: Sequence[Tree], reads: Sequence[int], limits: Limits) -> Iterator[list[Tree]]:
     """Yield the rows, longest first, in batches; `reads[m]` predictions are taken of sequence m.
 
     Rows that branch and rows that do not are never together: the latter need no mask.
@@ -129,8 +129,8 @@ def batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Iterat
         yield from _batches(sorted(own, key=len, reverse=True), reads, limits)
 
 
-def _batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def _batches(rows: Sequence[Tree], reads: Sequence[int], limits: Limits) -> Iterator[list[Tree]]:
+    batch: list[Tree] = []
     padding = read = 0
     for row in rows:
         width = len(batch[0]) if batch else len(row)
@@ -151,7 +151,7 @@ def _batches(rows: Sequence[Row], reads: Sequence[int], limits: Limits) -> Itera
         yield batch
 
 
-def to_tensor(batch: Sequence[Row]) -> Tensor:
+def to_tensor(batch: Sequence[Tree]) -> Tensor:
     """Return token ids, depths and ends of right-padded rows. Shape: (3, B, T).
 
     A padding node has no descendants and no ancestors: it sees itself alone.

@@ -1,4 +1,4 @@
-"""Per-question outputs: what a score was made of, kept so that it can be made again."""
+"""Per-question outputs, stored so that a score can be computed again."""
 
 from __future__ import annotations
 

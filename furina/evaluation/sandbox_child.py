@@ -14,26 +14,14 @@ from collections.abc import Callable
 
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _FILE_BYTES = 16 * 2**20
-_FOREIGN = (
-    "socket.",
-    "subprocess.",
-    "ctypes.",
-    "pty.",
-    "sqlite3.",
-    "resource.set",
-    "resource.prlimit",
-)
-_PROCESSES = (
-    *("os.fork", "os.forkpty", "os.system", "os.exec", "os.posix_spawn", "os.spawn"),
-    *("os.kill", "os.killpg", "os.startfile", "signal.pthread_kill"),
-)
-_CHANGES = (
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink"),
-    *("os.chmod", "os.chown", "os.utime", "os.truncate", "os.setxattr", "os.removexattr"),
-    *("shutil.rmtree", "shutil.move"),
-)
-"""Of these, all but `_WITHOUT_FOLDER` end in the descriptor of the folder that names are from."""
-_WITHOUT_FOLDER = ("os.truncate", "os.setxattr", "os.removexattr", "shutil.move")
+_FOREIGN = ("socket.", "subprocess.", "ctypes.", "pty.", "sqlite3.", "resource.")
+_PROCESSES = ("os.fork", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile")
+_REFUSED = (*_FOREIGN, *_PROCESSES, "os.kill", "signal.pthread_kill")
+"""How the names of events begin that are never allowed."""
+_NAMES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink")
+_WITH_FOLDER = (*_NAMES, "os.chmod", "os.chown", "os.utime", "shutil.rmtree")
+"""Events whose last argument is the descriptor of the folder that names are relative to."""
+_CHANGES = (*_WITH_FOLDER, "os.truncate", "os.setxattr", "os.removexattr", "shutil.move")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -110,10 +98,10 @@ def _guard(folder: str) -> Callable[[str, tuple[object, ...]], None]:
             writes = isinstance(flags, int) and flags & _WRITING
             if writes and not inside(path):
                 raise PermissionError(f"the sandbox lets nothing write to {path!r}")
-        elif event.startswith(_FOREIGN) or event in _PROCESSES:
+        elif event.startswith(_REFUSED):
             raise PermissionError(f"the sandbox does not allow {event}")
         elif event in _CHANGES:
-            start = None if event in _WITHOUT_FOLDER else arguments[-1]
+            start = arguments[-1] if event in _WITH_FOLDER else None
             paths = [value for value in arguments if isinstance(value, (str, bytes, os.PathLike))]
             if not all(inside(path, start) for path in paths):
                 raise PermissionError(f"the sandbox does not allow {event} outside its folder")

@@ -22,7 +22,7 @@ from furina.data.protocols import get_protocol
 from furina.data.sources import load_items, resolve_source
 from furina.data.splits import test_subset, warn_overlap
 from furina.data.tasks import get_task
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.latency import measure_latency
 from furina.evaluation.samples import read_samples
 from furina.experiment.config import RunConfig

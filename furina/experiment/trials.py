@@ -9,7 +9,7 @@ from furina.data.protocols import ChoiceProtocol, get_protocol
 from furina.data.sources import load_items
 from furina.data.splits import split_train
 from furina.errors import ConfigurationError
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.experiment.config import RunConfig
 from furina.experiment.fit import Fitted, fit
 from furina.experiment.process import load_untouched, planned_steps

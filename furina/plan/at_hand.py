@@ -12,7 +12,8 @@ from furina.assets.hub import cached_file
 from furina.backbones.load import load_tokenizer
 from furina.backbones.tiny import TINY
 from furina.data.items import Item
-from furina.data.sources import Source, Split, load_items, splits_at_hand
+from furina.data.places import Split
+from furina.data.sources import Source, load_items, splits_at_hand
 from furina.data.tasks import get_task
 from furina.errors import DataError
 

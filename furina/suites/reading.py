@@ -13,7 +13,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from furina.data import get_task
+from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, nearest
 from furina.experiment.config import RunConfig
 from furina.suites.files import DEFAULTS, located, missing_hint, neighbour, read, suite_folder

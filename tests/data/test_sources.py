@@ -10,7 +10,7 @@ import zipfile
 import datasets
 import pytest
 
-from furina.data.readers import read_file, read_requests
+from furina.data.files import read_file, read_requests
 from furina.data.sources import load_items, resolve_source, splits_at_hand, splits_held
 from furina.data.tasks import get_task, tasks
 from furina.errors import AssetError, ConfigurationError, DataError

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from furina.backbones.load import load_backbone
 from furina.backbones.tiny import tiny_tokenizer
 from furina.data.items import Question
+from furina.data.parsing import to_labelled_row
 
+BOS, EOS = 1, 2
 STEMS = [
     ("Which of these can float on a lake?", ("a brick", "a cork", "an anvil", "a coin"), 1),
     ("What is 7 + 5?", ("10", "11", "12", "13"), 2),
@@ -58,17 +61,17 @@ def tokenizer():
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     """The same questions as a local data folder, in the public row format."""
-    rows = [
-        {
-            "id": question.id,
-            "question": question.stem,
-            "choices": {"text": list(question.choices), "label": list(question.letters)},
-            "answerKey": question.letters[question.answer],
-        }
-        for question in QUESTIONS
-    ]
     folder = tmp_path / "data" / "arc_easy"
     folder.mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = "".join(json.dumps(to_labelled_row(question)) + "\n" for question in QUESTIONS)
     (folder / "test.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     return folder.parent
+
+
+def templated(template: str):
+    """Return a tokenizer that adds its special tokens to every text as the template says."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer

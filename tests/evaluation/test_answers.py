@@ -7,8 +7,8 @@ import pytest
 from furina.data.items import Problem, Program
 from furina.errors import ConfigurationError
 from furina.evaluation import answers
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.generation import Generated
-from furina.evaluation.harness import evaluate
 
 PROBLEMS = [Problem(f"p{n}", f"What is {n} + 1?", "", str(n + 1)) for n in range(4)]
 PROGRAMS = [

@@ -9,8 +9,8 @@ import torch
 import furina
 from furina.adapters import methods
 from furina.errors import ConfigurationError
-from furina.evaluation.bridge import live_model
 from furina.evaluation.engine import PATHS, Scorer
+from furina.evaluation.hflm import live_model
 from furina.evaluation.independence import check_causal
 from furina.evaluation.packing import (
     Limits,

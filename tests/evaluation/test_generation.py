@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from furina.backbones.tiny import tiny_tokenizer
-from furina.data.protocols.base import Decoding
+from furina.data.protocols import Decoding
 from furina.errors import ConfigurationError, FurinaError
 from furina.evaluation.generation import Generated, generate
 from furina.model.inject import adapt, remove

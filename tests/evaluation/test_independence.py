@@ -12,10 +12,10 @@ from furina.backbones.load import load_backbone
 from furina.backbones.tiny import tiny_tokenizer
 from furina.data.protocols import Decoding
 from furina.errors import ConfigurationError
-from furina.evaluation.bridge import live_model
 from furina.evaluation.engine import Scorer
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.generation import generate
-from furina.evaluation.harness import evaluate
+from furina.evaluation.hflm import live_model
 from furina.evaluation.independence import check_causal, original_length, reads_padding
 
 ORIGINAL, WINDOW = 24, 96

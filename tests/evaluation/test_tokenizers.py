@@ -16,26 +16,17 @@ from furina.data.batches import collate, encode_examples
 from furina.data.encoding import Encoder, encode_pair
 from furina.data.items import Question
 from furina.data.protocols import Decoding, get_protocol
-from furina.data.tasks import get_task
-from furina.data.tasks.base import Asked
+from furina.data.tasks import TextPrompt, get_task
 from furina.errors import ConfigurationError
-from furina.evaluation.bridge import live_model
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.evaluation import Engine
 from furina.evaluation.generation import generate
-from furina.evaluation.harness import evaluate
+from furina.evaluation.hflm import live_model
+from tests.evaluation.conftest import BOS, EOS, templated
 
 ARC, TEXT, CLEAN = get_task("arc_easy"), get_protocol("text"), get_protocol("generate_clean")
 ENGINES: tuple[Engine, ...] = ("shared", "lm_eval")
-BOS, EOS = 1, 2
 WORDS = ["question", "answer", ":", "?", "a", "b", "the", "is", "in", "x", "ice", "frozen"]
-
-
-def templated(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return tokenizer
 
 
 def sentence_pieces():
@@ -102,7 +93,7 @@ def test_what_stands_in_front_is_read_and_every_answer_is_its_own_text(kind, que
     make, front = KINDS[kind]
     tokenizer = make()
     encoder = Encoder(tokenizer)
-    assert list(encoder.front) == front
+    assert list(encoder.prefix) == front
     for question in questions:
         prompt = TEXT.context(ARC, question)
         for answer in TEXT.answers(ARC, question):
@@ -250,7 +241,7 @@ def test_an_answer_without_a_token_is_refused_in_training():
     bare.backend_tokenizer.normalizer = normalizers.Replace("\u2603", "")
     question = Question("snow", "What?", ("\u2603", "b"), 0)
     assert encode_pair(bare, "Question: What?\nAnswer:", "\u2603")[1] == []
-    spoilt = dataclasses.replace(ARC, text=lambda asked: Asked("Q:", asked.choices))
+    spoilt = dataclasses.replace(ARC, text=lambda asked: TextPrompt("Q:", asked.choices))
     with pytest.raises(ConfigurationError, match="answer of item 'snow' of arc_easy no token"):
         encode_examples(bare, spoilt, [question], TEXT, 512)
 

@@ -14,8 +14,8 @@ import pytest
 
 from furina.backbones.load import backbone_hash, load_backbone
 from furina.data.items import data_hash
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.evaluation import Evaluation
-from furina.evaluation.harness import evaluate
 from furina.evaluation.samples import Sample, read_samples
 from furina.experiment import cell
 from furina.experiment.cell import run_cell

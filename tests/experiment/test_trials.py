@@ -9,7 +9,7 @@ import pytest
 
 from furina.adapters.furina import FurinaConfig
 from furina.errors import ConfigurationError
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.experiment.trials import search_trial, selection_trial
 from tests.experiment.conftest import Finished
 from tests.experiment.helpers import tiny, write_data

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from furina.data import extraction
 from furina.data.items import Instruction, Item, Program
-from furina.data.protocols.base import Decoding, GenerationProtocol, Judgement
-from furina.data.tasks.base import Task
+from furina.data.protocols import Decoding, GenerationProtocol, Judgement
+from furina.data.tasks import Task
 from furina.errors import ConfigurationError
 
 REQUEST = "Complete the following Python function."
@@ -48,10 +47,6 @@ class Code(GenerationProtocol):
     def decoding(self, task: Task) -> Decoding:
         """Return greedy decoding up to the next section."""
         return Decoding(512, ("\n### ",))
-
-    def program(self, item: Program, output: str) -> str:
-        """Return the source that runs the output against the item's tests."""
-        return extraction.complete_program(item, output)
 
     def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
         """Refuse: only running the program tells."""

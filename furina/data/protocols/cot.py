@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from furina.data import extraction
 from furina.data.items import Item, Problem
-from furina.data.protocols.base import Decoding, GenerationProtocol, Judgement
-from furina.data.tasks.base import Task
+from furina.data.protocols import Decoding, GenerationProtocol, Judgement
+from furina.data.tasks import Task
+
+_Reading = Callable[[str], str | None]
 
 
 class ChainOfThought(GenerationProtocol):
@@ -47,43 +50,30 @@ class ChainOfThought(GenerationProtocol):
     def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
         """Return the three readings."""
         assert isinstance(item, Problem)
-        strict, flexible = _RULES[task.answer_kind](output)
+        strict, flexible, equal = _READINGS[task.answer_kind]
         return {
-            "flexible": _judged(task, flexible, item.answer),
-            "strict": _judged(task, strict, item.answer),
+            "flexible": Judgement.of(flexible(output), item.answer, equal),
+            "strict": Judgement.of(strict(output), item.answer, equal),
             "math_verify": _verified(task, item.answer, output),
         }
 
 
-def _number(output: str) -> tuple[str | None, str | None]:
-    return extraction.strict_number(output), extraction.flexible_number(output)
-
-
-def _letter(output: str) -> tuple[str | None, str | None]:
-    return extraction.strict_letter(output), extraction.anchored_letter(output)
-
-
-def _latex(output: str) -> tuple[str | None, str | None]:
+def _boxed_or_number(output: str) -> str | None:
     boxed = extraction.last_boxed(output)
-    return boxed, boxed if boxed is not None else extraction.last_number(output)
+    return boxed if boxed is not None else extraction.last_number(output)
 
 
-_RULES = {"number": _number, "letter": _letter, "latex": _latex}
-
-
-def _judged(task: Task, answer: str | None, gold: str) -> Judgement:
-    if answer is None:
-        return Judgement(None, False)
-    if task.answer_kind == "number":
-        return Judgement(answer, extraction.numbers_equal(answer, gold))
-    equal = extraction.latex_equal if task.answer_kind == "latex" else str.__eq__
-    return Judgement(answer, equal(answer, gold))
+_READINGS: dict[str, tuple[_Reading, _Reading, Callable[[str, str], bool]]] = {
+    "number": (extraction.strict_number, extraction.flexible_number, extraction.numbers_equal),
+    "letter": (extraction.strict_letter, extraction.anchored_letter, str.__eq__),
+    "latex": (extraction.last_boxed, _boxed_or_number, extraction.latex_equal),
+}
+"""By the kind of answer: how it is read strictly and flexibly, and when two are equal."""
 
 
 def _verified(task: Task, gold: str, output: str) -> Judgement:
     if task.answer_kind == "letter":  # math-verify reads expressions, not choices
-        letter = extraction.anchored_letter(output)
-        return Judgement(letter, letter == gold)
+        return Judgement.of(extraction.anchored_letter(output), gold)
     return Judgement(None, bool(extraction.verified(gold, output)))
 
 

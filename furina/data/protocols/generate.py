@@ -1,20 +1,20 @@
 """Protocols `generate_v1` and `generate_clean`: free generation in LLM-Adapters' format.
 
-`v1` repeats LLM-Adapters as published, quirks included (`methods.md` sections 14.1 and 14.2):
-training and evaluation prompts that differ in white space, loss on the prompt, padding that is
-attended to, beam search, and the first label word anywhere in the output. `clean` mends these.
+`v1` repeats LLM-Adapters as published (its `finetune.py`, `evaluate.py` and
+`commonsense_evaluate.py`), quirks included: training and evaluation prompts that differ in white
+space, loss on the prompt, padding that is attended to, beam search, and the first label word
+anywhere in the output. `clean` mends these.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
 from furina.data import extraction
 from furina.data.items import Item, Problem, Question
-from furina.data.protocols.base import Decoding, GenerationProtocol, Judgement, Pair
-from furina.data.tasks.base import Task
+from furina.data.protocols import Decoding, GenerationProtocol, Judgement, Pair
+from furina.data.tasks import Task
 
 INTRODUCTION = (
     "Below is an instruction that describes a task. "
@@ -26,14 +26,18 @@ _INDENT = " " * 16
 
 NEW_TOKENS = {"choice": 32, "math": 256}
 BEAMS = 4
-TOLERANCE = 1e-3
 
 
 class Generate(GenerationProtocol):
-    """What both versions share: the instruction, the answer's sentence, one metric."""
+    """What both versions share: the instruction, the answer's sentence, one metric.
+
+    `word` reads which of a task's answer words an output gives, `letter` which of AQuA's letters.
+    """
 
     metrics: ClassVar[tuple[str, ...]] = ("acc",)
     ends: ClassVar[bool] = True
+    word: staticmethod[[str, Sequence[str]], str | None]
+    letter: staticmethod[[str], str | None]
 
     def refusal(self, task: Task) -> str | None:
         """Refuse tasks that LLM-Adapters does not ask."""
@@ -61,14 +65,6 @@ class Generate(GenerationProtocol):
         assert task.instructed and isinstance(item, Question)
         return task.instructed.answer(item)
 
-    @abstractmethod
-    def word(self, output: str, words: Sequence[str]) -> str | None:
-        """Return which of a task's answer words the output gives, None for none."""
-
-    @abstractmethod
-    def letter(self, output: str) -> str | None:
-        """Return which of AQuA's letters the output gives, None for none."""
-
     def judge(self, task: Task, item: Item, output: str) -> dict[str, Judgement]:
         """Read out a word, a letter, or the last number, whichever answers the task."""
         if task.kind == "choice":
@@ -78,7 +74,8 @@ class Generate(GenerationProtocol):
             answer = self.letter(output)
         else:
             answer = extraction.last_number(output)
-        return {"acc": _judged(task, answer, self.gold(task, item))}
+            return {"acc": Judgement.of(answer, self.gold(task, item), extraction.numbers_equal)}
+        return {"acc": Judgement.of(answer, self.gold(task, item))}
 
 
 class GenerateV1(Generate):
@@ -88,6 +85,8 @@ class GenerateV1(Generate):
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "LLM-Adapters' generation as published, its quirks included"
     loss_on_prompt: ClassVar[bool] = True
+    word = staticmethod(extraction.first_word)
+    letter = staticmethod(extraction.first_letter)
 
     def context(self, task: Task, item: Item) -> str:
         """Return the evaluation prompt: it ends in an indented empty line."""
@@ -112,14 +111,6 @@ class GenerateV1(Generate):
         """Return beam search that attends to padding of id 0."""
         return Decoding(NEW_TOKENS[task.kind], (RESPONSE,), BEAMS, pass_mask=False, pad_id=0)
 
-    def word(self, output: str, words: Sequence[str]) -> str | None:
-        """Return the first label word anywhere."""
-        return extraction.first_word(output, words)
-
-    def letter(self, output: str) -> str | None:
-        """Return the first capital A to E anywhere."""
-        return extraction.first_letter(output)
-
 
 class GenerateClean(Generate):
     """The same instructions with one prompt, masked padding and an anchored extraction."""
@@ -127,6 +118,8 @@ class GenerateClean(Generate):
     name: ClassVar[str] = "generate_clean"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "LLM-Adapters' generation, mended: mask passed, greedy, anchored"
+    word = staticmethod(extraction.anchored_word)
+    letter = staticmethod(extraction.anchored_letter)
 
     def context(self, task: Task, item: Item) -> str:
         """Return the prompt of training and evaluation."""
@@ -140,21 +133,6 @@ class GenerateClean(Generate):
         """Return greedy decoding up to the next section."""
         return Decoding(NEW_TOKENS[task.kind], ("\n### ",))
 
-    def word(self, output: str, words: Sequence[str]) -> str | None:
-        """Return the label word that the output states as its answer."""
-        return extraction.anchored_word(output, words)
 
-    def letter(self, output: str) -> str | None:
-        """Return the letter that the output states as its answer."""
-        return extraction.anchored_letter(output)
-
-
-def _judged(task: Task, answer: str | None, gold: str) -> Judgement:
-    if answer is None:
-        return Judgement(None, False)
-    if task.kind == "math" and task.answer_kind == "number":
-        return Judgement(answer, extraction.numbers_equal(answer, gold, TOLERANCE))
-    return Judgement(answer, answer == gold)
-
-
-PROTOCOLS = (GenerateV1(), GenerateClean())
+V1 = GenerateV1()
+CLEAN = GenerateClean()

@@ -1,8 +1,8 @@
 """Protocol `label`: the next token among option labels, as MoE-PEFT trains and evaluates.
 
-The prompts are those of moe-peft 2.0.2, byte for byte (`methods.md` section 14.3); the paper says
-that its settings follow MixLoRA, whose code this is. An off-format answer cannot be wrong here, so
-scores are systematically higher than those of the `generate` protocols.
+The prompts are those of moe-peft 2.0.2, byte for byte; the paper says that its settings follow
+MixLoRA, whose code this is. An off-format answer cannot be wrong here, so scores are systematically
+higher than those of the `generate` protocols.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from furina.data.items import Item, Question
-from furina.data.protocols.base import ChoiceProtocol
-from furina.data.tasks.base import Labels, Task
+from furina.data.protocols import ChoiceProtocol
+from furina.data.tasks import Labels, Task
 from furina.errors import DataError
 
 

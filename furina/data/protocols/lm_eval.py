@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from furina.data.items import Item
-from furina.data.protocols.base import Protocol
-from furina.data.tasks.base import Task
+from furina.data.protocols import Protocol
+from furina.data.tasks import Task
 from furina.errors import ConfigurationError
 
 

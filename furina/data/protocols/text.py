@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from furina.data.items import Item, Question
-from furina.data.protocols.base import ChoiceProtocol
-from furina.data.tasks.base import Asked, Task
+from furina.data.protocols import ChoiceProtocol
+from furina.data.tasks import Task, TextPrompt
 
 
 class Text(ChoiceProtocol):
@@ -26,7 +26,7 @@ class Text(ChoiceProtocol):
 
     def context(self, task: Task, item: Item) -> str:
         """Return the question; it never ends in a space."""
-        return _asked(task, item).context
+        return _prompt(task, item).context
 
     def target(self, task: Task, item: Item) -> str:
         """Return the right answer's text."""
@@ -35,14 +35,14 @@ class Text(ChoiceProtocol):
 
     def answers(self, task: Task, question: Question) -> tuple[str, ...]:
         """Return every choice's text."""
-        return _asked(task, question).answers
+        return _prompt(task, question).answers
 
     def right(self, task: Task, question: Question) -> int:
         """Return the right choice."""
         return question.answer
 
 
-def _asked(task: Task, item: Item) -> Asked:
+def _prompt(task: Task, item: Item) -> TextPrompt:
     assert task.text and isinstance(item, Question)
     return task.text(item)
 

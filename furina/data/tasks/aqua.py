@@ -5,10 +5,10 @@ The options stand in the question, and the answer is a letter.
 
 from __future__ import annotations
 
-from furina.data.cells import Row, text, texts
 from furina.data.items import Problem
-from furina.data.rows import worked_problem
-from furina.data.tasks.base import Files, Hub, Task
+from furina.data.parsing import Row, text, texts, worked_problem
+from furina.data.places import Files, on_hub
+from furina.data.tasks import Task
 
 _LETTERS = "ABCDE"
 
@@ -38,11 +38,7 @@ TASK = Task(
     kind="math",
     licence="Apache-2.0",
     rows={"train": 97467, "validation": 254, "test": 254},
-    hub={
-        "train": Hub("deepmind/aqua_rat", "raw", "train", _public),
-        "validation": Hub("deepmind/aqua_rat", "raw", "validation", _public),
-        "test": Hub("deepmind/aqua_rat", "raw", "test", _public),
-    },
+    hub=on_hub("deepmind/aqua_rat", "raw", _public, ("train", "validation", "test")),
     files={"test": Files("llm_adapters_math/AQuA_test.json.gz", _instruction)},
     answer_kind="letter",
 )

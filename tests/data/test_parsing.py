@@ -1,4 +1,4 @@
-"""No cell of a row is trusted: what is not as it must be is one sentence with file and place."""
+"""No field of a row is trusted: what is not as it must be is one sentence with file and place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import replace
 import datasets
 import pytest
 
-from furina.data.cells import number_text
 from furina.data.items import Instruction, Problem, Program, Question
+from furina.data.parsing import number_text
 from furina.data.sources import load_items
 from furina.data.tasks import get_task
 from furina.errors import DataError
@@ -75,7 +75,7 @@ def test_what_is_no_text_is_never_asked(read, task, value):
     with pytest.raises(DataError, match=rf"^{place} of .*\.gz is not as expected"):
         read(task, ROWS[task], {**ROWS[task], TEXTS[task]: value})
     with pytest.raises(DataError, match=f"it has no field '{TEXTS[task]}'"):
-        read(task, {name: cell for name, cell in ROWS[task].items() if name != TEXTS[task]})
+        read(task, {name: kept for name, kept in ROWS[task].items() if name != TEXTS[task]})
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_is_no_text_is_never_asked(read, task, value):
         ("humaneval", {"input": None}, "'input' is None"),
     ],
 )
-def test_a_cell_that_is_not_as_it_must_be_is_named(read, task, change, reason):
+def test_a_field_that_is_not_as_it_must_be_is_named(read, task, change, reason):
     with pytest.raises(DataError, match=f"is not as expected .*{reason}.*: mend or leave it out"):
         read(task, {**ROWS[task], **change})
 

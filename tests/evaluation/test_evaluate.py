@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from tokenizers import processors
 
 import furina
 from furina.backbones.load import load_backbone
@@ -18,10 +17,12 @@ from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError, FurinaError
 from furina.evaluation.choices import TASKS
-from furina.evaluation.harness import evaluate
+from furina.evaluation.evaluate import evaluate
 from furina.evaluation.independence import check_causal
 from furina.evaluation.samples import read_samples
 from furina.records import Score
+from tests.evaluation.conftest import templated
+from tests.helpers import perturb
 
 ARC = get_task("arc_easy")
 
@@ -179,13 +180,6 @@ def test_a_scored_model_can_go_on_training(model, tokenizer, questions):
     assert any(p.grad is not None for p in furina.adapter_parameters(model).values())
 
 
-def perturb(model) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in furina.adapter_parameters(model).values():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
 @pytest.mark.parametrize("method", ["lora", "furina"])
 def test_base_unmerged_and_merged_are_three_scorings_of_one_model(
     method, model, tokenizer, questions
@@ -206,15 +200,6 @@ def test_base_unmerged_and_merged_are_three_scorings_of_one_model(
     assert torch.equal(loglikelihoods(), base)
 
 
-def add_tokens(template: str):
-    tokenizer = tiny_tokenizer()
-    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=tokens
-    )
-    return tokenizer
-
-
 def test_the_tokenizers_own_bos_stays_none_or_one(model, questions):
     for adds_bos in (False, True):
         tokenizer = tiny_tokenizer(adds_bos=adds_bos)
@@ -227,7 +212,7 @@ def test_the_tokenizers_own_bos_stays_none_or_one(model, questions):
 )
 def test_misplaced_special_tokens_are_an_error(template, message, model, questions):
     with pytest.raises(ConfigurationError, match=message):
-        evaluate(model, add_tokens(template), "arc_easy", questions)
+        evaluate(model, templated(template), "arc_easy", questions)
 
 
 @pytest.mark.parametrize("protocol", ["text", "label", "lm_eval", "generate_clean"])

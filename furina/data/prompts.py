@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from furina.data.items import Question
-from furina.data.tasks.base import Asked, Instructed, Labels
+from furina.data.tasks import Instructed, Labels, TextPrompt
 
 CORRECT_ANSWER = "Please choose the correct answer to the question"
-ARC_LABELS = ("1", "2", "3", "4", "A", "B", "C", "D", "E")
 
 
 def on_one_line(question: Question) -> str:
@@ -16,24 +15,19 @@ def on_one_line(question: Question) -> str:
     return f"{question.context} {question.stem}" if question.context else question.stem
 
 
-def continued(context: str, answers: Iterable[str]) -> Asked:
+def continued(context: str, answers: Iterable[str]) -> TextPrompt:
     """Return a question for protocol `text`; `answers` come without the space before them."""
-    return Asked(context, tuple(f" {answer}" for answer in answers))
+    return TextPrompt(context, tuple(f" {answer}" for answer in answers))
 
 
-def by_text(question: Question) -> Asked:
+def by_text(question: Question) -> TextPrompt:
     """Ask "Question: …" for protocol `text`: the answers are the choices' texts."""
     return continued(f"Question: {on_one_line(question)}\nAnswer:", question.choices)
 
 
-def letter(question: Question) -> str:
-    """Return the letter of the right choice."""
-    return question.letters[question.answer]
-
-
 def lettered(context: Callable[[Question], str], labels: Iterable[str]) -> Labels:
     """Return how protocol `label` asks where the right label is the choice's letter."""
-    return Labels(context, tuple(labels), letter)
+    return Labels(context, tuple(labels), lambda question: question.letters[question.answer])
 
 
 def choices_inline(question: Question) -> str:
@@ -43,7 +37,7 @@ def choices_inline(question: Question) -> str:
 
 def choices_below(lead: str, text: str, question: Question) -> str:
     """Ask as MoE-PEFT asks the other sets: a lead, a line of text, and a line for each choice."""
-    return f"{lead}\n{text}{_marked(question, chr(10))}\nAnswer:"
+    return f"{lead}.\n{text}{_marked(question, chr(10))}\nAnswer:"
 
 
 def _marked(question: Question, before: str) -> str:
@@ -63,18 +57,13 @@ def numbered(
         between: what parts two choices.
         before_format: what stands before "Answer format".
     """
-
-    def words(how_many: int) -> tuple[str, ...]:
-        return tuple(f"{word}{number}" for number in range(1, how_many + 1))
+    words = tuple(f"{word}{number}" for number in range(1, 27))
 
     def instruction(question: Question) -> str:
-        names = words(len(question.choices))
+        names = words[: len(question.choices)]
         pairs = zip(names, question.choices, strict=True)
         listed = between.join(f"{name.capitalize()}: {choice}" for name, choice in pairs)
         asked = f"{lead}: {on_one_line(question)}\n\n{listed}"
         return f"{asked}{before_format}Answer format: {'/'.join(names)}"
 
-    def answer(question: Question) -> str:
-        return words(len(question.choices))[question.answer]
-
-    return Instructed(instruction, words(count), answer)
+    return Instructed(instruction, words[:count], lambda question: words[question.answer])

@@ -1,4 +1,4 @@
-"""Score a live model on a task's items under a protocol: the one entrance to every kind."""
+"""Score a live model on a task's items, by the scorer that the protocol needs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from furina.data.protocols import ChoiceProtocol, GenerationProtocol, get_protoc
 from furina.data.tasks import get_task
 from furina.errors import ConfigurationError, DataError
 from furina.evaluation.answers import score_answers
-from furina.evaluation.builtin import score_builtin
-from furina.evaluation.choices import score_choices
 from furina.evaluation.evaluation import Engine, Evaluation
 
 if TYPE_CHECKING:
@@ -40,26 +38,26 @@ def evaluate(
     or repeated ids, and FurinaError if the model's outputs are not finite. Warns if prompts had to
     be cut.
     """
-    found, asked = get_task(task), get_protocol(protocol)
-    asked.require(found)
+    found, asks = get_task(task), get_protocol(protocol)
+    asks.require(found)
     _check_counts(batch_size, limit)
     items = list(items)[:limit]
     _check_items(items)
-    if isinstance(asked, GenerationProtocol):
+    if isinstance(asks, GenerationProtocol):
         return score_answers(
-            *(model, tokenizer, found, items, asked),
-            batch_size=batch_size,
-            execute_code=execute_code,
+            model, tokenizer, found, items, asks, batch_size=batch_size, execute_code=execute_code
         )
+    # lm-eval takes seconds to import.
+    from furina.evaluation.builtin import score_builtin
+    from furina.evaluation.choices import score_choices
+
     questions = [item for item in items if isinstance(item, Question)]
     assert len(questions) == len(items)
-    if isinstance(asked, ChoiceProtocol):
+    if isinstance(asks, ChoiceProtocol):
         return score_choices(
-            *(model, tokenizer, found, questions, asked), batch_size=batch_size, engine=engine
+            model, tokenizer, found, questions, asks, batch_size=batch_size, engine=engine
         )
-    return score_builtin(
-        *(model, tokenizer, found, questions), batch_size=batch_size, engine=engine
-    )
+    return score_builtin(model, tokenizer, found, questions, batch_size=batch_size, engine=engine)
 
 
 def _check_counts(batch_size: int, limit: int | None) -> None:
