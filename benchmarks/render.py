@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from benchmarks.common.command import Report
 from benchmarks.common.show import Page, write
 
@@ -29,13 +27,13 @@ MODULES = {
 """What shows a report, by the name of its files."""
 
 
-def shown(stem: str, report: Report) -> tuple[Page, Figure | None]:
-    """Return the page of a report, and its figure if it has one."""
-    module = importlib.import_module(f"benchmarks.{MODULES[stem]}")
-    return module.page(report), getattr(module, "figure", lambda _: None)(report)
+def page_of(stem: str, report: Report) -> Page:
+    """Return the page of a report, which `stem` tells the kind of."""
+    made: Page = importlib.import_module(f"benchmarks.{MODULES[stem]}").page(report)
+    return made
 
 
 if __name__ == "__main__":
     for file in map(Path, sys.argv[1:]):
         report = json.loads(file.read_text("utf-8"))
-        write(file.with_suffix(""), report, *shown(file.stem, report))
+        write(file.with_suffix(""), report, page_of(file.stem, report))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.common.show import Page, write
 from furina.errors import FurinaError
@@ -107,7 +106,6 @@ def run(
     measure: Callable[[argparse.Namespace, str], Report],
     stem: str = "",
     page: Callable[[Report], Page] | None = None,
-    figure: Callable[[Report], Figure | None] = lambda report: None,
     arguments: Sequence[str] | None = None,
 ) -> Report:
     """Measure what the command line asks for; print the page, and in the last line the report.
@@ -119,11 +117,12 @@ def run(
     options = parse(arguments)
     try:
         report = measure(options, command_line(script, arguments))
-        if page:
-            print(page(report).markdown(stem))
+        shown = page(report) if page else None
+        if shown:
+            print(shown.markdown(stem))
         print(json.dumps(report), flush=True)  # before the files: a full disk must not lose it
-        if page and options.results:
-            write(options.results / stem, report, page(report), figure(report))
+        if shown and options.results:
+            write(options.results / stem, report, shown)
     except FurinaError as error:
         sys.exit(f"error: {error}")
     return report

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ NEAR = 0.1
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def backbone_of(options: argparse.Namespace, attention: str | None = None) -> Any:
+def backbone_of(options: Namespace, attention: str | None = None) -> Any:
     """Load the frozen backbone with as many threads as the options say."""
     torch.set_num_threads(options.threads)
     loaded = furina.load_backbone(options.backbone, options.dtype, options.device, attention)
@@ -33,10 +33,10 @@ def backbone_of(options: argparse.Namespace, attention: str | None = None) -> An
 def twin(model: Model) -> Model:
     """Return a model with modules of its own that shares every parameter, in training mode."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, shared).train()  # type: ignore[arg-type]
+    return copy.deepcopy(model, shared).train()
 
 
-def method_options(method: str, options: argparse.Namespace) -> dict[str, Any]:
+def method_options(method: str, options: Namespace) -> dict[str, Any]:
     """Return a method's options at the total rank asked for, cut into experts if it has them."""
     defaults = {field.name: field.default for field in fields(furina.methods()[method])}
     chosen: dict[str, Any] = {"dropout": getattr(options, "dropout", 0.0), "rank": options.rank}
@@ -51,12 +51,12 @@ def method_options(method: str, options: argparse.Namespace) -> dict[str, Any]:
     return chosen
 
 
-def adapt(model: nn.Module, method: str, options: argparse.Namespace, **more: Any) -> None:
+def adapt(model: nn.Module, method: str, options: Namespace, **more: Any) -> None:
     """Adapt a model with a method at the total rank asked for; `more` goes to furina.adapt."""
     furina.adapt(model, method, seed=options.seed, **method_options(method, options) | more)
 
 
-def peft_model(peer: str, model: nn.Module, options: argparse.Namespace) -> Any:
+def peft_model(peer: str, model: nn.Module, options: Namespace) -> Any:
     """Return peft's model; its adapter is fp32 unless the variant says bf16."""
     config = peft.LoraConfig(
         r=options.rank,
@@ -104,6 +104,17 @@ def _perturb(layer: furina.adapters.AdapterLinear, update: float, seed: int, nea
             return
         size *= min(max(update / max(ratio, 1e-12), 0.1), 10)
     raise FurinaError(f"{layer.name}: no perturbation has |ΔW|/|W| near {update:g}.")
+
+
+def put_in(
+    model: nn.Module, method: str, update: float, options: Namespace, near: float = NEAR
+) -> None:
+    """Load the adapter that the options name, or make one whose every entry is moved."""
+    if options.adapter_path:
+        furina.load(options.adapter_path, model)
+    else:
+        adapt(model, method, options)
+        perturb(model, update, options.seed, near)
 
 
 def relative_update(model: nn.Module) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ TOP_K = 2
 class Peer(Worker):
     """One method of moe_peft on the batch; has what a `Variant` of training has."""
 
-    def __init__(self, name: str, batch: Batch, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, batch: Batch, options: Namespace) -> None:
         """Start the worker of a variant such as kept/moe_peft_mixlora.
 
         Raises WorkerError if its environment or the method does not work.

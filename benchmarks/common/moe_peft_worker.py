@@ -140,7 +140,7 @@ def load(setup: dict[str, Any]) -> tuple[Commands, object]:
     """Return the commands, and what was built."""
     torch.set_num_threads(setup["threads"])
     trial = Trial(setup)
-    commands = {"step": trial.step, "memory": trial.memory, "generate": trial.generate}
+    commands: Commands = {"step": trial.step, "memory": trial.memory, "generate": trial.generate}
     return commands, {"trainable": trial.trainable, "versions": versions("moe_peft", "moe_peft")}
 
 

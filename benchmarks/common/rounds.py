@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -51,6 +51,17 @@ def fail(failed: Failed, name: str, reason: Exception | str) -> None:
     plain = isinstance(reason, FurinaError | str)
     failed[name] = str(reason) if plain else f"{type(reason).__name__}: {reason}"
     print(f"{name}: failed: {failed[name]}", flush=True)
+
+
+def each(names: Iterable[str], make: Callable[[str], T], failed: Failed) -> dict[str, T]:
+    """Make something of every name; note why what fails is left out."""
+    found: dict[str, T] = {}
+    for name in names:
+        try:
+            found[name] = make(name)
+        except Exception as error:
+            fail(failed, name, error)
+    return found
 
 
 def timed(run: Callable[[], T]) -> tuple[float, T]:

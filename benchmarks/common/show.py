@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer
@@ -18,23 +18,22 @@ from furina.reporting.cells import Cell, Row, Table, build, label, missing
 from furina.reporting.render import markdown
 from furina.storage import write_json, write_text
 
-T = TypeVar("T")
 Report = Mapping[str, Any]
-CellOf = Callable[[T], Cell]
-Columns = Mapping[tuple[str, str], CellOf[T]]
-"""What a table's columns show of an item, by group and name."""
+Column = str | Callable[[Report], Cell]
+"""A cell of an item: its place and format, as in "weights.max_abs .1e", or a function."""
 OWNERS = {"furina": plots.COLOURS[0], "peft": plots.COLOURS[1], "moe_peft": plots.COLOURS[2]}
 
 
 @dataclass(frozen=True)
 class Page:
-    """A title, paragraphs, a picture's title, tables, and what follows them."""
+    """Tables, with a title, paragraphs and a picture before them, and what follows."""
 
     tables: Sequence[Table]
     title: str = ""
     paragraphs: Sequence[str] = ()
     picture: str = ""
     after: Sequence[str] = ()
+    figure: Figure | None = None
 
     def markdown(self, stem: str) -> str:
         """Return the page; its picture lies beside it as `stem`.svg."""
@@ -46,48 +45,94 @@ class Page:
         return "\n\n".join([*parts, *self.after]) + "\n"
 
 
-def write(stem: Path, report: Report, page: Page, figure: Figure | None = None) -> None:
-    """Write a report as `stem`.json, its page as .md and its figure, if there is one, as .svg."""
+def write(stem: Path, report: Report, page: Page) -> None:
+    """Write a report as `stem`.json, its page as .md and its figure, if it has one, as .svg."""
     write_json(stem.with_suffix(".json"), report)
     write_text(stem.with_suffix(".md"), page.markdown(stem.name))
-    if figure:
-        write_text(stem.with_suffix(".svg"), plots.svg(figure))
+    if page.figure:
+        write_text(stem.with_suffix(".svg"), plots.svg(page.figure))
 
 
 def table(
-    name: str, title: str, items: Iterable[T], columns: Columns[T], *remarks: str, keys: int = 1
+    name: str,
+    title: str,
+    items: Iterable[Report],
+    columns: Mapping[tuple[str, str], Column],
+    *remarks: str,
+    keys: int = 1,
 ) -> Table:
-    """Return a table of one row an item."""
-    rows: list[Row] = [{key: cell(item) for key, cell in columns.items()} for item in items]
+    """Return a table of one row an item, with columns by group and name."""
+    made = {key: at(each) if isinstance(each, str) else each for key, each in columns.items()}
+    rows: list[Row] = [{key: cell(item) for key, cell in made.items()} for item in items]
     return build(name, title, rows, remarks, keys)
 
 
-def number(value: float | None, form: str = "{:.2f}", factor: float = 1) -> Cell:
-    """Return a number times `factor`, as `form` shows it."""
-    return missing() if value is None else Cell(form.format(value * factor), {"": value})
+def found(item: Any, path: str) -> Any:
+    """Return what an item has at a path such as "weights.max_abs"; None if it has nothing there."""
+    for key in path.split("."):
+        item = item.get(key) if isinstance(item, Mapping) else None
+    return item
 
 
-def count(value: int) -> Cell:
-    """Return a number of things, thousands apart."""
-    return number(value, "{:,}")
+def number(value: float | None, form: str, factor: float = 1) -> Cell:
+    """Return a number, shown times `factor`."""
+    return missing() if value is None else Cell(format(value * factor, form), {"": value})
 
 
-def share(counted: int, n: int) -> Cell:
-    """Return a count as a share with Wilson's interval, in percent."""
-    low, high = wilson(counted, n)
-    text = f"{100 * counted / n:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
-    return Cell(text, {"": counted / n, "low": low, "high": high, "count": counted})
+def at(place: str, factor: float = 1) -> Callable[[Report], Cell]:
+    """Return a column of words, or of numbers as the last word of `place` formats them."""
+    path, form = place.rsplit(" ", 1) if " " in place else (place, "")
+
+    def cell(item: Report) -> Cell:
+        value = found(item, path)
+        return label(value) if isinstance(value, str) else number(value, form, factor)
+
+    return cell
 
 
-def quartiles(spread: Mapping[str, float], form: str) -> Cell:
-    """Return a spread's quartiles."""
-    return between((spread["q1"], spread["q3"]), form)
+def share(counted: str, n: str) -> Callable[[Report], Cell]:
+    """Return a column of counts at a path as shares of `n`, with Wilson's interval, in percent."""
+
+    def cell(item: Report) -> Cell:
+        count, whole = found(item, counted), found(item, n)
+        if count is None:
+            return missing("float32 was not run")
+        low, high = wilson(count, whole)
+        text = f"{100 * count / whole:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+        return Cell(text, {"": count / whole, "low": low, "high": high, "count": count})
+
+    return cell
 
 
-def between(ends: Sequence[float], form: str = "{:.3f}") -> Cell:
-    """Return an interval."""
-    low, high = (form.format(end) for end in ends)
-    return label(f"{low} to {high}")
+def between(path: str, form: str, without: Cell | None = None) -> Callable[[Report], Cell]:
+    """Return a column of intervals, or of spreads' quartiles; `without` where there is none."""
+
+    def cell(item: Report) -> Cell:
+        ends = found(item, path)
+        if ends is None:
+            return without or missing()
+        low, high = (ends["q1"], ends["q3"]) if isinstance(ends, Mapping) else ends
+        return label(f"{low:{form}} to {high:{form}}")
+
+    return cell
+
+
+def noted(report: Report, name: str, *keys: str) -> Cell:
+    """Return a variant's name, with why it has no result as notes."""
+    failed = report["failed"]
+    return label(name, *(f"{key}: {failed[key]}" for key in (name, *keys) if key in failed))
+
+
+def ratios(report: Report, form: str, title: str, remark: str) -> list[Table]:
+    """Return the table of a report's ratios with their intervals, if it has them; none without."""
+    rows = [
+        {"key": key, "value": value, "interval": report.get("intervals", {}).get(key)}
+        for key, value in report["ratios"].items()
+    ]
+    columns: dict[tuple[str, str], Column] = {("", "ratio"): "key", ("", "value"): f"value {form}"}
+    if "intervals" in report:
+        columns["", "95 % interval"] = between("interval", form)
+    return [table("ratios", title, rows, columns, remark)] if rows else []
 
 
 def processor(report: Report) -> str:

@@ -19,11 +19,12 @@ Adapters are new ones with every parameter moved a little: time does not depend 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import random
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,13 @@ from typing import Any
 from benchmarks.common.command import Parser, Report, described, run, select
 from benchmarks.common.models import backbone_of
 from benchmarks.common.moe_peft import ENVIRONMENT
-from benchmarks.common.rounds import Failed, fail, interleaved
+from benchmarks.common.rounds import Failed, each, interleaved
 from benchmarks.latency import page
 from benchmarks.latency.variants import COMPILED, build, variant_names
 from furina.evaluation.latency import Timer, random_prompts
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     shared = "backbone dtype device rank experts rounds threads seed results"
     made = Parser(__doc__, shared, dropout=0.0)
     made.add_argument("--attention", help="of transformers; moe_peft's is eager")
@@ -58,27 +58,19 @@ def chosen(only: Sequence[str] | None) -> list[str]:
     return select(names, only or [name for name in names if name not in COMPILED])
 
 
-def build_all(
-    names: Sequence[str], backbone: Any, options: argparse.Namespace
-) -> tuple[dict[str, Timer], Failed]:
-    """Return the timers that can be built, and why others cannot."""
-    timers: dict[str, Timer] = {}
-    failed: Failed = {}
-    for name in names:
-        try:
-            timer = build(name, backbone, options)
-            timer(next(random_prompts(backbone, (1, 2))), 2)
-            timers[name] = timer
-        except Exception as error:
-            fail(failed, name, error)
-    return timers, failed
+def warm(name: str, backbone: Any, options: Namespace) -> Timer:
+    """Build a timer and let it generate two tokens."""
+    timer = build(name, backbone, options)
+    timer(next(random_prompts(backbone, (1, 2))), 2)
+    return timer
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Time every combination of prompt length and batch size; return the report."""
     names = chosen(options.only)
     backbone = backbone_of(options, options.attention)
-    timers, failed = build_all(names, backbone, options)
+    failed: Failed = {}
+    timers = each(names, lambda name: warm(name, backbone, options), failed)
     packages = {"peft": version("peft")}
     cells = []
     try:
@@ -101,7 +93,7 @@ def measure(options: argparse.Namespace, command: str) -> Report:
 
 
 def time_cell(
-    timers: Mapping[str, Timer], backbone: Any, shape: tuple[int, int], options: argparse.Namespace
+    timers: Mapping[str, Timer], backbone: Any, shape: tuple[int, int], options: Namespace
 ) -> Report:
     """Time all variants on prompts of one shape (batch, P), the same in each round."""
     count = options.warmup + options.rounds
@@ -111,7 +103,7 @@ def time_cell(
         return timer(prompts[number], options.new_tokens)._asdict()
 
     timed = interleaved(
-        {name: lambda number, timer=timer: once(timer, number) for name, timer in timers.items()},
+        {name: partial(once, timer) for name, timer in timers.items()},
         count,
         random.Random(options.seed),
     )
@@ -119,10 +111,7 @@ def time_cell(
     return page.cell(shape, options.new_tokens, rounds)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    run("latency.decoding", parse, measure, "latency", page.page, page.figure, arguments)
-
+main = partial(run, "latency.decoding", parse, measure, "latency", page.page)
 
 if __name__ == "__main__":
     main()

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from benchmarks.common import show
 from benchmarks.common.rounds import median_interval, quotients, spread
 from furina.reporting import plots
-from furina.reporting.cells import Cell, Table, label, missing
+from furina.reporting.cells import Cell, Table, missing
 
 Rounds = Mapping[str, Sequence[Mapping[str, float]]]
 """Milliseconds of each variant's generations, round by round, by the name of the time."""
@@ -81,9 +81,15 @@ def paired(rounds: Rounds, one: str, other: str, time: str) -> list[float]:
 
 def page(report: show.Report) -> show.Page:
     """Return a table for each combination, of the variants and of the ratios."""
+    remark = (
+        "Time per token of the first over that of the second: the median of the rounds' own "
+        "ratios, and a bootstrap interval of it over rounds."
+    )
     cells = report["cells"]
     tables = [_times(report, each) for each in cells]
-    return show.Page([*tables, *(_ratios(each) for each in cells if each["ratios"])])
+    for each in cells:
+        tables += show.ratios(each, ".3f", f"Ratios: {_title(each)}", remark)
+    return show.Page(tables, figure=_figure(cells[0]))
 
 
 def _title(each: show.Report) -> str:
@@ -91,59 +97,32 @@ def _title(each: show.Report) -> str:
 
 
 def _times(report: show.Report, each: show.Report) -> Table:
-    failed = report["failed"]
-
-    def variant(name: str) -> Cell:
-        return label(name, f"{name}: {failed[name]}") if name in failed else label(name)
-
-    columns: show.Columns[str] = {
-        ("", "variant"): variant,
-        **time_columns(each, missing()),
-        ("time per token over that of", "base"): lambda name: show.number(
-            each["ratios"].get(f"{name}/base")
-        ),
-        ("", "n"): lambda name: rounds_of(each, name),
+    rows = [
+        time_row(each, name) | {"ratio": each["ratios"].get(f"{name}/base")}
+        for name in (*each["times"], *report["failed"])
+    ]
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "variant"): lambda row: show.noted(report, row["name"]),
+        **time_columns(missing()),
+        ("time per token over that of", "base"): "ratio .2f",
+        ("", "n"): "total_ms.n .0f",
     }
-    names = [*each["times"], *failed]
-    return show.table("latency", f"Latency: {_title(each)}", names, columns, *_remarks(report))
+    return show.table("latency", f"Latency: {_title(each)}", rows, columns, *_remarks(report))
 
 
-def time_columns(found: show.Report, without: Cell) -> dict[tuple[str, str], show.CellOf[str]]:
-    """Return the columns of a variant's times; `without` stands for quartiles of no time."""
-
-    def cell_of(time: str, item: str, name: str) -> Cell:
-        spreads = found["times"].get(name)
-        if item == "median":
-            return show.number(spreads and spreads[time]["median"], "{:.1f}")
-        return show.quartiles(spreads[time], "{:.1f}") if spreads else without
-
-    columns: dict[tuple[str, str], show.CellOf[str]] = {
-        (words, item): lambda name, time=time, item=item: cell_of(time, item, name)
-        for time, words in TIMES.items()
-        for item in ("median", "quartiles")
-    }
-    speeds = found["tokens_per_second"]
-    columns["", "tokens/s"] = lambda name: show.number(speeds.get(name), "{:.1f}")
-    return columns
+def time_row(found: show.Report, name: str) -> dict[str, Any]:
+    """Return a variant's times, none if it was not timed."""
+    speed = found["tokens_per_second"].get(name)
+    return {"name": name, "speed": speed, **found["times"].get(name, {})}
 
 
-def rounds_of(found: show.Report, name: str) -> Cell:
-    """Return how many rounds a variant was timed in."""
-    times = found["times"].get(name)
-    return show.number(times and times["total_ms"]["n"], "{:.0f}")
-
-
-def _ratios(each: show.Report) -> Table:
-    columns: show.Columns[str] = {
-        ("", "ratio"): label,
-        ("", "value"): lambda key: show.number(each["ratios"][key], "{:.3f}"),
-        ("", "95 % interval"): lambda key: show.between(each["intervals"][key]),
-    }
-    remark = (
-        "Time per token of the first over that of the second: the median of the rounds' own "
-        "ratios, and a bootstrap interval of it over rounds."
-    )
-    return show.table("ratios", f"Ratios: {_title(each)}", each["ratios"], columns, remark)
+def time_columns(without: Cell) -> dict[tuple[str, str], show.Column]:
+    """Return the columns of times; `without` stands for quartiles of no time."""
+    columns: dict[tuple[str, str], show.Column] = {}
+    for time, words in TIMES.items():
+        columns[words, "median"] = f"{time}.median .1f"
+        columns[words, "quartiles"] = show.between(time, ".1f", without)
+    return columns | {("", "tokens/s"): "speed .1f"}
 
 
 def _remarks(report: show.Report) -> tuple[str, ...]:
@@ -161,12 +140,11 @@ def _remarks(report: show.Report) -> tuple[str, ...]:
     )
 
 
-def figure(report: show.Report) -> Figure | None:
-    """Return total time and time to first token of the first combination, a bar for each variant.
+def _figure(first: show.Report) -> Figure | None:
+    """Return total time and time to first token of one combination, a bar for each variant.
 
     Merged models and the base have full bars, unmerged ones hatched. None where no base was timed.
     """
-    first = report["cells"][0]
     if "base" not in first["times"]:
         return None
     names = [name for name in first["times"] if not name.startswith("disk_")]

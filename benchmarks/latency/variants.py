@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import furina
 from benchmarks.common.models import adapt, method_options, noises, peft_model, twin
@@ -47,23 +46,23 @@ def variant_names() -> list[str]:
     return [*names, *LITERAL, *PEFT, *MOE_PEFT, *DISK, *COMPILED]
 
 
-def build(name: str, backbone: PreTrainedModel, options: argparse.Namespace) -> Timer:
+def build(name: str, backbone: Any, options: Namespace) -> Timer:
     """Return the timer of the variant `name`; raises FurinaError where it cannot be built."""
     if name in MOE_PEFT:
         row = torch.zeros(1, 8, dtype=torch.long)
         peer = Peer(f"kept/{name}", {"input_ids": row, "attention_mask": row + 1}, options)
         return PeerTimer(peer)
     compiled = name.startswith("compiled_")
-    model = variant_model(name.removeprefix("compiled_"), backbone, options).eval()
+    model = variant_model(name.removeprefix("compiled_"), backbone, options)
     if compiled:
         if name.endswith("_unmerged"):
             as_pair(model)
         model.forward = torch.compile(model.forward, dynamic=False)
-    return partial(timed, model, compiled)
+    return partial(timed, model.eval(), compiled)
 
 
 @torch.inference_mode()
-def timed(model: PreTrainedModel, static_cache: bool, prompt: Tensor, new_tokens: int) -> Timing:
+def timed(model: Any, static_cache: bool, prompt: Tensor, new_tokens: int) -> Timing:
     """Generate and return how long it took."""
     prompt = prompt.to(model.device)
     return generate(model, prompt, new_tokens, static_cache=static_cache)[1]
@@ -81,9 +80,7 @@ class PeerTimer:
         return Timing.of_steps(self.peer.ask("generate", prompt.tolist(), new_tokens))
 
 
-def variant_model(
-    name: str, backbone: PreTrainedModel, options: argparse.Namespace
-) -> PreTrainedModel:
+def variant_model(name: str, backbone: Any, options: Namespace) -> Any:
     """Return a model on the backbone's parameters, or on a copy where weights change."""
     if name == "base":
         return twin(backbone)
@@ -100,9 +97,7 @@ def variant_model(
     return model
 
 
-def adapted(
-    method: str, backbone: PreTrainedModel, options: argparse.Namespace, own_weights: bool = False
-) -> PreTrainedModel:
+def adapted(method: str, backbone: Any, options: Namespace, own_weights: bool = False) -> Any:
     """Return the backbone with a method whose every parameter has been moved."""
     changes_base = not furina.configure(method, method_options(method, options)).exact_start
     model = copy.deepcopy(backbone) if own_weights or changes_base else twin(backbone)
@@ -119,9 +114,7 @@ def move(parameters: Iterable[Tensor], seed: int) -> None:
         parameter.add_(NOISE * noise)
 
 
-def peer_model(
-    name: str, backbone: PreTrainedModel, options: argparse.Namespace
-) -> PreTrainedModel:
+def peer_model(name: str, backbone: Any, options: Namespace) -> Any:
     """Return peft's model with every adapter parameter moved, merged if the name says so."""
     peer, _, way = name.rpartition("_")
     merged = way == "merged"
@@ -130,9 +123,7 @@ def peer_model(
     return model.merge_and_unload() if merged else model
 
 
-def from_disk(
-    merged: bool, backbone: PreTrainedModel, options: argparse.Namespace
-) -> PreTrainedModel:
+def from_disk(merged: bool, backbone: Any, options: Namespace) -> Any:
     """Save the backbone, or FURINA merged into it, and load that folder."""
     with tempfile.TemporaryDirectory(prefix="latency-") as folder:
         path = Path(folder) / "model"
@@ -154,13 +145,13 @@ class WrittenOut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add one expert after the other."""
-        y = self.base(x)
+        y: Tensor = self.base(x)
         for a, b, m in self.experts:
             y = y + m * nn.functional.linear(nn.functional.linear(x, a), b)
         return y
 
 
-def as_pair(model: PreTrainedModel) -> None:
+def as_pair(model: Any) -> None:
     """Put the update's factors in the adapter's place: a graph would make B̃ for each token."""
     adapters = furina.AdapterSet(model, "trained")
     adapters.combine("pair", {"trained": 1.0})

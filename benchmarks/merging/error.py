@@ -15,10 +15,11 @@ adapter beside a quantised W, and W + ΔW quantised after merging.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ WIDEST = "float32"
 """Its unmerged answers are what the other dtypes' are compared with, and it is quantised."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     shared = "backbone device rank experts threads seed results"
     made = Parser(__doc__, shared, device="cpu")
     dtypes = [WIDEST, "bfloat16", "float16"]
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def select(only: Sequence[str] | None, options: argparse.Namespace) -> list[str]:
+def select(only: Sequence[str] | None, options: Namespace) -> list[str]:
     """Return the methods to measure; raises FurinaError where a word names none that merges."""
     merging = [
         name
@@ -84,7 +84,7 @@ def select(only: Sequence[str] | None, options: argparse.Namespace) -> list[str]
 class Setup:
     """What all cases share: questions, a backbone per dtype with its bytes, and base accuracies."""
 
-    options: argparse.Namespace
+    options: Namespace
     asked: Asked
     backbones: dict[str, Any]
     data: Report
@@ -97,7 +97,7 @@ class Setup:
         return self.asked.sequences[: self.options.sequences]
 
 
-def prepare(options: argparse.Namespace) -> Setup:
+def prepare(options: Namespace) -> Setup:
     """Load questions and backbones; raises FurinaError where one is not there."""
     torch.set_num_threads(options.threads)
     asked, data = measures.ask(options, options.items, options.data_dir)
@@ -146,7 +146,7 @@ def case(
             every, read = options.bits, (setup.sequences, options.batch_size)
             found["quantised"] = quantise_cases(model, exact, every, options.group, read)
     with adapted(method, model, adapter, setup, names[: options.cycle_linears or None]):
-        found["drift"] = asdict(measures.drift(model, options.cycles))
+        found["drift"] = measures.drift(model, options.cycles)
     found["bytes_after_removal"] = measures.differing_bytes(
         setup.pristine[dtype], model.state_dict()
     )
@@ -159,7 +159,7 @@ def merge_once(model: Any, exact: Tensor, setup: Setup, found: Report) -> Answer
     unmerged, alone = (measures.logits(model, sequences, rows) for rows in (size, 1))
     answers, answers_alone = (measures.answer(model, asked, rows) for rows in (size, 1))
     furina.merge(model)
-    found["weights"] = asdict(measures.rounding(model))
+    found["weights"] = measures.rounding(model)
     merged = measures.logits(model, sequences, size)
     answers_merged = measures.answer(model, asked, size)
     furina.unmerge(model)
@@ -170,7 +170,7 @@ def merge_once(model: Any, exact: Tensor, setup: Setup, found: Report) -> Answer
         "unmerged_exact": (unmerged, exact),
     }
     found["logits"] = {
-        name: asdict(measures.logit_difference(*pair, exact)) for name, pair in compared.items()
+        name: measures.logit_difference(*pair, exact) for name, pair in compared.items()
     }
     found["answers"] = {
         "n": len(answers.chosen),
@@ -206,11 +206,11 @@ def all_cases(setup: Setup) -> tuple[list[Report], Failed]:
                     for name, own in found["chosen"].items()
                 }
             cases.append(found)
-            print(page.line(found), flush=True)
+            print(f"{method} in {dtype}: {found['answers']}", flush=True)
     return cases, failed
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Measure what the options ask for; return the report."""
     select(options.only, options)  # a misspelt name is told before anything is loaded
     setup = prepare(options)
@@ -225,10 +225,7 @@ def measure(options: argparse.Namespace, command: str) -> Report:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    run("merging.error", parse, measure, "merging", page.page, arguments=arguments)
-
+main = partial(run, "merging.error", parse, measure, "merging", page.page)
 
 if __name__ == "__main__":
     main()

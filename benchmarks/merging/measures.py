@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,43 +31,6 @@ CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far two tensors are apart: the largest entry, and ‖one − other‖/‖exact‖."""
-
-    max_abs: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class Rounding(Difference):
-    """That of stored weights, and the largest entry in units in the last place: 1/2 is rounding."""
-
-    ulps: float
-
-
-@dataclass(frozen=True)
-class TokenDifference(Difference):
-    """That of logits, and at how many of `n` positions the likeliest token is another."""
-
-    changed: int
-    n: int
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Bytes that differ after `cycles` merges and unmerges of so many linears, over all cycles.
-
-    `unmerged` are of base weights and adapter, against those before the first merge; `merged` are
-    of the weights merged, against the first merge's.
-    """
-
-    linears: int
-    cycles: int
-    unmerged: int
-    merged: int
-
-
-@dataclass(frozen=True)
 class Answers:
     """The chosen answer of each question, and the log-likelihood of every choice."""
 
@@ -89,7 +52,7 @@ class Asked:
 
 
 def ask(
-    options: argparse.Namespace, rows: int, data_dir: Path | None = None
+    options: Namespace, rows: int, data_dir: Path | None = None
 ) -> tuple[Asked, dict[str, Any]]:
     """Draw test questions of a task and tokenise them as protocol `text` asks them.
 
@@ -115,19 +78,22 @@ def ask(
     return Asked(choices, lengths, right, whole), data
 
 
-def weight_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> Difference:
-    """Return how far (stored, exact) weights are apart, over all pairs."""
+def weight_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Return the largest |stored − exact| of all pairs, and ‖stored − exact‖/‖exact‖."""
     largest = square = whole = 0.0
     for stored, exact in pairs:
         error = stored.double() - exact
         largest = max(largest, error.abs().max().item())
         square += error.square().sum().item()
         whole += exact.square().sum().item()
-    return Difference(largest, (square / whole) ** 0.5)
+    return {"max_abs": largest, "relative": (square / whole) ** 0.5}
 
 
-def rounding(model: nn.Module) -> Rounding:
-    """Return how far a merged model's weights are from W + ΔW in float64."""
+def rounding(model: nn.Module) -> dict[str, float]:
+    """Return how far a merged model's weights are from W + ΔW in float64.
+
+    `ulps` is the largest entry in units in the last place: 1/2 is one rounding.
+    """
     largest = 0.0
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,8 +104,7 @@ def rounding(model: nn.Module) -> Rounding:
             largest = max(largest, ulps(stored, exact))
             yield stored, exact
 
-    found = weight_difference(pairs())
-    return Rounding(found.max_abs, found.relative, largest)
+    return {**weight_difference(pairs()), "ulps": largest}
 
 
 def ulps(stored: Tensor, exact: Tensor) -> float:
@@ -151,7 +116,7 @@ def ulps(stored: Tensor, exact: Tensor) -> float:
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
+def logits(model: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
     """Return the logits after every token, of right-padded batches in the given order.
 
     Shape: (all tokens, V), in the model's dtype. Raises FurinaError if one is not finite.
@@ -175,17 +140,23 @@ def exact_logits(model: nn.Module, sequences: Sequence[Sequence[int]], batch_siz
     return logits(copy.deepcopy(model).double(), sequences, batch_size)
 
 
-def logit_difference(one: Tensor, other: Tensor, exact: Tensor) -> TokenDifference:
-    """Compare logits position by position. Shape: (n, V) each."""
+def logit_difference(one: Tensor, other: Tensor, exact: Tensor) -> dict[str, float]:
+    """Compare logits position by position. Shape: (n, V) each.
+
+    Return the largest |one − other|, ‖one − other‖/‖exact‖, and at how many of `n` positions the
+    likeliest token is another.
+    """
     largest, changed = 0.0, 0
     square = whole = 0.0
-    for parts in zip(*(tensor.split(CHUNK) for tensor in (one, other, exact)), strict=True):
+    tensors: tuple[Any, ...] = (one, other, exact)
+    for parts in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
         a, b, reference = (part.double() for part in parts)
         largest = max(largest, (a - b).abs().max().item())
         square += (a - b).square().sum().item()
         whole += reference.square().sum().item()
         changed += int((a.argmax(-1) != b.argmax(-1)).sum())
-    return TokenDifference(largest, (square / whole) ** 0.5, changed, len(one))
+    relative = (square / whole) ** 0.5
+    return {"max_abs": largest, "relative": relative, "changed": changed, "n": len(one)}
 
 
 def answer(model: Any, asked: Asked, batch_size: int) -> Answers:
@@ -211,7 +182,7 @@ def loglikelihood_change(one: Answers, other: Answers) -> float:
     """Return the root of the mean squared change of a choice's log-likelihood, in nats."""
     flat = (itertools.chain(*each.loglikelihoods) for each in (one, other))
     squares = [(a - b) ** 2 for a, b in zip(*flat, strict=True)]
-    return (sum(squares) / len(squares)) ** 0.5
+    return float((sum(squares) / len(squares)) ** 0.5)
 
 
 def right(found: Answers, asked: Asked) -> int:
@@ -235,8 +206,12 @@ def _differing(old: Tensor, new: Tensor) -> int:
     return int((one != other).sum())
 
 
-def drift(model: nn.Module, cycles: int) -> Drift:
-    """Merge and unmerge `model` so many times and count every byte that is not as before."""
+def drift(model: nn.Module, cycles: int) -> dict[str, int]:
+    """Merge and unmerge `model` so many times and count every byte that is not as before.
+
+    `unmerged` are of base weights and adapter, against those before the first merge; `merged` are
+    of the weights merged, against the first merge's.
+    """
     layers = state_of(model).layers
     start, first = snapshot(_owned(layers)), dict[str, Tensor]()
     unmerged = merged = 0
@@ -247,7 +222,8 @@ def drift(model: nn.Module, cycles: int) -> Drift:
         merged += differing_bytes(first, weights)
         furina.unmerge(model)
         unmerged += differing_bytes(start, _owned(layers))
-    return Drift(len(layers), cycles, unmerged, merged)
+    counted = {"linears": len(layers), "cycles": cycles}
+    return counted | {"unmerged": unmerged, "merged": merged}
 
 
 def _owned(layers: Mapping[str, AdapterLinear]) -> dict[str, Tensor]:

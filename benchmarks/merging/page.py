@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.common import show
 from benchmarks.common.rounds import changed_ratio
-from furina.reporting.cells import Cell, Table, label, missing
+from furina.reporting.cells import Table
 
 Case = Mapping[str, Any]
-CaseColumns = dict[tuple[str, str], Callable[[Case], Cell]]
-START: CaseColumns = {
-    ("", "method"): lambda case: label(case["method"]),
-    ("", "dtype"): lambda case: label(case["dtype"]),
-}
+START: dict[tuple[str, str], show.Column] = {("", "method"): "method", ("", "dtype"): "dtype"}
 COMPARED = {
     "merged": "merged − unmerged",
     "batch": "batch − alone",
@@ -62,20 +58,6 @@ def _quotient(one: float, other: float) -> float | None:
     return one / other if other else None
 
 
-def line(case: Case) -> str:
-    """Return what is printed of a case as soon as it is measured."""
-    answers, logits, drift = case["answers"], case["logits"], case["drift"]
-    return (
-        f"{case['method']:<9} {case['dtype']:<9} |ΔW|/|W| {case['relative_update']:.3f}"
-        f"   weights {case['weights']['relative']:.1e} ({case['weights']['ulps']:.2f} ulp)"
-        f"   logits {logits['merged']['relative']:.1e}, batch {logits['batch']['relative']:.1e}"
-        f"   tokens {logits['merged']['changed']}, batch {logits['batch']['changed']}"
-        f" of {logits['merged']['n']}"
-        f"   answers {answers['merged']}, batch {answers['batch']} of {answers['n']}"
-        f"   drift {drift['unmerged'] + drift['merged'] + case['bytes_after_removal']} bytes"
-    )
-
-
 def page(report: Case) -> show.Page:
     """Return the report's tables."""
     settings, data, cases = report["settings"], report["data"], report["cases"]
@@ -95,20 +77,16 @@ def page(report: Case) -> show.Page:
     return show.Page(tables, "What merging changes", paragraphs, after=failed)
 
 
-def _number(value: float, form: str = "{:.1e}") -> Cell:
-    return show.number(value, form)
-
-
 def _weights(cases: Sequence[Case]) -> Table:
     stored, differ = "stored weight − (W + ΔW)", "bytes that differ"
-    columns: CaseColumns = START | {
-        ("", "‖ΔW‖/‖W‖"): lambda case: _number(case["relative_update"], "{:.3f}"),
-        (stored, "max"): lambda case: _number(case["weights"]["max_abs"]),
-        (stored, "relative"): lambda case: _number(case["weights"]["relative"]),
-        (stored, "max, ulp"): lambda case: _number(case["weights"]["ulps"], "{:.3f}"),
-        (differ, "unmerged"): lambda case: show.count(case["drift"]["unmerged"]),
-        (differ, "merged"): lambda case: show.count(case["drift"]["merged"]),
-        (differ, "adapter removed"): lambda case: show.count(case["bytes_after_removal"]),
+    columns = START | {
+        ("", "‖ΔW‖/‖W‖"): "relative_update .3f",
+        (stored, "max"): "weights.max_abs .1e",
+        (stored, "relative"): "weights.relative .1e",
+        (stored, "max, ulp"): "weights.ulps .3f",
+        (differ, "unmerged"): "drift.unmerged ,",
+        (differ, "merged"): "drift.merged ,",
+        (differ, "adapter removed"): "bytes_after_removal ,",
     }
     drift = cases[0]["drift"]
     remarks = (
@@ -123,8 +101,8 @@ def _weights(cases: Sequence[Case]) -> Table:
 
 
 def _logits(cases: Sequence[Case]) -> Table:
-    columns: CaseColumns = START | {
-        (name, words): lambda case, key=key, size=size: _number(case["logits"][key][size])
+    columns = START | {
+        (name, words): f"logits.{key}.{size} .1e"
         for key, name in COMPARED.items()
         for words, size in (("max", "max_abs"), ("relative", "relative"))
     }
@@ -136,18 +114,10 @@ def _logits(cases: Sequence[Case]) -> Table:
     return show.table("logits", "Logits", cases, columns, remark, keys=2)
 
 
-def _changed(found: Case) -> Cell:
-    return show.share(found["changed"], found["n"])
-
-
 def _tokens(cases: Sequence[Case]) -> Table:
-    columns: CaseColumns = START | {
-        ("", "positions"): lambda case: show.count(case["logits"]["merged"]["n"]),
-        **{
-            (CHANGED, name): lambda case, key=key: _changed(case["logits"][key])
-            for key, name in COMPARED.items()
-        },
-    }
+    columns = START | {("", "positions"): "logits.merged.n ,"}
+    for key, name in COMPARED.items():
+        columns[CHANGED, name] = show.share(f"logits.{key}.changed", f"logits.{key}.n")
     remark = (
         "The likeliest next token at each position of the same texts; of equal logits the first."
     )
@@ -155,58 +125,43 @@ def _tokens(cases: Sequence[Case]) -> Table:
 
 
 def _answers(cases: Sequence[Case]) -> Table:
-    def changed(case: Case, key: str) -> Cell:
-        own = case["answers"]
-        return show.share(own[key], own["n"]) if key in own else missing("float32 was not run")
-
-    def right(case: Case, name: str) -> Cell:
-        own = case["answers"]
-        return _number(100 * own[f"right_{name}"] / own["n"], "{:.1f}")
-
-    group, change = "answer changed, % [95 %]", "change of log-likelihood, nats"
     compared = {"merged − unmerged": "merged", "batch − alone": "batch"}
     compared |= {f"{name} − float32": f"{name}_widest" for name in ("merged", "unmerged")}
-    columns: CaseColumns = START | {
-        ("", "questions"): lambda case: show.count(case["answers"]["n"]),
-        **{(group, name): lambda case, k=key: changed(case, k) for name, key in compared.items()},
-        **{
-            (change, name): lambda case, k=name: _number(case["answers"][f"loglikelihood_{k}"])
-            for name in ("merged", "batch")
-        },
-        **{
-            ("right, %", name): lambda case, k=name: right(case, k)
-            for name in ("base", "unmerged", "merged")
-        },
-    }
+    columns = START | {("", "questions"): "answers.n ,"}
+    for name, key in compared.items():
+        columns["answer changed, % [95 %]", name] = show.share(f"answers.{key}", "answers.n")
+    for name in ("merged", "batch"):
+        columns["change of log-likelihood, nats", name] = f"answers.loglikelihood_{name} .1e"
+    for name in ("base", "unmerged", "merged"):
+        columns["right, %", name] = f"right.{name} .1f"
+    rows = [{**case, "right": _right(case["answers"])} for case in cases]
     remark = (
         "Intervals are Wilson's. Float32 is that dtype's unmerged model with the same adapter. The "
         "change of log-likelihood is the root of the mean square over all choices."
     )
-    return show.table("answers", "Answers", cases, columns, remark, keys=2)
+    return show.table("answers", "Answers", rows, columns, remark, keys=2)
+
+
+def _right(own: Case) -> dict[str, float]:
+    """Return how many percent of the answers are right."""
+    return {name: 100 * own[f"right_{name}"] / own["n"] for name in ("base", "unmerged", "merged")}
 
 
 def _quantised(cases: Sequence[Case]) -> Table:
     rows = [
-        {"method": case["method"], **quantised}
+        {"method": case["method"], "base": f"int{quantised['bits']}", **quantised}
         for case in cases
         for quantised in case.get("quantised", ())
     ]
-    columns: CaseColumns = {
-        ("", "method"): lambda row: label(row["method"]),
-        ("", "base"): lambda row: label(f"int{row['bits']}"),
-    }
-    for what in ("weights", "logits"):
-        for words, size in (("relative", "relative"), ("max", "max_abs")):
-            columns |= {
-                (f"{what}, {words}", name): lambda row, what=what, key=key, size=size: _number(
-                    row[what][key][size]
-                )
-                for key, name in QUANTISED.items()
-            }
+    columns: dict[tuple[str, str], show.Column] = {("", "method"): "method", ("", "base"): "base"}
     columns |= {
-        (CHANGED, name): lambda row, key=key: _changed(row["logits"][key])
+        (f"{what}, {words}", name): f"{what}.{key}.{size} .1e"
+        for what in ("weights", "logits")
+        for words, size in (("relative", "relative"), ("max", "max_abs"))
         for key, name in QUANTISED.items()
     }
+    for key, name in QUANTISED.items():
+        columns[CHANGED, name] = show.share(f"logits.{key}.changed", f"logits.{key}.n")
     remark = (
         "Adapter beside: Q(W) with the adapter unmerged. Merged: Q(W + ΔW). Both against exact "
         "W + ΔW, in float32; relative as above. Q rounds to the nearest step, of which a group's "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -47,9 +46,9 @@ def compare(beside: Reading, after: Reading, exact: Reading) -> Report:
     pairs = {"beside": (beside, exact), "after": (after, exact), "apart": (after, beside)}
     found: Report = {"weights": {}, "logits": {}}
     for name, ((weights, logits), (other_weights, other_logits)) in pairs.items():
-        apart = measures.weight_difference(zip(weights, other_weights, strict=True))
-        found["weights"][name] = asdict(apart)
-        found["logits"][name] = asdict(measures.logit_difference(logits, other_logits, exact[1]))
+        both = zip(weights, other_weights, strict=True)
+        found["weights"][name] = measures.weight_difference(both)
+        found["logits"][name] = measures.logit_difference(logits, other_logits, exact[1])
     return found
 
 
@@ -76,7 +75,8 @@ def quantise(weight: Tensor, bits: int, group: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
     step = padded.abs().amax(-1, keepdim=True) / top
     whole = torch.where(step > 0, padded / step, 0).round()
-    return (whole * step).view(rows, -1)[:, :columns].to(weight.dtype)
+    rounded: Tensor = (whole * step).view(rows, -1)[:, :columns]
+    return rounded.to(weight.dtype)
 
 
 @contextmanager

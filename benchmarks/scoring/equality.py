@@ -10,8 +10,8 @@ where the two best choices are further apart than that, the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +34,7 @@ Pair = tuple[BuiltinSample, BuiltinSample]
 """A question as HFLM and as ours scored it."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone dtype device", dtype="float32")
     made.add_argument("--tasks", nargs="+", default=list(TASKS))
     made.add_argument("--rows", type=int, default=300)
@@ -55,17 +54,15 @@ def exact(model: Any, tokenizer: Any, sample: BuiltinSample) -> list[float]:
     return values
 
 
-def held_against_float64(
-    options: argparse.Namespace, tokenizer: Any, pairs: Sequence[Pair]
-) -> list[Report]:
+def held_against_float64(options: Namespace, tokenizer: Any, pairs: Sequence[Pair]) -> list[Report]:
     """Score once more, in float64, where the engines are apart; return each one's distance."""
     found = [pair for pair in pairs if apart(pair) > GAP]
     if not found:
         return []
-    model = furina.load_backbone(options.backbone, "float32", options.device).double().eval()
+    model: Any = furina.load_backbone(options.backbone, "float32", options.device).double()
     told = []
     for theirs, ours in found:
-        true = exact(model, tokenizer, theirs)
+        true = exact(model.eval(), tokenizer, theirs)
         told.append(
             {
                 "doc_id": theirs.doc_id,
@@ -83,10 +80,10 @@ def apart(pair: Pair) -> float:
     return distance(theirs.loglikelihoods, ours.loglikelihoods)
 
 
-def compare(model: Any, tokenizer: Any, name: str, options: argparse.Namespace) -> Report:
+def compare(model: Any, tokenizer: Any, name: str, options: Namespace) -> Report:
     """Return how far the engines' log-likelihoods are apart on a task, and what each scores."""
     task = get_task(name)
-    questions = load_items(name, "test")[: options.rows]
+    questions: Any = load_items(name, "test")[: options.rows]
     assert task.harness and task.harness_row
     rows = {task.harness: [task.harness_row(question) for question in questions]}
     sizes: dict[str, Any] = {"batch_size": options.batch_size, "rows": rows}
@@ -125,7 +122,7 @@ def line(name: str, result: Report) -> str:
     )
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Compare on all tasks; return the report."""
     model = furina.load_backbone(options.backbone, options.dtype, options.device)
     tokenizer = furina.load_tokenizer(options.backbone)

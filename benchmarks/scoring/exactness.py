@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Sequence
 
 import lm_eval
@@ -26,7 +26,7 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-def told(options: argparse.Namespace) -> Report:
+def told(options: Namespace) -> Report:
     """Return the settings and the versions of a run."""
     modules = (torch, transformers, lm_eval)
     versions = {module.__name__: module.__version__ for module in modules}

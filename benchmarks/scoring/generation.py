@@ -9,9 +9,9 @@ makes the exit status 1.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -35,8 +35,7 @@ from furina.evaluation.generation import generate
 Texts = list[str]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     shared = "backbone dtype device rounds threads seed"
     made = Parser(__doc__, shared, dtype="float32", rounds=3)
     made.add_argument("--task", default="gsm8k")
@@ -46,7 +45,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return made.checked(arguments, "rows rounds batch_size threads")
 
 
-def asked(options: argparse.Namespace) -> tuple[Texts, Decoding, str]:
+def asked(options: Namespace) -> tuple[Texts, Decoding, str]:
     """Return the prompts, how they are continued, and the questions' hash.
 
     Raises ConfigurationError for a protocol whose answers depend on their batch, or has none.
@@ -72,7 +71,7 @@ def peer(lm: Any, prompts: Texts, decoding: Decoding) -> Texts:
     return written
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Return the report: seconds by round, their ratios, and how many answers differ."""
     prompts, decoding, data = asked(options)
     model = backbone_of(options)

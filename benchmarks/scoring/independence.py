@@ -10,8 +10,8 @@ log-likelihood, measured at batch size 1 through lm-eval. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +27,18 @@ VARIANTS = [("lm_eval", 1), ("lm_eval", 8), ("shared", 1), ("shared", 8), ("shar
 Samples = Sequence[Any]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone")
     made.add_argument("--task", default="arc_easy")
     made.add_argument("--rows", type=int, default=150)
     return made.checked(arguments, "rows")
 
 
-def score(dtype: str, items: Any, options: argparse.Namespace) -> dict[str, Samples]:
+def score(dtype: str, items: Any, options: Namespace) -> dict[str, Samples]:
     """Return the samples of every variant."""
     model = load_backbone(options.backbone, dtype)
     tokenizer = load_tokenizer(options.backbone)
-    found = {}
+    found: dict[str, Samples] = {}
     for engine, batch_size in VARIANTS:
         settings: dict[str, Any] = {"engine": engine, "batch_size": batch_size}
         evaluation = evaluate(model, tokenizer, options.task, items, "text", **settings)
@@ -69,7 +68,7 @@ def compare(one: Samples, other: Samples, exact: Samples, allowed: float) -> Rep
     }
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Score, and compare every variant with the first."""
     items = load_items(options.task, "test")[: options.rows]
     exact, rounded = (score(dtype, items, options) for dtype in ("float32", "bfloat16"))

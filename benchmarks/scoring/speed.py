@@ -10,11 +10,12 @@ apart than that, makes the exit status 1.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -35,8 +36,7 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 Answers = list[tuple[float, bool]]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone dtype device rounds threads seed", dtype="float32")
     tasks = ["arc_easy", "openbookqa", "hellaswag", "boolq"]
     made.add_argument("--tasks", nargs="+", default=tasks)
@@ -72,7 +72,7 @@ def best_batch_size(lm: Any, requests: Sequence[Request]) -> int:
     """Return HFLM's fastest batch size: the better of two runs each, after one to warm up."""
     score(lm, requests[:8], 4)
     seconds = {
-        size: min(timed(lambda size=size: score(lm, requests, size))[0] for _ in range(2))
+        size: min(timed(partial(score, lm, requests, size))[0] for _ in range(2))
         for size in BATCH_SIZES
     }
     print("  HFLM by batch size:", {size: f"{value:.2f} s" for size, value in seconds.items()})
@@ -94,7 +94,7 @@ def compare(theirs: Answers, ours: Answers, questions: Sequence[Question]) -> Re
 
 
 def measure_task(
-    task: str, lms: dict[str, Any], tokenizer: Any, options: argparse.Namespace, order: Any
+    task: str, lms: dict[str, Any], tokenizer: Any, options: Namespace, order: Any
 ) -> Report:
     """Time both on one task and compare what they say."""
     questions: Any = load_items(task, "test")[: options.rows]
@@ -123,7 +123,7 @@ def measure_task(
     return own | compared
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Time all tasks; return the report."""
     model = backbone_of(options)
     tokenizer = furina.load_tokenizer(options.backbone)

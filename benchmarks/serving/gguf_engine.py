@@ -11,11 +11,12 @@ does not bring about others. The yardstick is what merging alone changes inside 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,18 @@ from torch import Tensor
 import furina
 from benchmarks.common import show
 from benchmarks.common.command import Parser, Report, described, run
-from benchmarks.common.models import adapt, perturb
+from benchmarks.common.models import put_in
 from benchmarks.common.rounds import changed_ratio
 from benchmarks.common.worker import ROOT
 from benchmarks.merging import measures
 from furina.errors import FurinaError
-from furina.reporting.cells import label
 
 WORKER = Path(__file__).with_name("gguf_worker.py")
 ENVIRONMENT = ROOT / ".venv-gguf"
 KINDS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone rank experts threads seed results")
     made.add_argument("--dtypes", nargs="+", choices=KINDS, default=["float32", "bfloat16"])
     made.add_argument("--method", default="furina", help="of the perturbed adapter")
@@ -68,16 +67,6 @@ def engine(environment: Path, *words: str, questions: Report | None = None) -> R
     return answers
 
 
-def adapted(dtype: str, options: argparse.Namespace) -> Any:
-    """Return the backbone with the saved or a perturbed adapter, unmerged."""
-    model = furina.load_backbone(options.backbone, dtype)
-    if options.adapter_path:
-        return furina.load(options.adapter_path, model)
-    adapt(model, options.method, options)
-    perturb(model, options.update, options.seed)
-    return model
-
-
 @torch.inference_mode()
 def generate(model: Any, ids: Sequence[int], new_tokens: int) -> list[int]:
     """Return transformers' greedy continuation, which does not stop early."""
@@ -97,10 +86,11 @@ def forced(model: Any, texts: Sequence[list[int]], new_tokens: int) -> list[Tens
     return [logits.float().log_softmax(-1) for logits in found]
 
 
-def case(dtype: str, asked: list[list[int]], options: argparse.Namespace) -> Report:
+def case(dtype: str, asked: list[list[int]], options: Namespace) -> Report:
     """Compare llama.cpp with transformers in one dtype."""
     new, kind = options.new_tokens, KINDS[dtype]
-    model = adapted(dtype, options)
+    model = furina.load_backbone(options.backbone, dtype)
+    put_in(model, options.method, options.update, options)
     with tempfile.TemporaryDirectory(prefix="gguf-") as name:
         folder, file = Path(name) / "merged", str(Path(name) / "merged.gguf")
         furina.export_merged(model, folder, furina.load_tokenizer(options.backbone))
@@ -156,7 +146,7 @@ def ratios(cases: Sequence[Report], name: str) -> dict[str, float]:
     }
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Measure what the options ask for; return the report."""
     torch.set_num_threads(options.threads)
     asked, data = measures.ask(options, options.prompts)
@@ -182,30 +172,21 @@ def page(report: show.Report) -> show.Page:
         f"{', '.join(f'{name} {version}' for name, version in engine.items())}; "
         f"{show.commit(report)}. Made by {report['command']}.",
     )
-    columns: show.Columns[Report] = {
-        ("", "dtype"): lambda case: label(case["dtype"]),
-        ("whole", "prompts"): lambda case: show.number(case["prompts"], "{}"),
-        ("whole", "changed, % [95 %]"): lambda case: show.share(
-            case["continuations_changed"], case["prompts"]
-        ),
-        ("next token", "positions"): lambda case: show.number(case["positions"], "{}"),
-        ("next token", "changed, % [95 %]"): lambda case: show.share(
-            case["tokens_changed"], case["positions"]
-        ),
-        ("next token", "by merging, % [95 %]"): lambda case: show.share(
-            case["unmerged_changed"], case["positions"]
-        ),
-        ("nats", "max |Δ log p|"): lambda case: show.number(case["difference"], "{:.1e}"),
-        ("nats", "lead"): lambda case: show.number(case["widest_gap"], "{:.1e}"),
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "dtype"): "dtype",
+        ("whole", "prompts"): "prompts d",
+        ("whole", "changed, % [95 %]"): show.share("continuations_changed", "prompts"),
+        ("next token", "positions"): "positions d",
+        ("next token", "changed, % [95 %]"): show.share("tokens_changed", "positions"),
+        ("next token", "by merging, % [95 %]"): show.share("unmerged_changed", "positions"),
+        ("nats", "max |Δ log p|"): "difference .1e",
+        ("nats", "lead"): "widest_gap .1e",
     }
     title = "Merged, as GGUF in llama.cpp"
     return show.Page([show.table("gguf", title, report["cases"], columns, *remarks)], title)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    run("serving.gguf_engine", parse, measure, "gguf", page, arguments=arguments)
-
+main = partial(run, "serving.gguf_engine", parse, measure, "gguf", page)
 
 if __name__ == "__main__":
     main()

@@ -64,7 +64,8 @@ def complete(engine: Any, ids: list[int], new_tokens: int) -> list[dict[str, Any
     )
     if "choices" not in answer:
         sys.exit(f"llama.cpp refused: {json.dumps(answer)[:300]}")
-    return answer["choices"][0]["logprobs"]["content"]
+    tokens: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"]
+    return tokens
 
 
 def likeliest(token: dict[str, Any]) -> tuple[int, float]:

@@ -21,11 +21,11 @@ Without --adapter-path the adapter is a new FURINA whose every parameter has mov
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import torch
 
 import furina
 from benchmarks.common.command import Parser, Report, described, run
-from benchmarks.common.rounds import Failed, fail, interleaved
+from benchmarks.common.rounds import Failed, each, interleaved
 from benchmarks.common.worker import ROOT, Worker, WorkerError, interpreter
 from benchmarks.serving import vllm_page
 from benchmarks.serving.vllm_checks import Reference, agreement, changed, told, verdict
@@ -48,7 +48,6 @@ from benchmarks.serving.vllm_models import (
     prompts,
     reference,
 )
-from furina.errors import FurinaError
 from furina.evaluation.latency import Timing
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -72,8 +71,7 @@ Answers = dict[str, dict[str, Any]]
 """By variant: the scores of the rows and the tokens generated after the prompts."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone device rank experts rounds seed results", rounds=20)
     made.add_argument("--adapter-path", type=Path, help="a saved furina adapter")
     made.add_argument("--dtype", choices=tuple(EXACT), default="bfloat16")
@@ -96,20 +94,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def start(exports: Exports, failed: Failed, options: argparse.Namespace) -> Engines:
+def start(exports: Exports, failed: Failed, options: Namespace) -> Engines:
     """Load every variant in a fresh process; one that fails is noted and left out."""
-    engines: Engines = {}
-    for name in (each for each in VARIANTS if each in options.only):
-        try:
-            engines[name] = engine(options.vllm, options.threads, setup(name, exports, options))
-        except FurinaError as error:
-            fail(failed, name, error)
-        else:
-            print(f"{name}: loaded in {engines[name].loaded['seconds']:.1f} s", flush=True)
-    return engines
+
+    def load(name: str) -> Worker:
+        loaded = engine(options.vllm, options.threads, setup(name, exports, options))
+        print(f"{name}: loaded in {loaded.loaded['seconds']:.1f} s", flush=True)
+        return loaded
+
+    return each([name for name in VARIANTS if name in options.only], load, failed)
 
 
-def setup(name: str, exports: Exports, options: argparse.Namespace) -> dict[str, Any]:
+def setup(name: str, exports: Exports, options: Namespace) -> dict[str, Any]:
     """Return what a worker is told to load."""
     longest = max(options.prompt_tokens + options.new_tokens, options.row_tokens + 1)
     return {
@@ -139,7 +135,7 @@ def room_for(rank: int) -> int:
 
 
 def time_rounds(
-    engines: Engines, failed: Failed, vocabulary: int, options: argparse.Namespace
+    engines: Engines, failed: Failed, vocabulary: int, options: Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """Time each engine once a round, all on the same new prompt; return the warm rounds' times.
 
@@ -167,23 +163,16 @@ def ask(
     engines: Engines, failed: Failed, rows: list[Tokens], asked: list[Tokens], new_tokens: int
 ) -> Answers:
     """Return what each engine says of the rows and after the prompts."""
-    answers: Answers = {}
-    for name in [each for each in engines if each in CHECKED]:
-        try:
-            answers[name] = {
-                "scores": engines[name].ask("score", rows),
-                "generated": engines[name].ask("generate", asked, new_tokens),
-            }
-        except FurinaError as error:
-            fail(failed, name, error)
-            engines.pop(name).close()
-        else:
-            print(f"{name}: scored and generated", flush=True)
-    return answers
+
+    def answer(name: str) -> dict[str, Any]:
+        scores = engines[name].ask("score", rows)
+        return {"scores": scores, "generated": engines[name].ask("generate", asked, new_tokens)}
+
+    return each([name for name in engines if name in CHECKED], answer, failed)
 
 
 def check(
-    answers: Answers, exports: Exports, rows: list[Tokens], options: argparse.Namespace
+    answers: Answers, exports: Exports, rows: list[Tokens], options: Namespace
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hold the scores against ours; return the verdicts and what the update changes of them."""
     ours: dict[str, Reference] = {}
@@ -197,7 +186,7 @@ def check(
 
 
 def compare(
-    answers: Answers, exports: Exports, asked: list[Tokens], options: argparse.Namespace
+    answers: Answers, exports: Exports, asked: list[Tokens], options: Namespace
 ) -> dict[str, dict[str, float]]:
     """Return how far generations agree, each pair under its name; `ours/` is transformers."""
     generated = {name: answer["generated"] for name, answer in answers.items()}
@@ -214,7 +203,7 @@ def compare(
     }
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Export, ask and compare; return the report.
 
     Raises FurinaError if the environment is missing, or backbone or adapter cannot be exported.
@@ -228,13 +217,13 @@ def measure(options: argparse.Namespace, command: str) -> Report:
         exports = export(Path(folder), options)
         engines = start(exports, failed, options)
         try:
-            loads = {name: each.loaded["seconds"] for name, each in engines.items()}
-            versions = {k: v for each in engines.values() for k, v in each.versions.items()}
+            loads = {name: own.loaded["seconds"] for name, own in engines.items()}
+            versions = {k: v for own in engines.values() for k, v in own.versions.items()}
             rounds = time_rounds(engines, failed, vocabulary, options)
             answers = ask(engines, failed, rows, asked, options.new_tokens)
         finally:
-            for each in engines.values():
-                each.close()
+            for own in engines.values():
+                own.close()
         verdicts, moved = check(answers, exports, rows, options)
         agreements = compare(answers, exports, asked, options)
     report = described(options, command, **versions)
@@ -253,9 +242,8 @@ def measure(options: argparse.Namespace, command: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script; exits with 1 where no engine ran."""
-    report = run(
-        "serving.vllm_engine", parse, measure, "engine", vllm_page.page, arguments=arguments
-    )
+    page = vllm_page.page
+    report = run("serving.vllm_engine", parse, measure, "engine", page, arguments)
     if not report["load_seconds"]:
         sys.exit(f"error: no engine ran: {next(iter(report['failed'].values()))}")
 

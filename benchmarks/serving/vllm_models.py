@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 import furina
-from benchmarks.common import models
-from benchmarks.common.models import relative_update
+from benchmarks.common.models import put_in, relative_update
+from benchmarks.merging import measures
 from benchmarks.serving.vllm_checks import Reference, refer
 from furina.data.protocols import get_protocol
 from furina.data.sources import load_items
@@ -43,7 +41,7 @@ class Exports(NamedTuple):
     relative_update: float
 
 
-def export(folder: Path, options: argparse.Namespace) -> Exports:
+def export(folder: Path, options: Namespace) -> Exports:
     """Write the backbone, the merged model, the LoRA and furina's own adapter into `folder`.
 
     Raises FurinaError if the backbone or the adapter does not load, or cannot be merged.
@@ -51,18 +49,14 @@ def export(folder: Path, options: argparse.Namespace) -> Exports:
     base, merged, lora, adapter = (folder / n for n in ("base", "merged", "lora", "adapter"))
     model = furina.load_backbone(options.backbone, options.dtype)
     model.save_pretrained(base)
-    if options.adapter_path:
-        furina.load(options.adapter_path, model)
-    else:
-        models.adapt(model, "furina", options)
-        models.perturb(model, options.relative_update, options.seed, NEAR)
+    put_in(model, "furina", options.relative_update, options, NEAR)
     relative = relative_update(model)
     furina.export_merged(model, merged)
     furina.save(model, adapter)
     return Exports(base, merged, lora, adapter, furina.export_peft(model, lora), relative)
 
 
-def prompts(rows: int, tokens: int, options: argparse.Namespace) -> tuple[list[Tokens], str]:
+def prompts(rows: int, tokens: int, options: Namespace) -> tuple[list[Tokens], str]:
     """Return `rows` prompts of so many tokens, and where they are from.
 
     They are consecutive test questions of `options.task` with their answers, or random tokens
@@ -101,35 +95,31 @@ def cut(texts: Iterable[str], encode: Callable[[str], Tokens], tokens: int) -> I
         yield row[:tokens]
 
 
-def load(variant: str, exports: Exports, dtype: str, device: str) -> PreTrainedModel:
+def load(variant: str, exports: Exports, dtype: str, device: str) -> Any:
     """Return our own model of a variant: a folder, or the backbone with the adapter beside it."""
     folder = exports.merged if variant == "merged" else exports.base
-    model = furina.load_backbone(str(folder), dtype, device)
+    model: Any = furina.load_backbone(str(folder), dtype, device)
     if variant == "adapter":
         furina.load(exports.adapter, model)
     return model.requires_grad_(False).eval()
 
 
 @torch.inference_mode()
-def reference(
-    variant: str, exports: Exports, rows: list[Tokens], options: argparse.Namespace
-) -> Reference:
+def reference(variant: str, exports: Exports, rows: list[Tokens], options: Namespace) -> Reference:
     """Return what our model says of every token but the first, exactly and in `options.dtype`."""
     exact = load(variant, exports, EXACT[options.dtype], options.device)
     rounded = load(variant, exports, options.dtype, options.device)
-    found = [refer(logits(exact, row), logits(rounded, row), torch.tensor(row[1:])) for row in rows]
+    found = []
+    for row in rows:
+        made = (measures.logits(model, [row], 1)[:-1] for model in (exact, rounded))
+        wide = (logits.to("cpu", torch.float64) for logits in made)
+        found.append(refer(*wide, torch.tensor(row[1:])))
     return Reference(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-
-def logits(model: PreTrainedModel, row: Tokens) -> Tensor:
-    """Return what follows each token but the last, as the model's own dtype made it. (P-1, V)."""
-    output: Any = model(input_ids=torch.tensor([row], device=model.device))
-    return output.logits[0, :-1].to("cpu", torch.float64)
 
 
 @torch.inference_mode()
 def continuations(
-    variant: str, exports: Exports, rows: list[Tokens], options: argparse.Namespace
+    variant: str, exports: Exports, rows: list[Tokens], options: Namespace
 ) -> list[Tokens]:
     """Return what transformers generates greedily after each row, all rows in one batch."""
     model = load(variant, exports, options.dtype, options.device)

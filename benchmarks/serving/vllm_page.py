@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import show
 from benchmarks.latency import page as latency
-from benchmarks.latency.page import TIMES, Rounds, paired, rounds_of, time_columns
-from furina.reporting.cells import Cell, Table, label
+from benchmarks.latency.page import TIMES, Rounds, paired, time_columns, time_row
+from furina.reporting.cells import Table, label
 
-Report = show.Report
 RATIOS = ("merged/base", "adapter/base", "base_again/base")
-NO_QUARTILES = label("–")
+EXCEPTIONS: dict[tuple[str, str], show.Column] = {
+    ("", "engine"): "name",
+    ("", "row"): "row .0f",
+    ("", "position"): "position .0f",
+    ("", "lead"): "gap .3g",
+    ("token", "ours"): "ours .0f",
+    ("token", "ours rounded"): "ours_rounded .0f",
+    ("token", "vLLM's"): "theirs .0f",
+}
+AGREEMENTS: dict[tuple[str, str], show.Column] = {
+    ("", "generations of"): "pair",
+    ("", "prompts"): "n .0f",
+    ("", "all tokens equal, %"): show.at("equal .0f", 100),
+    ("", "equal from the start, tokens"): "prefix .1f",
+}
+VERDICTS: dict[tuple[str, str], show.Column] = {
+    ("", "engine"): "name",
+    ("", "positions"): "positions .0f",
+    ("", "rounding"): "allowed .3g",
+    ("lead above rounding", "positions"): "decided .0f",
+    ("lead above rounding", "other token"): "exceptions .0f",
+    ("other token anywhere", "vLLM"): "disagree .0f",
+    ("other token anywhere", "ours rounded"): "disagree_rounded .0f",
+    ("other token anywhere", "largest lead"): "largest_gap .3g",
+    ("log-probability error, median", "vLLM"): "logprob_error.median .2g",
+    ("log-probability error, median", "ours rounded"): "logprob_error_rounded.median .2g",
+    ("log-probability error, largest", "vLLM"): "logprob_error.max .2g",
+    ("log-probability error, largest", "ours rounded"): "logprob_error_rounded.max .2g",
+}
 
 
 def summary(rounds: Rounds, new_tokens: int) -> dict[str, Any]:
@@ -21,63 +47,74 @@ def summary(rounds: Rounds, new_tokens: int) -> dict[str, Any]:
     A ratio's name ends in that of its time, or, for the total, in nothing.
     """
     timed = {name: own for name, own in rounds.items() if own}
-    quotients = {
-        pair if time == "total_ms" else f"{pair}/{time}": paired(timed, *pair.split("/"), time)
-        for time in ("total_ms", "ttft_ms", "per_token_ms")
-        for pair in RATIOS
-        if timed.keys() >= {*pair.split("/")}
-    }
+    quotients: dict[str, list[float]] = {}
+    for time in ("total_ms", "ttft_ms", "per_token_ms"):
+        for one, other in (pair.split("/") for pair in RATIOS):
+            if one in timed and other in timed:
+                key = f"{one}/{other}" if time == "total_ms" else f"{one}/{other}/{time}"
+                quotients[key] = paired(timed, one, other, time)
     return latency.summary(timed, new_tokens, quotients)
 
 
-def page(report: Report) -> show.Page:
+def page(report: show.Report) -> show.Page:
     """Return the report's tables: times, ratios, likeliest tokens, exceptions, generations."""
-    made: tuple[tuple[Callable[[Report], Table], object], ...] = (
-        (_times, True),
-        (_ratios, report["ratios"]),
-        (_verdicts, report["verdicts"]),
-        (_exceptions, _listed(report)),
-        (_agreements, report["agreements"]),
-    )
-    return show.Page([make(report) for make, found in made if found])
-
-
-def _times(report: Report) -> Table:
     settings, failed = report["settings"], report["failed"]
-
-    def engine(name: str) -> Cell:
-        return label(name, *([f"{name}: {failed[name]}"] if name in failed else []))
-
-    columns: show.Columns[str] = {
-        ("", "engine"): engine,
-        ("", "loading, s"): lambda name: show.number(report["load_seconds"].get(name), "{:.1f}"),
-        **time_columns(report, NO_QUARTILES),
-        ("", "n"): lambda name: rounds_of(report, name),
+    times: dict[tuple[str, str], show.Column] = {
+        ("", "engine"): lambda row: show.noted(report, row["name"]),
+        ("", "loading, s"): "load .1f",
+        **time_columns(label("–")),
+        ("", "n"): "total_ms.n .0f",
     }
-    tokens = f"{settings['prompt_tokens']} tokens in and {settings['new_tokens']} out"
-    names = dict.fromkeys([*report["load_seconds"], *failed])
-    return show.table("engine", f"vLLM: batch 1, {tokens}", names, columns, *_remarks(report))
+    loads = report["load_seconds"]
+    rows = [
+        time_row(report, name) | {"load": loads.get(name)}
+        for name in dict.fromkeys([*loads, *failed])
+    ]
+    asked = f"{settings['prompt_tokens']} tokens in and {settings['new_tokens']} out"
+    title = f"vLLM: batch 1, {asked}"
+    tables = [show.table("engine", title, rows, times, *_remarks(report))]
+    tables += [_ratios(report)] if report["ratios"] else []
+    tables += [_verdicts(report)] if report["verdicts"] else []
+    exceptions = [
+        {"name": name, **each}
+        for name, found in report["verdicts"].items()
+        for each in found["disagreements"]
+        if each["gap"] > found["allowed"]
+    ]
+    if exceptions:
+        tables.append(show.table("exceptions", "Exceptions", exceptions, EXCEPTIONS))
+    if agreements := report["agreements"]:
+        remark = (
+            f"Greedy, {settings['new_tokens']} tokens, all prompts in one batch; ours/ is "
+            "transformers' generation, of the model with the adapter beside it or merged. A tie "
+            "that rounding decides changes all that follows."
+        )
+        rows = [{"pair": pair, **found} for pair, found in agreements.items()]
+        tables.append(show.table("agreements", "Greedy generations", rows, AGREEMENTS, remark))
+    return show.Page(tables)
 
 
-def _ratios(report: Report) -> Table:
-    def time_of(key: str) -> str:
-        time = (key.split("/")[2:] or ["total_ms"])[0]
-        return TIMES[time].partition(",")[0]
-
-    columns: show.Columns[str] = {
-        ("", "ratio"): lambda key: label("/".join(key.split("/")[:2])),
-        ("", "of the"): lambda key: label(time_of(key)),
-        ("", "value"): lambda key: show.number(report["ratios"][key], "{:.3f}"),
-        ("", "95 % interval"): lambda key: show.between(report["intervals"][key]),
+def _ratios(report: show.Report) -> Table:
+    rows = []
+    for key, value in report["ratios"].items():
+        one, other, *time = key.split("/")
+        words = TIMES[time[0] if time else "total_ms"].partition(",")[0]
+        row = {"ratio": f"{one}/{other}", "time": words, "value": value}
+        rows.append(row | {"interval": report["intervals"][key]})
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "ratio"): "ratio",
+        ("", "of the"): "time",
+        ("", "value"): "value .3f",
+        ("", "95 % interval"): show.between("interval", ".3f"),
     }
     remark = (
         "The median of the rounds' own ratios, and a bootstrap interval of it over rounds; below 1 "
         "the first is quicker. base_again is the base in another process: its ratio is noise."
     )
-    return show.table("ratios", "Ratios", report["ratios"], columns, remark)
+    return show.table("ratios", "Ratios", rows, columns, remark)
 
 
-def _verdicts(report: Report) -> Table:
+def _verdicts(report: show.Report) -> Table:
     settings, moved = report["settings"], report["update"]["changed"]
     exact = "float64" if settings["dtype"] == "float32" else "float32"
     remarks = [
@@ -93,79 +130,12 @@ def _verdicts(report: Report) -> Table:
             f"The update changes the likeliest token at {moved['positions']} positions, "
             f"{moved['decided']} of them with a lead above rounding."
         )
-    lead, other, error = "lead above rounding", "other token anywhere", "log-probability error"
-    shown = {
-        ("", "positions"): ("positions", "{:.0f}"),
-        ("", "rounding"): ("allowed", "{:.3g}"),
-        (lead, "positions"): ("decided", "{:.0f}"),
-        (lead, "other token"): ("exceptions", "{:.0f}"),
-        (other, "vLLM"): ("disagree", "{:.0f}"),
-        (other, "ours rounded"): ("disagree_rounded", "{:.0f}"),
-        (other, "largest lead"): ("largest_gap", "{:.3g}"),
-    }
-    columns: dict[tuple[str, str], show.CellOf[tuple[str, Report]]] = {
-        ("", "engine"): lambda item: label(item[0]),
-        **{
-            column: lambda item, key=key, form=form: show.number(item[1][key], form)
-            for column, (key, form) in shown.items()
-        },
-    }
-    for words, size in (("median", "median"), ("largest", "max")):
-        for whose, key in (("vLLM", "logprob_error"), ("ours rounded", "logprob_error_rounded")):
-            columns[f"{error}, {words}", whose] = lambda item, key=key, size=size: show.number(
-                item[1][key][size], "{:.2g}"
-            )
     title = "The likeliest next token, vLLM's and ours"
-    return show.table("verdicts", title, report["verdicts"].items(), columns, *remarks)
+    rows = [{"name": name, **found} for name, found in report["verdicts"].items()]
+    return show.table("verdicts", title, rows, VERDICTS, *remarks)
 
 
-def _listed(report: Report) -> list[tuple[str, Report]]:
-    return [
-        (name, each)
-        for name, found in report["verdicts"].items()
-        for each in found["disagreements"]
-        if each["gap"] > found["allowed"]
-    ]
-
-
-def _exceptions(report: Report) -> Table:
-    shown = {
-        ("", "row"): ("row", "{:.0f}"),
-        ("", "position"): ("position", "{:.0f}"),
-        ("", "lead"): ("gap", "{:.3g}"),
-        ("token", "ours"): ("ours", "{:.0f}"),
-        ("token", "ours rounded"): ("ours_rounded", "{:.0f}"),
-        ("token", "vLLM's"): ("theirs", "{:.0f}"),
-    }
-    columns: show.Columns[tuple[str, Report]] = {
-        ("", "engine"): lambda item: label(item[0]),
-        **{
-            column: lambda item, key=key, form=form: show.number(item[1][key], form)
-            for column, (key, form) in shown.items()
-        },
-    }
-    return show.table("exceptions", "Exceptions", _listed(report), columns)
-
-
-def _agreements(report: Report) -> Table:
-    found = report["agreements"]
-    columns: show.Columns[str] = {
-        ("", "generations of"): label,
-        ("", "prompts"): lambda pair: show.number(found[pair]["n"], "{:.0f}"),
-        ("", "all tokens equal, %"): lambda pair: show.number(100 * found[pair]["equal"], "{:.0f}"),
-        ("", "equal from the start, tokens"): lambda pair: show.number(
-            found[pair]["prefix"], "{:.1f}"
-        ),
-    }
-    remark = (
-        f"Greedy, {report['settings']['new_tokens']} tokens, all prompts in one batch; ours/ is "
-        "transformers' generation, of the model with the adapter beside it or merged. A tie that "
-        "rounding decides changes all that follows."
-    )
-    return show.table("agreements", "Greedy generations", found, columns, remark)
-
-
-def _remarks(report: Report) -> tuple[str, ...]:
+def _remarks(report: show.Report) -> tuple[str, ...]:
     settings, update = report["settings"], report["update"]
     names = ("torch", "transformers", "vllm", "torch (vllm)", "transformers (vllm)")
     made = "every parameter moved by a seed" if settings["adapter"] is None else "a trained one"

@@ -82,14 +82,17 @@ class Engine:
         found = []
         for prompt, output in zip(prompts, self._ask(prompts, scoring()), strict=True):
             told = output.prompt_logprobs[1:]  # the first token has nothing before it
-            top = [min(one, key=lambda token, one=one: one[token].rank) for one in told]
+            top = [min(one.items(), key=lambda item: item[1].rank)[0] for one in told]
             real = [one[token].logprob for token, one in zip(prompt[1:], told, strict=True)]
             found.append({"top": top, "logprob": real})
         return found
 
     def _ask(self, prompts: list[Tokens], params: SamplingParams) -> list[Any]:
         wrapped = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
-        return self.llm.generate(wrapped, params, use_tqdm=False, lora_request=self.lora)
+        answers: list[Any] = self.llm.generate(
+            wrapped, params, use_tqdm=False, lora_request=self.lora
+        )
+        return answers
 
 
 def greedy(new_tokens: int) -> SamplingParams:
@@ -113,7 +116,7 @@ def load(setup: dict[str, Any]) -> tuple[Commands, object]:
     start = time.perf_counter()
     engine = Engine(setup)
     seconds = time.perf_counter() - start
-    commands = {"times": engine.times, "generate": engine.generate, "score": engine.score}
+    commands: Commands = {"times": engine.times, "generate": engine.generate, "score": engine.score}
     package = vllm_package()
     return commands, {"seconds": seconds, "versions": versions("vllm", package), "package": package}
 

@@ -14,13 +14,13 @@ that is new in every round; a ratio is the median over rounds of two times of on
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from benchmarks.training.variants import ANSWER_TOKENS, Variant, floor, random_b
 from furina.data.batches import IGNORED, Batch
 from furina.errors import ConfigurationError
 from furina.model.inference import logits_at
-from furina.reporting.cells import label
 from furina.training.loss import answer_logits, mean_nll, select_answers
 
 KINDS = ("training", "training_padded", "forward", "forward_padded")
@@ -45,8 +44,7 @@ Cases = dict[tuple[str, int], dict[str, Variant]]
 """By kind and length, the variant of each implementation."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone dtype device rounds threads seed results")
     made.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
     made.add_argument("--tokens", type=int, default=2048, help="of all rows together")
@@ -58,14 +56,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def implementations(options: argparse.Namespace) -> list[str]:
+def implementations(options: Namespace) -> list[str]:
     """Return what can run here, the base of the ratios first."""
     # Its kernels are for half precision only.
     flash = options.device.startswith("cuda") and options.dtype in ("bfloat16", "float16")
     return [BASE, "sdpa", *(["flash_attention_2"] if flash and is_flash_attn_2_available() else [])]
 
 
-def batch_of(kind: str, length: int, vocabulary: int, options: argparse.Namespace) -> Batch:
+def batch_of(kind: str, length: int, vocabulary: int, options: Namespace) -> Batch:
     """Return `input_ids`, `attention_mask` and `labels`, each (tokens / length, length)."""
     rows, half = options.tokens // length, length // 2
     batch = random_batch(vocabulary, rows, length, options.seed)
@@ -107,7 +105,7 @@ def apart(one: Any, base: Any, batch: Batch) -> dict[str, float]:
     return {"difference": torch.stack(rows).max().item(), "largest_logit": z.abs().max().item()}
 
 
-def prepare(options: argparse.Namespace) -> tuple[Cases, dict[str, dict[str, float]]]:
+def prepare(options: Namespace) -> tuple[Cases, dict[str, dict[str, float]]]:
     """Return the variants, and how far each forward's logits are from the base's."""
     backbone = backbone_of(options)
     cases: Cases = {}
@@ -128,7 +126,7 @@ def time_case(case: dict[str, Variant], order: random.Random, number: int) -> di
     return {name: case[name].step()[0] for name in order.sample(list(case), k=len(case))}
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Measure what the options ask for; return the report."""
     cases, logits_apart = prepare(options)
     order = random.Random(options.seed)
@@ -153,18 +151,9 @@ def measure(options: argparse.Namespace, command: str) -> Report:
     }
 
 
-class Ratio(NamedTuple):
-    """A ratio's key, taken apart."""
-
-    kind: str
-    name: str
-    base: str
-    length: str
-
-
-def page(report: Report) -> show.Page:
+def page(report: show.Report) -> show.Page:
     """Return the report's table, a row for each ratio."""
-    settings, seconds, logits = report["settings"], report["seconds"], report["logits_apart"]
+    settings = report["settings"]
     remarks = (
         f"{settings['tokens']} tokens in total, {settings['backbone']} in {settings['dtype']}; "
         f"rounds: {settings['rounds']}; a ratio is the median of the rounds' own.",
@@ -172,30 +161,28 @@ def page(report: Report) -> show.Page:
         f"{show.versions(report, 'torch', 'transformers')}; {show.commit(report)}.",
         f"Made by: {report['command']}",
     )
-
-    def milliseconds(x: Ratio, name: str) -> Any:
-        return show.number(seconds[f"{x.kind}/{name}/{x.length}"]["median"], "{:.1f}", 1e3)
-
-    columns: show.Columns[Ratio] = {
-        ("", "kind"): lambda x: label(x.kind),
-        ("", "length"): lambda x: show.number(int(x.length), "{}"),
-        ("", "implementation"): lambda x: label(x.name),
-        ("", "ms"): lambda x: milliseconds(x, x.name),
-        ("", f"ms of {BASE}"): lambda x: milliseconds(x, x.base),
-        ("", "ratio"): lambda x: show.number(report["ratios"]["/".join(x)]),
-        ("", "logits apart"): lambda x: show.number(
-            logits.get("/".join(x), {}).get("difference"), "{:.2g}"
-        ),
-        ("", "fastest"): lambda x: label(report["fastest"][f"{x.kind}/{x.length}"]),
+    rows = []
+    for key, ratio in report["ratios"].items():
+        kind, name, base, length = key.split("/")
+        seconds = {x: report["seconds"][f"{kind}/{x}/{length}"]["median"] for x in (name, base)}
+        row = {"kind": kind, "length": int(length), "name": name, "ratio": ratio}
+        row |= {"own": seconds[name], "base": seconds[base]}
+        row |= {"apart": show.found(report["logits_apart"].get(key), "difference")}
+        rows.append(row | {"fastest": report["fastest"][f"{kind}/{length}"]})
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "kind"): "kind",
+        ("", "length"): "length d",
+        ("", "implementation"): "name",
+        ("", "ms"): show.at("own .1f", 1e3),
+        ("", f"ms of {BASE}"): show.at("base .1f", 1e3),
+        ("", "ratio"): "ratio .2f",
+        ("", "logits apart"): "apart .2g",
+        ("", "fastest"): "fastest",
     }
-    rows = [Ratio(*key.split("/")) for key in report["ratios"]]
     return show.Page([show.table("attention", "Attention", rows, columns, *remarks)])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    run("training.attention", parse, measure, "attention", page, arguments=arguments)
-
+main = partial(run, "training.attention", parse, measure, "attention", page)
 
 if __name__ == "__main__":
     main()

@@ -20,7 +20,6 @@ of each arm warms up beforehand.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import gc
@@ -29,6 +28,7 @@ import random
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -131,8 +131,7 @@ def step_times(steps: int) -> Iterator[list[float]]:
     assert len(times) == steps + 1, "not every step was timed, or something else was"
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone dtype rank experts rounds threads seed results", rounds=3)
     made.add_argument("--task", default="openbookqa", help="$FURINA_DATA_DIR may hold its rows")
     kinds = ("eager", "sdpa")
@@ -150,7 +149,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def config_of(name: str, seed: int, options: argparse.Namespace) -> RunConfig:
+def config_of(name: str, seed: int, options: Namespace) -> RunConfig:
     """Return what `furina fit` is told; a plain loop does what that of furina/lora says."""
     method = "furina" if name == FURINA else "lora"
     return RunConfig(
@@ -171,7 +170,7 @@ def config_of(name: str, seed: int, options: argparse.Namespace) -> RunConfig:
     )
 
 
-def run_arm(name: str, options: argparse.Namespace, number: int) -> Outcome:
+def run_arm(name: str, options: Namespace, number: int) -> Outcome:
     """Run one arm of round `number`, counted from 1; round 0 is a single step to warm up."""
     seed, first = options.seed + number, {"steps": 1, "warmup_steps": 0}
     config = config_of(name, seed, options).updated({} if number else first)
@@ -185,6 +184,7 @@ def run_arm(name: str, options: argparse.Namespace, number: int) -> Outcome:
 
 def ours(config: RunConfig) -> Outcome:
     """Run `furina fit` into a folder that is thrown away."""
+    assert config.steps
     start = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -213,13 +213,14 @@ def task_losses(metrics: Path) -> list[float]:
         return [float(cell) for cell in cells if cell]
 
 
-def plain(config: RunConfig, adapter_seed: int, options: argparse.Namespace) -> Outcome:
+def plain(config: RunConfig, adapter_seed: int, options: Namespace) -> Outcome:
     """Load, train and save as a tutorial does, on the rows of `fit(config)` in their order."""
+    assert config.steps
     start = time.perf_counter()
     tokenizer = furina.load_tokenizer(config.backbone)
     attention = None if options.plain_attention == "default" else options.plain_attention
     backbone = furina.load_backbone(config.backbone, config.dtype, best_device(), attention)
-    chosen = argparse.Namespace(rank=options.rank, dropout=options.dropout, seed=adapter_seed)
+    chosen = Namespace(rank=options.rank, dropout=options.dropout, seed=adapter_seed)
     model: Any = peft_model("peft_lora", backbone, chosen).train()
     names = ("batch_size", "bucket_steps", "validation_size", "seed", "max_length")
     same: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -268,7 +269,7 @@ def train(model: nn.Module, steps: Sequence[Rows], pad_id: int, config: RunConfi
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
-    course: dict[str, int] = {"total_steps": config.steps, "warmup_steps": config.warmup_steps}
+    course: dict[str, int] = {"total_steps": len(steps), "warmup_steps": config.warmup_steps}
     scheduler = LambdaLR(optimizer, partial(learning_rate_factor, config.schedule, **course))
     device = parameters[0].device
     losses: list[Tensor] = []
@@ -287,7 +288,7 @@ def train(model: nn.Module, steps: Sequence[Rows], pad_id: int, config: RunConfi
     return found
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Run all rounds; return the report."""
     for name in ARMS:  # what is wrong in any arm is said before the first one runs
         config = config_of(name, options.seed, options)
@@ -299,7 +300,7 @@ def measure(options: argparse.Namespace, command: str) -> Report:
     return report_of({name: own[1:] for name, own in outcomes.items()}, options, command)
 
 
-def report_of(outcomes: Outcomes, options: argparse.Namespace, command: str) -> Report:
+def report_of(outcomes: Outcomes, options: Namespace, command: str) -> Report:
     """Return what is written."""
     speeds = {name: [each.tokens_per_second for each in own] for name, own in outcomes.items()}
     losses = {name: [each.losses for each in own] for name, own in outcomes.items()}
@@ -333,11 +334,7 @@ def apart(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> d
     return {"mean": fmean(differences), "max_abs": max(map(abs, differences))}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    page, figure = finetuning_page.page, finetuning_page.figure
-    run("training.finetuning", parse, measure, "finetuning", page, figure, arguments)
-
+main = partial(run, "training.finetuning", parse, measure, "finetuning", finetuning_page.page)
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,6 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks.common import show
 from furina.reporting import plots
-from furina.reporting.cells import Row, build, label
 
 PLAIN, AGAIN = "plain/peft_lora", "plain/peft_lora_again"
 LORA, BUCKETED, FURINA = "furina/lora", "furina/lora_bucketed", "furina/furina"
@@ -22,32 +21,37 @@ SAME_ROWS = (LORA, AGAIN)
 
 def page(report: show.Report) -> show.Page:
     """Return the report's table, a row for each arm."""
-    title = "Fine-tuning from end to end"
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "arm"): "arm",
+        ("tokens/s", "median"): "speed.median .0f",
+        ("tokens/s", "quartiles"): show.between("speed", ".0f"),
+        ("tokens/s", "over the plain loop's"): "ratio .2f",
+        ("", "padding"): "padding .1%",
+        ("", "wall clock, s"): "wall .1f",
+        ("", "trainable, M"): show.at("trainable .2f", 1e-6),
+        ("loss", "last"): "last .3f",
+        ("loss minus the plain loop's", "mean"): "difference.mean +.4f",
+        ("loss minus the plain loop's", "largest"): "difference.max_abs .4f",
+    }
     rows = [_row(report, name) for name in ARMS]
-    return show.Page([build("finetuning", title, rows, _remarks(report))])
+    title = "Fine-tuning from end to end"
+    arms = show.table("finetuning", title, rows, columns, *_remarks(report))
+    return show.Page([arms], figure=_figure(report))
 
 
-def _row(report: show.Report, name: str) -> Row:
-    speed, short = report["tokens_per_second"][name], SHORT.get(name)
-    ratio = report["ratios"].get(f"end_to_end/{short}/plain")
-    difference = report["loss_differences"].get(f"loss/{short}_minus_plain", {})
+def _row(report: show.Report, name: str) -> show.Report:
+    short = SHORT.get(name)
     ran = [each["arms"][name] for each in report["rounds"]]
     padding = 1 - sum(arm["tokens"] for arm in ran) / sum(arm["positions"] for arm in ran)
-    wall = median(arm["wall_seconds"] for arm in ran)
-    last = fmean(curve[-1] for curve in report["losses"][name])
     return {
-        ("", "arm"): label(name),
-        ("tokens/s", "median"): show.number(speed["median"], "{:.0f}"),
-        ("tokens/s", "quartiles"): show.quartiles(speed, "{:.0f}"),
-        ("tokens/s", "over the plain loop's"): show.number(ratio),
-        ("", "padding"): show.number(padding, "{:.1%}"),
-        ("", "wall clock, s"): show.number(wall, "{:.1f}"),
-        ("", "trainable, M"): show.number(ran[0]["trainable"], factor=1e-6),
-        ("loss", "last"): show.number(last, "{:.3f}"),
-        ("loss minus the plain loop's", "mean"): show.number(difference.get("mean"), "{:+.4f}"),
-        ("loss minus the plain loop's", "largest"): show.number(
-            difference.get("max_abs"), "{:.4f}"
-        ),
+        "arm": name,
+        "speed": report["tokens_per_second"][name],
+        "ratio": report["ratios"].get(f"end_to_end/{short}/plain"),
+        "padding": padding,
+        "wall": median(arm["wall_seconds"] for arm in ran),
+        "trainable": ran[0]["trainable"],
+        "last": fmean(curve[-1] for curve in report["losses"][name]),
+        "difference": report["loss_differences"].get(f"loss/{short}_minus_plain"),
     }
 
 
@@ -67,7 +71,7 @@ def _remarks(report: show.Report) -> tuple[str, ...]:
     )
 
 
-def figure(report: show.Report) -> Figure:
+def _figure(report: show.Report) -> Figure:
     """Return the loss curves, a line for each arm: means over rounds."""
     with plots.style():
         drawn = Figure(figsize=(6.4, 3.6), layout="constrained")

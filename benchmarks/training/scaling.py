@@ -19,10 +19,10 @@ two are equal: any difference means that the code has changed, and above 2 % the
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import furina
 from benchmarks.common.command import Parser, Report, described, run
+from benchmarks.common.memory import rise
 from benchmarks.common.rounds import interleaved, quotients, timed
 from benchmarks.training import scaling_page, scaling_points
 from benchmarks.training.scaling_points import Point
@@ -92,7 +93,7 @@ class Variant:
 
     def step(self) -> None:
         """Run forward and backward."""
-        torch.autograd.backward(*self.forward())  # type: ignore[arg-type]
+        torch.autograd.backward(*self.forward())
 
     def seconds(self) -> float:
         """Return what one step takes."""
@@ -124,14 +125,10 @@ class Variant:
         if not self.x.is_cuda:
             return None
         self.clear()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self.step()
-        return torch.cuda.max_memory_allocated() - before
+        return rise(self.step, [self.x])
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "device rounds threads seed results", rounds=10)
     sweeps = scaling_points.SWEEPS
     made.add_argument("--sweeps", nargs="+", choices=sweeps, default=list(sweeps))
@@ -145,7 +142,7 @@ def adapters_of(point: Point) -> dict[str, AdapterConfig]:
     """Return each variant's adapter."""
     n, shared = point.num_experts, point.num_shared
     experts = {"num_experts": n, "num_shared_experts": shared, "rank": point.rank, "top_k": TOP_K}
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "lora": {"rank": n * point.rank},
         "furina_no_loss": {**experts, "selection_coefficient": 0.0},
     }
@@ -166,7 +163,7 @@ def models_of(point: Point, base: nn.Linear, seed: int) -> dict[str, Single]:
     return {name: model.train() for name, model in models.items()}
 
 
-def variants_of(point: Point, options: argparse.Namespace) -> dict[str, Variant]:
+def variants_of(point: Point, options: Namespace) -> dict[str, Variant]:
     """Return the variants, which share input and output's gradient too."""
     kind: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "device": options.device}
     base = nn.Linear(point.in_features, point.out_features, bias=False, **kind)
@@ -179,7 +176,7 @@ def variants_of(point: Point, options: argparse.Namespace) -> dict[str, Variant]
     }
 
 
-def measure_point(point: Point, options: argparse.Namespace, order: random.Random) -> Report:
+def measure_point(point: Point, options: Namespace, order: random.Random) -> Report:
     """Count and time all variants of one linear."""
     torch.manual_seed(options.seed)  # how much dropout drops is part of what is kept
     variants = variants_of(point, options)
@@ -210,10 +207,10 @@ def counts(variant: Variant, point: Point, adapter: AdapterConfig | None) -> Rep
 
 def worst(points: Sequence[Report]) -> float:
     """Return the largest relative difference of FLOPs as counted and by the closed form."""
-    return max(abs(v["difference"]) for point in points for v in point["variants"].values())
+    return max(abs(float(v["difference"])) for p in points for v in p["variants"].values())
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Measure every point of the sweeps; return the report."""
     torch.set_num_threads(options.threads)
     order = random.Random(options.seed)
@@ -229,8 +226,8 @@ def measure(options: argparse.Namespace, command: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script; exits with 1 where FLOPs differ."""
-    page, figure = scaling_page.page, scaling_page.figure
-    report = run("training.scaling", parse, measure, "scaling", page, figure, arguments)
+    page = scaling_page.page
+    report = run("training.scaling", parse, measure, "scaling", page, arguments)
     if (apart := worst(report["points"])) > TOLERANCE:
         sys.exit(f"FLOPs as counted and by the closed form are {apart:.1%} apart.")
 

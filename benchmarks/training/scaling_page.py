@@ -44,7 +44,9 @@ def page(report: show.Report) -> show.Page:
         f"{settings['rounds']}. Made by `{report['command']}`, {show.commit(report)}."
     )
     paragraphs = (made, *map(sentence, backbones))
-    return show.Page(tables, "Cost of one adapted linear", paragraphs, "Cost over LoRA's")
+    title, picture = "Cost of one adapted linear", "Cost over LoRA's"
+    figure = _figure(report["points"])
+    return show.Page(tables, title, paragraphs, picture, figure=figure)
 
 
 def sentence(cost: show.Report) -> str:
@@ -77,7 +79,7 @@ def _number(value: float | None, unit: float = 1.0) -> Cell:
 
 
 def _percent(value: float) -> Cell:
-    return show.number(value, "{:.2f} %", 100)
+    return Cell(f"{100 * value:.2f} %", {"": value})
 
 
 def _row(name: str, point: show.Report) -> Row:
@@ -107,28 +109,29 @@ def _row(name: str, point: show.Report) -> Row:
 
 
 def _backbone_table(costs: Sequence[show.Report]) -> Table:
-    rows: list[Row] = [
-        {
-            ("", "backbone"): label(cost["backbone"]),
-            ("", "adapter"): label(NAMES[name]),
-            ("a step", "TFLOP"): _number(found["flops"], TERA),
-            ("a step", "s"): _number(found["seconds"]),
-            ("on top of frozen", "FLOPs"): _percent(found["added_flops"]),
-            ("on top of frozen", "time"): _percent(found["added_seconds"]),
-        }
+    rows = [
+        {"backbone": cost["backbone"], "adapter": NAMES[name], **found}
         for cost in costs
         for name, found in cost["variants"].items()
     ]
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "backbone"): "backbone",
+        ("", "adapter"): "adapter",
+        ("a step", "TFLOP"): lambda row: _number(row["flops"], TERA),
+        ("a step", "s"): lambda row: _number(row["seconds"]),
+        ("on top of frozen", "FLOPs"): lambda row: _percent(row["added_flops"]),
+        ("on top of frozen", "time"): lambda row: _percent(row["added_seconds"]),
+    }
     remark = (
         f"{costs[0]['layers']} layers of the linears above, one after another, for "
         f"{costs[0]['tokens']} tokens; attention, norms, embeddings and the optimiser not included."
     )
-    return build("backbones", "All linears of a backbone", rows, (remark,), keys=2)
+    return show.table("backbones", "All linears of a backbone", rows, columns, remark, keys=2)
 
 
-def figure(report: show.Report) -> Figure:
+def _figure(points: Sequence[show.Report]) -> Figure:
     """Return a panel per series: times over LoRA's (solid) and FLOPs over LoRA's (dashed)."""
-    series = _by_series(report["points"])
+    series = _by_series(points)
     columns, rows = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
     with plots.style():
         drawn = Figure(figsize=(3.6 * max(columns, 2) + 0.4, 3 * rows), layout="constrained")
@@ -165,7 +168,9 @@ def _scale(axes: Axes, values: list[Any]) -> list[Any]:
     if not words:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
-    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if words else {}
+    turned: dict[str, Any] = (
+        {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if words else {}
+    )
     axes.set_xticks(places, [str(value) for value in values], **turned)
     return places
 
@@ -175,6 +180,7 @@ def _legend(drawn: Figure) -> None:
         Line2D([], [], color=colour, marker=marker, markersize=4, label=NAMES[name])
         for name, (colour, marker) in LOOKS.items()
     ]
-    for name, style in (("time", "-"), ("FLOPs", "--")):
+    styles: tuple[tuple[str, Any], ...] = (("time", "-"), ("FLOPs", "--"))
+    for name, style in styles:
         handles.append(Line2D([], [], color="#777777", linestyle=style, label=name))
     drawn.legend(handles=handles, loc="outside lower center", ncols=len(handles))

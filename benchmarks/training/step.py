@@ -20,7 +20,6 @@ group has the floor, our LoRA and FURINA in its rounds, and a peer has its names
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -28,7 +27,9 @@ import random
 import statistics
 import subprocess
 import sys
+from argparse import SUPPRESS, Namespace
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ import furina
 from benchmarks.common.command import Parser, Report, described, run, select
 from benchmarks.common.models import backbone_of
 from benchmarks.common.moe_peft import CHECKPOINTS, ENVIRONMENT, PEERS, TOP_K, Peer
-from benchmarks.common.rounds import Failed, fail, interleaved, spread
+from benchmarks.common.rounds import Failed, each, fail, interleaved, spread
 from benchmarks.training import step_page
 from benchmarks.training.step_page import Rounds, experts_case
 from benchmarks.training.variants import NO_LOSS, PEFT, Variant, build, random_batch
@@ -52,8 +53,7 @@ MEMORY_STEPS = 3
 Variants = dict[str, Variant | Peer]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     shared = "backbone dtype device rank experts rounds threads seed results"
     made = Parser(__doc__, shared, rounds=7)
     made.add_argument("--attention", default="eager", help="of transformers; moe_peft's is eager")
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--memory-experts", nargs="+", type=int, default=[], help="FURINA's, too")
     made.add_argument("--memory-repeats", type=int, default=3, help="fresh processes each")
     made.add_argument("--moe-peft", type=Path, default=ENVIRONMENT, help="its environment")
-    made.add_argument("--one", help=argparse.SUPPRESS)
+    made.add_argument("--one", help=SUPPRESS)
     options = made.checked(
         arguments, "rows experts memory_experts memory_repeats threads", rounds=0
     )
@@ -103,34 +103,25 @@ def _beside(ours: Sequence[str], method: str) -> list[str]:
     return [name for name in ours if name in (*COMMON, method)]
 
 
-def prepare(options: argparse.Namespace) -> tuple[Any, Batch]:
+def prepare(options: Namespace) -> tuple[Any, Batch]:
     """Return the frozen backbone and the batch."""
     model = backbone_of(options, options.attention)
     batch = random_batch(model.config.vocab_size, options.rows, options.tokens, options.seed)
     return model, batch
 
 
-def make(
-    name: str, model: torch.nn.Module, batch: Batch, options: argparse.Namespace
-) -> Variant | Peer:
+def make(name: str, model: torch.nn.Module, batch: Batch, options: Namespace) -> Variant | Peer:
     """Return one variant, in this process or in moe_peft's."""
     theirs = name.rpartition("/")[2] in PEERS
     return Peer(name, batch, options) if theirs else build(name, model, batch, options)
 
 
 @contextlib.contextmanager
-def running(
-    names: Sequence[str], failed: Failed, options: argparse.Namespace
-) -> Iterator[Variants]:
+def running(names: Sequence[str], failed: Failed, options: Namespace) -> Iterator[Variants]:
     """Yield the variants that can be built, on one copy of the weights; note why others cannot."""
-    variants: Variants = {}
     model, batch = prepare(options)
+    variants = each(names, lambda name: make(name, model, batch, options), failed)
     try:
-        for name in names:
-            try:
-                variants[name] = make(name, model, batch, options)
-            except Exception as error:
-                fail(failed, name, error)
         yield variants
     finally:
         for variant in variants.values():
@@ -144,13 +135,13 @@ def time_rounds(
 
     One that fails is left out of all rounds.
     """
-    runs = {name: lambda _, each=each: each.step() for name, each in variants.items()}
+    runs = {name: lambda _, own=own: own.step() for name, own in variants.items()}
     steps = interleaved(runs, rounds + 1, random.Random(seed), failed)
     seconds = {name: [took for took, _ in own[1:]] for name, own in steps.items()}
     return seconds, {name: own[0][1] for name, own in steps.items()}
 
 
-def memory_cases(options: argparse.Namespace) -> dict[str, list[str]]:
+def memory_cases(options: Namespace) -> dict[str, list[str]]:
     """Return by name what is measured, and the arguments that make it."""
     cases = {name: ["--one", name] for name in chosen(options.memory)}
     for experts in options.memory_experts:
@@ -183,14 +174,14 @@ def memory_of(
     return found
 
 
-def one(name: str, options: argparse.Namespace) -> Report:
+def one(name: str, options: Namespace) -> Report:
     """Return the memory of one variant, in this fresh process."""
     failed: Failed = {}
     with running([name], failed, options) as variants:
         return {"error": failed[name]} if failed else {"bytes": variants[name].memory(MEMORY_STEPS)}
 
 
-def measure(options: argparse.Namespace, command: str, arguments: Sequence[str]) -> Report:
+def measure(arguments: Sequence[str], options: Namespace, command: str) -> Report:
     """Measure what the options ask for; return the report."""
     failed: Failed = {}
     groups = grouped(chosen(options.only)) if options.rounds else []
@@ -202,8 +193,8 @@ def measure(options: argparse.Namespace, command: str, arguments: Sequence[str])
     for number, names in enumerate(groups, start=1):
         print(f"group {number} of {len(groups)}: {', '.join(names)}", flush=True)
         with running(names, failed, options) as variants:
-            trainable |= {name: each.trainable for name, each in variants.items()}
-            versions |= {k: v for each in variants.values() for k, v in each.versions.items()}
+            trainable |= {name: own.trainable for name, own in variants.items()}
+            versions |= {k: v for own in variants.values() for k, v in own.versions.items()}
             seconds, losses = time_rounds(variants, failed, options.rounds, options.seed + number)
         rounds.append(seconds)
         first_loss |= losses
@@ -232,15 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         print(json.dumps(one(options.one, options)))
         return
-    run(
-        SCRIPT,
-        parse,
-        lambda options, command: measure(options, command, arguments),
-        "step",
-        step_page.page,
-        step_page.figure,
-        arguments=arguments,
-    )
+    run(SCRIPT, parse, partial(measure, arguments), "step", step_page.page, arguments)
 
 
 if __name__ == "__main__":

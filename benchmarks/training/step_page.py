@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -12,7 +11,6 @@ from benchmarks.common import show
 from benchmarks.common.rounds import quotients
 from furina.adapters import methods
 from furina.reporting import plots
-from furina.reporting.cells import Cell, label, missing
 
 Rounds = dict[str, list[float]]
 """Seconds of each variant's steps, round by round."""
@@ -101,52 +99,34 @@ def ratios_to(groups: Sequence[Rounds], other: str) -> dict[str, float]:
 
 def page(report: show.Report) -> show.Page:
     """Return the report's tables: a row for each variant, and the named ratios."""
+    settings, seconds, memory = report["settings"], report["seconds"], report["memory_bytes"]
     failed = (name.removeprefix("memory/") for name in report["failed"])
-    names = dict.fromkeys([*report["seconds"], *report["memory_bytes"], *failed])
-    tables = [show.table("step", "One optimiser step", names, _columns(report), *_remarks(report))]
-    columns: show.Columns[str] = {
-        ("", "ratio"): label,
-        ("", "value"): lambda key: show.number(ratios[key]),
-    }
-    if ratios := report["ratios"]:
-        remark = "The first one's time, or memory, over the second one's: below 1 it needs less."
-        tables.append(show.table("ratios", "Ratios", ratios, columns, remark))
-    return show.Page(tables)
-
-
-def _columns(report: show.Report) -> show.Columns[str]:
-    failed, seconds, memory = report["failed"], report["seconds"], report["memory_bytes"]
-    settings = report["settings"]
     tokens = settings["rows"] * settings["tokens"]
-
-    def variant(name: str) -> Cell:
-        notes = [f"{key}: {failed[key]}" for key in (name, f"memory/{name}") if key in failed]
-        return label(name, *notes)
-
-    columns: show.Columns[str] = {
-        ("", "variant"): variant,
-        ("", "trainable, M"): lambda name: show.number(report["trainable"].get(name), factor=1e-6),
-        ("seconds", "median"): lambda name: show.number(median_of(name), "{:.3f}"),
-        ("seconds", "quartiles"): lambda name: (
-            show.quartiles(seconds[name], "{:.3f}") if name in seconds else missing()
-        ),
-        ("", "tokens/s"): lambda name: show.number(
-            tokens / median_of(name) if name in seconds else None, "{:.0f}"
-        ),
-        **{
-            ("time over that of", other): lambda name, to=to: show.number(to.get(name))
-            for other, to in report["ratios_to"].items()
-        },
+    rows = [
+        {
+            "variant": name,
+            "trainable": report["trainable"].get(name),
+            "seconds": seconds.get(name),
+            "speed": tokens / seconds[name]["median"] if name in seconds else None,
+            "to": {other: values.get(name) for other, values in report["ratios_to"].items()},
+            "memory": memory.get(name),
+        }
+        for name in dict.fromkeys([*seconds, *memory, *failed])
+    ]
+    columns: dict[tuple[str, str], show.Column] = {
+        ("", "variant"): lambda row: show.noted(report, row["variant"], f"memory/{row['variant']}"),
+        ("", "trainable, M"): show.at("trainable .2f", 1e-6),
+        ("seconds", "median"): "seconds.median .3f",
+        ("seconds", "quartiles"): show.between("seconds", ".3f"),
+        ("", "tokens/s"): "speed .0f",
+        **{("time over that of", other): f"to.{other} .2f" for other in report["ratios_to"]},
     }
-
-    def median_of(name: str) -> Any:
-        return seconds.get(name, {}).get("median")
-
     if memory:
-        columns["", "peak memory, MiB"] = lambda name: show.number(
-            memory.get(name), "{:.0f}", 2**-20
-        )
-    return columns
+        columns["", "peak memory, MiB"] = show.at("memory .0f", 2**-20)
+    steps = show.table("step", "One optimiser step", rows, columns, *_remarks(report))
+    remark = "The first one's time, or memory, over the second one's: below 1 it needs less."
+    ratios = show.ratios(report, ".2f", "Ratios", remark)
+    return show.Page([steps, *ratios], figure=_figure(report))
 
 
 def _remarks(report: show.Report) -> tuple[str, ...]:
@@ -167,7 +147,7 @@ def _remarks(report: show.Report) -> tuple[str, ...]:
     )
 
 
-def figure(report: show.Report) -> Figure | None:
+def _figure(report: show.Report) -> Figure | None:
     """Return the seconds of a step, a bar for each variant; None where none was timed."""
     seconds = report["seconds"]
     if not seconds:

@@ -10,8 +10,9 @@ with all that it calls. Profiling adds about a microsecond to every call.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import median
 
 from torch.profiler import ProfilerActivity, profile
@@ -20,7 +21,7 @@ from benchmarks.common import show
 from benchmarks.common.command import NOT_SETTINGS, Parser, Report, described, run, select
 from benchmarks.training.step import make, prepare, variant_names
 from benchmarks.training.step import parse as step_options
-from furina.reporting.cells import Cell, Table, label
+from furina.reporting.cells import Table
 
 PARTS = {
     "_LowRankProduct": "W x and the update",
@@ -35,19 +36,19 @@ PARTS = {
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm_")
 OWN = ("_Directions", "_DirectionsBackward", "_Activity", "_ActivityBackward")
 """Parts that a step of FURINA has and one of LoRA has not."""
+WHOLE = ("ms", "matrix products, ms", "norms, B̃, M and activity, ms", "calls")
 Profile = dict[str, dict[str, float]]
 """By operator or part, `ms` and `calls` of one step."""
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the options; exits where they do not fit together."""
+def parse(arguments: Sequence[str] | None = None) -> Namespace:
     made = Parser(__doc__, "backbone rounds results")
     made.add_argument("--variants", nargs="+", default=["floor", "lora", "furina"])
     made.add_argument("--rows", type=int, default=25, help="operators of the table")
     return made.checked(arguments, "rounds rows")
 
 
-def measure(options: argparse.Namespace, command: str) -> Report:
+def measure(options: Namespace, command: str) -> Report:
     """Profile every variant; return the report."""
     names = select(variant_names(), options.variants)
     step = step_options(["--backbone", options.backbone])  # all its defaults
@@ -101,18 +102,11 @@ def page(report: show.Report) -> show.Page:
         f"{settings['rounds']}. {show.processor(report)}, threads: {settings['step']['threads']}; "
         f"{show.versions(report, 'torch')}; {show.commit(report)}. Made by {report['command']}."
     )
-    columns: show.Columns[str] = {
-        ("", "variant"): label,
-        **{
-            ("", what): lambda name, what=what: show.number(
-                whole_step(report, name)[what], "{:.0f}"
-            )
-            for what in ("ms", "matrix products, ms", "norms, B̃, M and activity, ms", "calls")
-        },
-    }
+    wholes = [{"variant": name, **whole_step(report, name)} for name in operators]
+    shown = {("", "variant"): "variant", **{("", what): f"{what} .0f" for what in WHOLE}}
     return show.Page(
         [
-            show.table("whole", "A step", operators, columns, remark),
+            show.table("whole", "A step", wholes, shown, remark),
             _table("Parts of a step, with all that they call", parts, known, PARTS, remark),
             _table("Operators, without what they call", operators, largest, {}, remark),
         ]
@@ -122,12 +116,13 @@ def page(report: show.Report) -> show.Page:
 def whole_step(report: show.Report, name: str) -> dict[str, float]:
     """Return what a variant's step takes, and what of it no other writing would save."""
     operators, parts = report["operators"][name], report["parts"][name]
-    return {
-        "ms": sum(each["ms"] for each in operators.values()),
-        "matrix products, ms": sum(operators[key]["ms"] for key in PRODUCTS if key in operators),
-        "norms, B̃, M and activity, ms": sum(parts[key]["ms"] for key in OWN if key in parts),
-        "calls": sum(each["calls"] for each in operators.values()),
-    }
+    found = (
+        sum(each["ms"] for each in operators.values()),
+        sum(operators[key]["ms"] for key in PRODUCTS if key in operators),
+        sum(parts[key]["ms"] for key in OWN if key in parts),
+        sum(each["calls"] for each in operators.values()),
+    )
+    return dict(zip(WHOLE, found, strict=True))
 
 
 def _table(
@@ -137,22 +132,20 @@ def _table(
     words: Mapping[str, str],
     remark: str,
 ) -> Table:
-    def cell(found: Profile, key: str, item: str, form: str) -> Cell:
-        return show.number(found[key][item] if key in found else None, form)
+    items = [
+        {
+            "what": f"{key}: {words[key]}" if key in words else key,
+            **{name: found.get(key) for name, found in profiles.items()},
+        }
+        for key in keys
+    ]
+    columns = {("", "what"): "what"}
+    for name in profiles:
+        columns |= {(name, "ms"): f"{name}.ms .1f", (name, "calls"): f"{name}.calls .0f"}
+    return show.table("profile", title, items, columns, remark)
 
-    columns: dict[tuple[str, str], Callable[[str], Cell]] = {
-        ("", "what"): lambda key: label(f"{key}: {words[key]}" if key in words else key)
-    }
-    for name, found in profiles.items():
-        columns[name, "ms"] = lambda key, found=found: cell(found, key, "ms", "{:.1f}")
-        columns[name, "calls"] = lambda key, found=found: cell(found, key, "calls", "{:.0f}")
-    return show.table("profile", title, keys, columns, remark)
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script."""
-    run("training.step_profile", parse, measure, "profile", page, arguments=arguments)
-
+main = partial(run, "training.step_profile", parse, measure, "profile", page)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +59,7 @@ def random_batch(vocabulary: int, rows: int, tokens: int, seed: int) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def build(name: str, backbone: nn.Module, batch: Batch, options: argparse.Namespace) -> Variant:
+def build(name: str, backbone: nn.Module, batch: Batch, options: Namespace) -> Variant:
     """Put the variant `name` on a twin of `backbone`; raises FurinaError where it does not fit."""
     model: Any = twin(backbone)
     batch = {key: tensor.to(options.device) for key, tensor in batch.items()}
@@ -94,7 +94,7 @@ def floor(model: Any, answers: AnswerBatch) -> Variant:
     return Variant(step, model, trainable=0)
 
 
-def ours(name: str, model: Any, answers: AnswerBatch, options: argparse.Namespace) -> Variant:
+def ours(name: str, model: Any, answers: AnswerBatch, options: Namespace) -> Variant:
     """Return our loop with one of our methods."""
     method, more = ("furina", {"selection_coefficient": 0.0}) if name == NO_LOSS else (name, {})
     adapt(model, method, options, **more)

@@ -144,7 +144,7 @@ def test_a_padded_token_reaches_no_other_position(options, name):
         (["--lengths", "8", "12"], "12 of 32 does not"),
         (["--lengths", "32"], "32 of 32 does not"),
         (["--lengths", "2"], "2 of 32 does not"),
-        (["--rounds", "0"], "--rounds and --threads must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
         (["--device", "gpu7"], "argument --device: gpu7: "),
         (["--dtype", "float31"], "There is no dtype 'float31'"),
         (["--backbone", "tiny-lama"], "tiny-lama"),

@@ -115,7 +115,7 @@ def test_every_arm_is_timed_on_as_many_tokens_and_parameters(report: dict[str, A
         speed = report["tokens_per_second"][name]["median"]
         assert speed == pytest.approx(arm["tokens"] / arm["seconds"])
         assert [len(curve) for curve in report["losses"][name]] == [4]
-    assert arms[finetuning.BUCKETED]["positions"] <= arms[finetuning.LORA]["positions"]
+    assert arms[finetuning.BUCKETED]["positions"] <= arms[finetuning_page.LORA]["positions"]
 
 
 def test_the_first_loss_does_not_depend_on_the_adapter(report: dict[str, Any]) -> None:
@@ -135,7 +135,7 @@ def test_from_one_start_both_loops_train_the_same_rows_to_the_same_losses(
     with embedded_ids() as theirs:
         plain = finetuning.run_arm(finetuning.PLAIN, options, 1)
     with embedded_ids() as ours:
-        lora = finetuning.run_arm(finetuning.LORA, options, 1)
+        lora = finetuning.run_arm(finetuning_page.LORA, options, 1)
     assert rows(theirs) == rows(ours)
     assert [ids.shape[1] for ids in theirs] == [max(map(len, step)) for step in rows(theirs)]
     assert plain.tokens == lora.tokens == sum(len(row) for step in rows(ours) for row in step)
@@ -184,12 +184,14 @@ def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
 
     seconds = [(2.0, 4.0), (8.0, 8.0), (9.0, 3.0)]  # 1/2, 1 and 3; of the medians it is 2
     rounds = {
-        name: [outcome(ours if name == finetuning.LORA else plain, 1.0) for plain, ours in seconds]
+        name: [
+            outcome(ours if name == finetuning_page.LORA else plain, 1.0) for plain, ours in seconds
+        ]
         for name in finetuning.ARMS
     }
     report = finetuning.report_of(rounds, finetuning.parse([*SMALL, "--rounds", "3"]), "command")
     assert report["ratios"]["end_to_end/lora/plain"] == 1.0
-    assert report["tokens_per_second"][finetuning.LORA]["median"] == 2.5
+    assert report["tokens_per_second"][finetuning_page.LORA]["median"] == 2.5
     assert [list(each["arms"]) for each in report["rounds"]] == [list(finetuning.ARMS)] * 3
     page = finetuning_page.page(report).markdown("finetuning")
     (row,) = (line for line in page.splitlines() if "/lora |" in line)

@@ -13,7 +13,7 @@ from benchmarks.serving import gguf_engine
 from furina.assets import locate
 from furina.errors import AssetError, FurinaError
 from tests.benchmarks import helpers
-from tests.benchmarks.helpers import printed
+from tests.benchmarks.helpers import printed, written
 from tests.experiment.helpers import write_data
 
 SMALL = ["--backbone", "tiny-llama", "--dtypes", "float32", "--rank", "8", "--experts", "4"]

@@ -108,8 +108,7 @@ def test_tables_and_figure_come_from_the_json(
     report: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     def made(report: dict[str, Any]) -> dict[str, bytes]:
-        page, figure = scaling_page.page(report), scaling_page.figure(report)
-        write(tmp_path / "scaling", report, page, figure)
+        write(tmp_path / "scaling", report, scaling_page.page(report))
         return {end: (tmp_path / f"scaling.{end}").read_bytes() for end in ("md", "svg")}
 
     assert made(report) == {end: (folder / f"scaling.{end}").read_bytes() for end in ("md", "svg")}

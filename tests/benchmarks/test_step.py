@@ -156,12 +156,12 @@ def test_ratios_name_the_loop_and_memory_is_compared_too():
 
 
 def test_the_table_is_made_from_the_json_alone():
-    rounds = {"lora": [1.0, 2.0, 3.0], "furina": [2.0, 2.0, 9.0]}
+    group = {"lora": [1.0, 2.0, 3.0], "furina": [2.0, 2.0, 9.0]}
     report = report_of(
-        rounds,
-        seconds={name: rounds.spread(values) for name, values in rounds.items()},
-        ratios=step_page.ratios([rounds], {}),
-        ratios_to={"lora": step_page.ratios_to([rounds], "lora")},
+        group,
+        seconds={name: rounds.spread(values) for name, values in group.items()},
+        ratios=step_page.ratios([group], {}),
+        ratios_to={"lora": step_page.ratios_to([group], "lora")},
         memory_bytes={"furina": 3 * 2**20},
         failed={"as_shipped/moe_peft_mola": "it cannot run"},
     )
