@@ -109,11 +109,11 @@ def reference(variant: str, exports: Exports, rows: list[Tokens], options: Names
     """Return what our model says of every token but the first, exactly and in `options.dtype`."""
     exact = load(variant, exports, EXACT[options.dtype], options.device)
     rounded = load(variant, exports, options.dtype, options.device)
-    found = []
-    for row in rows:
-        made = (measures.logits(model, [row], 1)[:-1] for model in (exact, rounded))
-        wide = (logits.to("cpu", torch.float64) for logits in made)
-        found.append(refer(*wide, torch.tensor(row[1:])))
+
+    def logits(model: Any, row: Tokens) -> Tensor:
+        return measures.logits(model, [row], 1)[:-1].to("cpu", torch.float64)
+
+    found = [refer(logits(exact, row), logits(rounded, row), torch.tensor(row[1:])) for row in rows]
     return Reference(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 

@@ -152,19 +152,14 @@ def parse(arguments: Sequence[str] | None = None) -> Namespace:
 def config_of(name: str, seed: int, options: Namespace) -> RunConfig:
     """Return what `furina fit` is told; a plain loop does what that of furina/lora says."""
     method = "furina" if name == FURINA else "lora"
+    same = ("backbone", "task", "steps", "batch_size", "learning_rate", "warmup_steps", "dtype")
     return RunConfig(
-        backbone=options.backbone,
+        **{key: getattr(options, key) for key in same},
+        attention=options.attention,
         method=method,
         adapter=method_options(method, options),
-        task=options.task,
-        steps=options.steps,
-        batch_size=options.batch_size,
         bucket_steps=options.bucket_steps if name in (BUCKETED, FURINA) else 1,
-        learning_rate=options.learning_rate,
-        warmup_steps=options.warmup_steps,
         seed=seed,
-        dtype=options.dtype,
-        attention=options.attention,
         validation_size=0,
         checkpoint_interval=options.steps,  # only the one after the last step, which is not timed
     )
