@@ -53,7 +53,7 @@ def fail(failed: Failed, name: str, reason: Exception | str) -> None:
     print(f"{name}: failed: {failed[name]}", flush=True)
 
 
-def each(names: Iterable[str], make: Callable[[str], T], failed: Failed) -> dict[str, T]:
+def make_each(names: Iterable[str], make: Callable[[str], T], failed: Failed) -> dict[str, T]:
     """Make something of every name; note why what fails is left out."""
     found: dict[str, T] = {}
     for name in names:

@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.common.command import Parser, Report, described, run, select
 from benchmarks.common.models import backbone_of
 from benchmarks.common.moe_peft import ENVIRONMENT
-from benchmarks.common.rounds import Failed, each, interleaved
+from benchmarks.common.rounds import Failed, interleaved, make_each
 from benchmarks.latency import page
 from benchmarks.latency.variants import COMPILED, build, variant_names
 from furina.evaluation.latency import Timer, random_prompts
@@ -70,7 +70,7 @@ def measure(options: Namespace, command: str) -> Report:
     names = chosen(options.only)
     backbone = backbone_of(options, options.attention)
     failed: Failed = {}
-    timers = each(names, lambda name: warm(name, backbone, options), failed)
+    timers = make_each(names, lambda name: warm(name, backbone, options), failed)
     packages = {"peft": version("peft")}
     cells = []
     try:

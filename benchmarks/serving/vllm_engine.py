@@ -34,7 +34,7 @@ import torch
 
 import furina
 from benchmarks.common.command import Parser, Report, described, run
-from benchmarks.common.rounds import Failed, each, interleaved
+from benchmarks.common.rounds import Failed, interleaved, make_each
 from benchmarks.common.worker import ROOT, Worker, WorkerError, interpreter
 from benchmarks.serving import vllm_page
 from benchmarks.serving.vllm_checks import Reference, agreement, changed, told, verdict
@@ -102,7 +102,7 @@ def start(exports: Exports, failed: Failed, options: Namespace) -> Engines:
         print(f"{name}: loaded in {loaded.loaded['seconds']:.1f} s", flush=True)
         return loaded
 
-    return each([name for name in VARIANTS if name in options.only], load, failed)
+    return make_each([name for name in VARIANTS if name in options.only], load, failed)
 
 
 def setup(name: str, exports: Exports, options: Namespace) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def ask(
         scores = engines[name].ask("score", rows)
         return {"scores": scores, "generated": engines[name].ask("generate", asked, new_tokens)}
 
-    return each([name for name in engines if name in CHECKED], answer, failed)
+    return make_each([name for name in engines if name in CHECKED], answer, failed)
 
 
 def check(

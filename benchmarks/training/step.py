@@ -39,7 +39,7 @@ import furina
 from benchmarks.common.command import Parser, Report, described, run, select
 from benchmarks.common.models import backbone_of
 from benchmarks.common.moe_peft import CHECKPOINTS, ENVIRONMENT, PEERS, TOP_K, Peer
-from benchmarks.common.rounds import Failed, each, fail, interleaved, spread
+from benchmarks.common.rounds import Failed, fail, interleaved, make_each, spread
 from benchmarks.training import step_page
 from benchmarks.training.step_page import Rounds, experts_case
 from benchmarks.training.variants import NO_LOSS, PEFT, Variant, build, random_batch
@@ -120,7 +120,7 @@ def make(name: str, model: torch.nn.Module, batch: Batch, options: Namespace) ->
 def running(names: Sequence[str], failed: Failed, options: Namespace) -> Iterator[Variants]:
     """Yield the variants that can be built, on one copy of the weights; note why others cannot."""
     model, batch = prepare(options)
-    variants = each(names, lambda name: make(name, model, batch, options), failed)
+    variants = make_each(names, lambda name: make(name, model, batch, options), failed)
     try:
         yield variants
     finally:
