@@ -21,6 +21,8 @@ from furina.storage import write_json, write_text
 Report = Mapping[str, Any]
 Column = str | Callable[[Report], Cell]
 """A cell of an item: its place and format, as in "weights.max_abs .1e", or a function."""
+Columns = dict[tuple[str, str], Column]
+"""By group and name."""
 OWNERS = {"furina": plots.COLOURS[0], "peft": plots.COLOURS[1], "moe_peft": plots.COLOURS[2]}
 
 
@@ -90,13 +92,16 @@ def at(place: str, factor: float = 1) -> Callable[[Report], Cell]:
     return cell
 
 
-def share(counted: str, n: str) -> Callable[[Report], Cell]:
-    """Return a column of counts at a path as shares of `n`, with Wilson's interval, in percent."""
+def share(counted: str, n: str, *why: str) -> Callable[[Report], Cell]:
+    """Return a column of counts at a path as shares of `n`, with Wilson's interval, in percent.
+
+    Where there is no count, `why` says the reason.
+    """
 
     def cell(item: Report) -> Cell:
         count, whole = found(item, counted), found(item, n)
         if count is None:
-            return missing("float32 was not run")
+            return missing(*why)
         low, high = wilson(count, whole)
         text = f"{100 * count / whole:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
         return Cell(text, {"": count / whole, "low": low, "high": high, "count": count})
@@ -129,7 +134,7 @@ def ratios(report: Report, form: str, title: str, remark: str) -> list[Table]:
         {"key": key, "value": value, "interval": report.get("intervals", {}).get(key)}
         for key, value in report["ratios"].items()
     ]
-    columns: dict[tuple[str, str], Column] = {("", "ratio"): "key", ("", "value"): f"value {form}"}
+    columns: Columns = {("", "ratio"): "key", ("", "value"): f"value {form}"}
     if "intervals" in report:
         columns["", "95 % interval"] = between("interval", form)
     return [table("ratios", title, rows, columns, remark)] if rows else []

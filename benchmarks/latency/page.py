@@ -101,7 +101,7 @@ def _times(report: show.Report, each: show.Report) -> Table:
         time_row(each, name) | {"ratio": each["ratios"].get(f"{name}/base")}
         for name in (*each["times"], *report["failed"])
     ]
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "variant"): lambda row: show.noted(report, row["name"]),
         **time_columns(missing()),
         ("time per token over that of", "base"): "ratio .2f",
@@ -116,9 +116,9 @@ def time_row(found: show.Report, name: str) -> dict[str, Any]:
     return {"name": name, "speed": speed, **found["times"].get(name, {})}
 
 
-def time_columns(without: Cell) -> dict[tuple[str, str], show.Column]:
+def time_columns(without: Cell) -> show.Columns:
     """Return the columns of times; `without` stands for quartiles of no time."""
-    columns: dict[tuple[str, str], show.Column] = {}
+    columns: show.Columns = {}
     for time, words in TIMES.items():
         columns[words, "median"] = f"{time}.median .1f"
         columns[words, "quartiles"] = show.between(time, ".1f", without)

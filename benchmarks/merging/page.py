@@ -10,7 +10,7 @@ from benchmarks.common.rounds import changed_ratio
 from furina.reporting.cells import Table
 
 Case = Mapping[str, Any]
-START: dict[tuple[str, str], show.Column] = {("", "method"): "method", ("", "dtype"): "dtype"}
+START: show.Columns = {("", "method"): "method", ("", "dtype"): "dtype"}
 COMPARED = {
     "merged": "merged − unmerged",
     "batch": "batch − alone",
@@ -129,7 +129,9 @@ def _answers(cases: Sequence[Case]) -> Table:
     compared |= {f"{name} − float32": f"{name}_widest" for name in ("merged", "unmerged")}
     columns = START | {("", "questions"): "answers.n ,"}
     for name, key in compared.items():
-        columns["answer changed, % [95 %]", name] = show.share(f"answers.{key}", "answers.n")
+        columns["answer changed, % [95 %]", name] = show.share(
+            f"answers.{key}", "answers.n", "float32 was not run"
+        )
     for name in ("merged", "batch"):
         columns["change of log-likelihood, nats", name] = f"answers.loglikelihood_{name} .1e"
     for name in ("base", "unmerged", "merged"):
@@ -153,7 +155,7 @@ def _quantised(cases: Sequence[Case]) -> Table:
         for case in cases
         for quantised in case.get("quantised", ())
     ]
-    columns: dict[tuple[str, str], show.Column] = {("", "method"): "method", ("", "base"): "base"}
+    columns: show.Columns = {("", "method"): "method", ("", "base"): "base"}
     columns |= {
         (f"{what}, {words}", name): f"{what}.{key}.{size} .1e"
         for what in ("weights", "logits")

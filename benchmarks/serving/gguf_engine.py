@@ -172,7 +172,7 @@ def page(report: show.Report) -> show.Page:
         f"{', '.join(f'{name} {version}' for name, version in engine.items())}; "
         f"{show.commit(report)}. Made by {report['command']}.",
     )
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "dtype"): "dtype",
         ("whole", "prompts"): "prompts d",
         ("whole", "changed, % [95 %]"): show.share("continuations_changed", "prompts"),

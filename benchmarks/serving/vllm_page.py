@@ -10,7 +10,7 @@ from benchmarks.latency.page import TIMES, Rounds, paired, time_columns, time_ro
 from furina.reporting.cells import Table, label
 
 RATIOS = ("merged/base", "adapter/base", "base_again/base")
-EXCEPTIONS: dict[tuple[str, str], show.Column] = {
+EXCEPTIONS: show.Columns = {
     ("", "engine"): "name",
     ("", "row"): "row .0f",
     ("", "position"): "position .0f",
@@ -19,13 +19,13 @@ EXCEPTIONS: dict[tuple[str, str], show.Column] = {
     ("token", "ours rounded"): "ours_rounded .0f",
     ("token", "vLLM's"): "theirs .0f",
 }
-AGREEMENTS: dict[tuple[str, str], show.Column] = {
+AGREEMENTS: show.Columns = {
     ("", "generations of"): "pair",
     ("", "prompts"): "n .0f",
     ("", "all tokens equal, %"): show.at("equal .0f", 100),
     ("", "equal from the start, tokens"): "prefix .1f",
 }
-VERDICTS: dict[tuple[str, str], show.Column] = {
+VERDICTS: show.Columns = {
     ("", "engine"): "name",
     ("", "positions"): "positions .0f",
     ("", "rounding"): "allowed .3g",
@@ -59,7 +59,7 @@ def summary(rounds: Rounds, new_tokens: int) -> dict[str, Any]:
 def page(report: show.Report) -> show.Page:
     """Return the report's tables: times, ratios, likeliest tokens, exceptions, generations."""
     settings, failed = report["settings"], report["failed"]
-    times: dict[tuple[str, str], show.Column] = {
+    times: show.Columns = {
         ("", "engine"): lambda row: show.noted(report, row["name"]),
         ("", "loading, s"): "load .1f",
         **time_columns(label("–")),
@@ -101,7 +101,7 @@ def _ratios(report: show.Report) -> Table:
         words = TIMES[time[0] if time else "total_ms"].partition(",")[0]
         row = {"ratio": f"{one}/{other}", "time": words, "value": value}
         rows.append(row | {"interval": report["intervals"][key]})
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "ratio"): "ratio",
         ("", "of the"): "time",
         ("", "value"): "value .3f",

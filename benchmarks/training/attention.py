@@ -169,7 +169,7 @@ def page(report: show.Report) -> show.Page:
         row |= {"own": seconds[name], "base": seconds[base]}
         row |= {"apart": show.found(report["logits_apart"].get(key), "difference")}
         rows.append(row | {"fastest": report["fastest"][f"{kind}/{length}"]})
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "kind"): "kind",
         ("", "length"): "length d",
         ("", "implementation"): "name",

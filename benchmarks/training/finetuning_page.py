@@ -21,7 +21,7 @@ SAME_ROWS = (LORA, AGAIN)
 
 def page(report: show.Report) -> show.Page:
     """Return the report's table, a row for each arm."""
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "arm"): "arm",
         ("tokens/s", "median"): "speed.median .0f",
         ("tokens/s", "quartiles"): show.between("speed", ".0f"),

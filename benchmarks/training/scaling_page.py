@@ -114,7 +114,7 @@ def _backbone_table(costs: Sequence[show.Report]) -> Table:
         for cost in costs
         for name, found in cost["variants"].items()
     ]
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "backbone"): "backbone",
         ("", "adapter"): "adapter",
         ("a step", "TFLOP"): lambda row: _number(row["flops"], TERA),

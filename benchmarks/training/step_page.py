@@ -113,7 +113,7 @@ def page(report: show.Report) -> show.Page:
         }
         for name in dict.fromkeys([*seconds, *memory, *failed])
     ]
-    columns: dict[tuple[str, str], show.Column] = {
+    columns: show.Columns = {
         ("", "variant"): lambda row: show.noted(report, row["variant"], f"memory/{row['variant']}"),
         ("", "trainable, M"): show.at("trainable .2f", 1e-6),
         ("seconds", "median"): "seconds.median .3f",

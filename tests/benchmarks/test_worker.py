@@ -21,7 +21,7 @@ def load(setup):
     return {"add": lambda a, b: a + b, "end": lambda: sys.exit("no more")}, told
 
 
-serve()
+serve(load)
 """
 
 
