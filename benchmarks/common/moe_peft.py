@@ -8,6 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import furina
 from benchmarks.common.models import LEARNING_RATE
 from benchmarks.common.worker import ROOT, Worker, WorkerError
@@ -15,6 +17,7 @@ from furina.assets import ASSETS, locate
 from furina.assets.convert import quiet_transformers
 from furina.backbones.tiny import TINY
 from furina.data.batches import Batch
+from furina.evaluation.latency import Timing
 from furina.model.inject import DEFAULT_TARGETS
 
 WORKER = Path(__file__).with_name("moe_peft_worker.py")
@@ -26,7 +29,7 @@ TOP_K = 2
 
 
 class Peer(Worker):
-    """One method of moe_peft on the batch; has what a `Variant` of training has."""
+    """One method of moe_peft on the batch: a `Variant` of training, and a `Timer` of latency."""
 
     def __init__(self, name: str, batch: Batch, options: Namespace) -> None:
         """Start the worker of a variant such as kept/moe_peft_mixlora.
@@ -63,6 +66,10 @@ class Peer(Worker):
     def memory(self, steps: int) -> int:
         """Return the bytes that the first steps need beside the model."""
         return int(self.ask("memory", steps))
+
+    def __call__(self, prompt: Tensor, new_tokens: int) -> Timing:
+        """Generate so many tokens after a prompt (batch, P); return how long it took."""
+        return Timing.of_steps(self.ask("generate", prompt.tolist(), new_tokens))
 
 
 def legacy_folder(backbone: str, folder: Path) -> None:

@@ -50,8 +50,7 @@ def build(name: str, backbone: Any, options: Namespace) -> Timer:
     """Return the timer of the variant `name`; raises FurinaError where it cannot be built."""
     if name in MOE_PEFT:
         row = torch.zeros(1, 8, dtype=torch.long)
-        peer = Peer(f"kept/{name}", {"input_ids": row, "attention_mask": row + 1}, options)
-        return PeerTimer(peer)
+        return Peer(f"kept/{name}", {"input_ids": row, "attention_mask": row + 1}, options)
     compiled = name.startswith("compiled_")
     model = variant_model(name.removeprefix("compiled_"), backbone, options)
     if compiled:
@@ -66,18 +65,6 @@ def timed(model: Any, static_cache: bool, prompt: Tensor, new_tokens: int) -> Ti
     """Generate and return how long it took."""
     prompt = prompt.to(model.device)
     return generate(model, prompt, new_tokens, static_cache=static_cache)[1]
-
-
-class PeerTimer:
-    """moe_peft's own engine, in the process of its environment."""
-
-    def __init__(self, peer: Peer) -> None:
-        """Take over the peer, which `close` ends."""
-        self.peer, self.versions, self.close = peer, peer.versions, peer.close
-
-    def __call__(self, prompt: Tensor, new_tokens: int) -> Timing:
-        """Generate and return how long it took."""
-        return Timing.of_steps(self.peer.ask("generate", prompt.tolist(), new_tokens))
 
 
 def variant_model(name: str, backbone: Any, options: Namespace) -> Any:
