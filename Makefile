@@ -48,15 +48,15 @@ lint: $(STAMP) ## Check style (ruff), types (mypy --strict) and layers (import-l
 report: $(STAMP) ## Regenerate every table and figure from results/ (ARGS=--check only compares)
 	@$(BIN)/furina report $(ARGS)
 
-moe-peft: $(MOE_PEFT)/.installed ## Make the environment of a peer that benchmarks/training.py times
+moe-peft: $(MOE_PEFT)/.installed ## Make the environment of a peer that benchmarks/training/ and latency/ time
 
-vllm: $(VLLM)/.installed ## Make the environment of the engine that benchmarks/vllm_engine.py asks
+vllm: $(VLLM)/.installed ## Make the environment of the engine that benchmarks/serving/vllm_engine.py asks
 
-gguf: $(GGUF)/.installed ## Make the environment of the converter and llama.cpp that benchmarks/gguf_engine.py runs
+gguf: $(GGUF)/.installed ## Make the environment of the converter and llama.cpp that benchmarks/serving/gguf_engine.py runs
 
 clean: ## Remove .venv and caches; runs/ and results/ stay
 	rm -rf $(VENV) $(MOE_PEFT) $(VLLM) $(GGUF) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find furina tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find furina tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A shim may be on the path and yet not run, so each candidate is tried; a broken .venv is remade.
 $(STAMP): pyproject.toml constraints.txt
@@ -87,7 +87,7 @@ $(MOE_PEFT)/.installed: | $(STAMP)
 
 # It wants an older transformers than ours. The CPU build is a package of its own, and pip would
 # bring other builds of torch beside it.
-$(VLLM)/.installed: benchmarks/vllm-requirements.txt | $(STAMP)
+$(VLLM)/.installed: benchmarks/serving/vllm-requirements.txt | $(STAMP)
 	@$(BIN)/python -m venv --clear $(VLLM)
 	@echo "Installing vllm into $(VLLM) (a few minutes)."
 	@$(VLLM)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0

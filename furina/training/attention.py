@@ -1,4 +1,4 @@
-"""The attention implementation that trains fastest, as benchmarks/attention.py measured it."""
+"""The attention implementation that trains fastest by benchmarks/training/attention.py."""
 
 from __future__ import annotations
 

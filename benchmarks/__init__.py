@@ -1,0 +1,1 @@
+"""Speed, memory and exactness, measured beside peers; one folder a question."""

@@ -1,0 +1,1 @@
+"""What generation takes, merged and unmerged."""

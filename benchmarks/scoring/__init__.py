@@ -1,0 +1,1 @@
+"""Scoring and written answers beside those of lm-eval."""

@@ -1,0 +1,1 @@
+"""The merged model and the LoRA in other engines."""
