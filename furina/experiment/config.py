@@ -28,8 +28,7 @@ def _field(
 ) -> T:
     """Return a field with its smallest value; `fit` does not read one that is for `scoring`."""
     limits = {"at_least": at_least, "above": above, "scoring": scoring}
-    made: T = field(default=default, metadata=limits)
-    return made
+    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -325,9 +324,8 @@ class RunConfig:
         adapter = registry().config_class(self.method, others=("base",))
         made = _configured(adapter, json.dumps(self.adapter, sort_keys=True))
         if self.score_without_router and not hasattr(made, "without_router"):
-            raise ConfigurationError(
-                f"score_without_router: method {self.method} has no router that could be removed."
-            )
+            why = f"method {self.method} has no router that could be removed"
+            raise ConfigurationError(f"score_without_router: {why}.")
         return made
 
     def to_dict(self) -> dict[str, Any]:
