@@ -255,7 +255,7 @@ class WideConfig(LoRAConfig):
 def test_a_config_that_needs_torch_is_asked_with_it(
     needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("base", "lora", "registry"):
+    for name in ("base", "lora", "mergeable", "registry"):
         shutil.copy(ROOT / "furina" / "adapters" / f"{name}.py", tmp_path)
     monkeypatch.setattr("furina.options.registry._FOLDER", tmp_path)
     assert [*without_torch().methods()] == ["lora"]
