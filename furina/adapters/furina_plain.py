@@ -43,6 +43,8 @@ class PlainFurinaConfig(FurinaConfig):
 
         Ranks add these, where the fast form adds up what the losses are made of.
         """
+        if mask is not None and mask.is_meta:
+            mask = None  # where a plan is made, no token is padding
         return {
             name: self._losses(activity if mask is None else activity[mask.squeeze(1)])
             for name, (activity,) in records.items()

@@ -229,6 +229,7 @@ class Run(Command):
         """List the runs with what they come to, and Slurm's script if they would go there."""
         from furina.plan.plan import DEVICE, plan_all
         from furina.plan.summary import summary
+        from furina.progress import part
         from furina.reporting import print_tables
         from furina.suites import Folders
         from furina.suites.jobs import slurm_script
@@ -236,7 +237,9 @@ class Run(Command):
         for run in suite.runs:
             print(f"{run.suite}: {run.title}, {run.backbone}")
         device = self.device or (DEVICE if suite.scale == "paper" else "cpu")
-        print_tables([summary(plan_all(suite.runs, device))], console())
+        with part("planning"):
+            plans = plan_all(suite.runs, device)
+        print_tables([summary(plans)], console())
         if slurm is not None:
             print(slurm_script(suite, Folders(self.results, self.runs), self.jobs, slurm))
 

@@ -23,6 +23,7 @@ from furina.cli.shared import (
 from furina.errors import ConfigurationError, nearest
 from furina.progress import part
 from furina.records import RecordError
+from furina.records.cells import CELLS, RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -317,6 +318,7 @@ class Report(Command):
                 f"{self.results} holds no suite {self.suite!r}.{nearest(self.suite, suites)}"
             )
         if self.metric:
+            files += self.results.glob(f"{CELLS}/*/{RECORD}")
             texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
             known = {name for text in texts for name in re.findall(r'"metric": "(.*?)"', text)}
             if self.metric not in known:

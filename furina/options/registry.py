@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import pkgutil
 import sys
 from contextlib import suppress
 from functools import cache
@@ -36,8 +37,10 @@ def registry() -> Any:
 
 @cache
 def _without_torch() -> ModuleType:
-    for file in sorted(_FOLDER.glob("[!_]*.py")):
-        _run(file.stem)
+    for found in pkgutil.iter_modules([str(_FOLDER)]):
+        if found.ispkg:
+            raise NameError(f"{found.name} is a package, which is imported")
+        _run(found.name)
     without_layers = _run("registry")
     for config in without_layers.methods().values():
         config()
@@ -57,6 +60,8 @@ def _run(name: str) -> ModuleType:
             names = {alias.asname or alias.name: alias.name for alias in statement.names}
             held = vars(_run(source))
             vars(module).update({own: held[name] for own, name in names.items() if name in held})
+        elif any(f"{name}.".startswith(f"{_PACKAGE}.") for name in _imported(statement)):
+            raise NameError(f"{file} imports {_PACKAGE} itself, and torch with it")
         elif not any(name.startswith(_HEAVY) for name in _imported(statement)):
             _execute(statement, module, file)
     return module

@@ -41,6 +41,12 @@ def items_at_hand(
         return None
 
 
+def number_of_items(task: str, split: Split, source: Source, data_dir: str | None) -> int:
+    """Return the size of a split: of the user's own folder, else by the public counts."""
+    own = items_at_hand(task, split, source, data_dir) if data_dir else None
+    return len(own) if own else get_task(task).rows.get(split, 0)
+
+
 def spaced(items: Sequence[T]) -> Sequence[T]:
     """Return a sample, evenly spaced."""
     return items[:: max(1, len(items) // SAMPLE)][:SAMPLE]

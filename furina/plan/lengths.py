@@ -15,7 +15,13 @@ from furina.data.protocols import get_protocol
 from furina.data.sources import Source
 from furina.data.tasks import Task, get_task
 from furina.experiment.config import RunConfig
-from furina.plan.at_hand import counting, items_at_hand, spaced, tokenizer_of
+from furina.plan.at_hand import (
+    counting,
+    items_at_hand,
+    number_of_items,
+    spaced,
+    tokenizer_of,
+)
 
 LONGEST = 16
 """Items with most text, which are tokenised to find the longest row."""
@@ -41,17 +47,18 @@ class Lengths:
 
 
 def epoch_rows(config: RunConfig) -> dict[str, int]:
-    """Return how many rows of each task an epoch has, by the public counts."""
+    """Return how many rows of each task an epoch has."""
     shares, rows = config.trained, {}
     for number, (name, share) in enumerate(shares.items()):
         held_out, odd = divmod(config.validation_size, len(shares))
-        left = max(0, get_task(name).rows.get("train", 0) - held_out - (number < odd))
+        size = number_of_items(name, "train", config.source, config.data_dir)
+        left = max(0, size - held_out - (number < odd))
         rows[name] = round(min(left, share.cap or left) * share.weight)
     return rows
 
 
 def steps_of(config: RunConfig) -> int:
-    """Return the optimiser steps of a run, those of its epochs by the public counts."""
+    """Return the optimiser steps of a run."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None

@@ -8,7 +8,7 @@ loading, merging, checkpoints, latency rounds and activity.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from furina.plan.counting import EAGER, FULL, FUSED, Adapted, Method, Shape
 from furina.plan.devices import CPU, Device, device
 from furina.plan.lengths import Lengths, steps_of, training_lengths
 from furina.plan.questions import asked, number_asked
+from furina.progress import advance
 from furina.training.attention import EAGER_UP_TO
 
 DEVICE = "h100-80gb"
@@ -121,11 +122,14 @@ class Plan:
 def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> Plan:
     """Plan a run for a device of `furina.plan.devices`.
 
-    Without `measure` no data is read, and every row taken to be as long as it can be.
+    Without `measure` no text is tokenised, and every row taken to be as long as it can be.
     Raises ConfigurationError for what could not run: an unknown backbone, method, option, target,
     task, protocol or device.
     """
-    config.check_tasks()
+    if config.is_base:
+        config.check_tasks()
+    else:
+        config.check_training()
     if config.score_without_router:
         config.adapter_config()  # which looks whether there is one
     target = device(on) if isinstance(on, str) else on
@@ -160,11 +164,15 @@ def plan(config: RunConfig, on: str | Device = DEVICE, measure: bool = True) -> 
 
 
 def plan_all(
-    configs: Iterable[RunConfig], on: str | Device = DEVICE, measure: bool = True
+    configs: Sequence[RunConfig], on: str | Device = DEVICE, measure: bool = True
 ) -> list[Plan]:
     """Plan each run."""
     target = device(on) if isinstance(on, str) else on
-    return [plan(config, target, measure) for config in configs]
+    plans: list[Plan] = []
+    for number, config in enumerate(configs):
+        advance(number, len(configs), "runs")
+        plans.append(plan(config, target, measure))
+    return plans
 
 
 def micro_rows(config: RunConfig) -> int:

@@ -11,7 +11,13 @@ from furina.data.protocols import ChoiceProtocol, GenerationProtocol, get_protoc
 from furina.data.sources import Source
 from furina.data.tasks import get_task
 from furina.experiment.config import RunConfig
-from furina.plan.at_hand import counting, items_at_hand, spaced, tokenizer_of
+from furina.plan.at_hand import (
+    counting,
+    items_at_hand,
+    number_of_items,
+    spaced,
+    tokenizer_of,
+)
 from furina.plan.lengths import label_bytes
 
 MOST_CHOICES = 5
@@ -50,8 +56,8 @@ class Asked:
 
 
 def number_asked(config: RunConfig, task: str) -> int:
-    """Return how many of a task's test items are scored, by the public counts."""
-    rows = get_task(task).rows.get("test", 0)
+    """Return how many of a task's test items are scored."""
+    rows = number_of_items(task, "test", config.source, config.data_dir)
     return min(rows, config.test_size or rows)
 
 

@@ -41,7 +41,9 @@ class Record:
         try:
             value = json.loads(Path(path).read_text("utf-8"), parse_constant=_refuse)
         except FileNotFoundError as error:
-            raise RecordError(f"{path}: there is no such record.") from error
+            raise RecordError(
+                f"{path}: there is no such record; put it back, or run its suite again."
+            ) from error
         except ValueError as error:
             raise RecordError(
                 f"{path} is not valid JSON ({error}); delete it and run its cell again."

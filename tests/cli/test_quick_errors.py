@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,6 +18,8 @@ from safetensors.numpy import save_file
 from furina.adapters import methods
 from furina.cli.commands import COMMANDS
 from furina.cli.parsing import _field_docstrings
+from furina.cli.scoring import Report
+from furina.errors import FurinaError
 from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, config_checksum
 from furina.options.registry import _run, _without_torch, registry
 
@@ -270,3 +273,23 @@ def without_torch() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, "torch")
         return registry()
+
+
+@pytest.mark.parametrize(
+    "line", ["from furina.adapters import base", "import furina.adapters.base"]
+)
+def test_a_method_that_imports_the_package_itself_is_registered_once(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "lora", "mergeable", "registry"):
+        shutil.copy(ROOT / "furina" / "adapters" / f"{name}.py", tmp_path)
+    (tmp_path / "mine.py").write_text(line)
+    monkeypatch.setattr("furina.options.registry._FOLDER", tmp_path)
+    assert without_torch() is sys.modules["furina.adapters"]
+
+
+def test_a_metric_of_cells_that_are_stored_once_is_known() -> None:
+    report = Report(results=ROOT / "results", metric="acc_norm")
+    report._look_at_records(None)
+    with pytest.raises(FurinaError, match="Did you mean 'acc_norm'"):
+        replace(report, metric="acc_nrm")._look_at_records(None)

@@ -25,7 +25,7 @@ from furina.plan import speed
 from furina.plan.devices import GPUS, Device
 from furina.plan.lengths import epoch_rows, steps_of, training_lengths
 from furina.plan.plan import Plan, plan, plan_all
-from furina.plan.questions import asked
+from furina.plan.questions import asked, number_asked
 from furina.plan.speed import Speed
 from furina.plan.summary import advice, summary
 from furina.reporting.tables.render import markdown
@@ -200,6 +200,23 @@ def test_epochs_are_steps_by_the_public_counts() -> None:
     mixture = {"arc_easy": {"cap": 1000, "weight": 2}, "openbookqa": {"weight": 0.5}}
     both = config.updated({"task": "both", "mixture": mixture, "validation_size": 1})
     assert epoch_rows(both) == {"arc_easy": 2000, "openbookqa": round(4957 / 2)}
+
+
+def test_a_folder_of_own_rows_is_counted_and_not_the_public_one(data_dir: str) -> None:
+    config = tiny(data_dir, "lora", steps=None, epochs=3, validation_size=4)
+    assert epoch_rows(config) == {"arc_easy": 26}
+    assert steps_of(config) == 20  # of four rows each
+    assert number_asked(config.updated({"test_size": None}), "arc_easy") == 12
+
+
+def test_the_plain_form_is_planned_for_and_costs_more() -> None:
+    fast, plain = (unread(paper("tiny-llama", method=m)) for m in ("furina", "furina_plain"))
+    assert plain.trainable == fast.trainable and plain.training_flops > fast.training_flops
+
+
+def test_what_fit_refuses_is_not_planned_for() -> None:
+    with pytest.raises(ConfigurationError, match="warmup_steps=101 is more than"):
+        unread(paper(warmup_steps=101))
 
 
 def test_this_machine_is_as_fast_as_it_is_timed(data_dir: str, monkeypatch: Any) -> None:
