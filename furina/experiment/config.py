@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from furina.data.mixtures import Share, read_shares
 from furina.data.protocols import get_protocol
 from furina.data.tasks import get_task, tasks
 from furina.errors import ConfigurationError, nearest
+from furina.options.known import require_attention, require_compiler
 from furina.options.registry import registry
 from furina.records import RecordError, codec
 
@@ -20,12 +21,11 @@ if TYPE_CHECKING:
     from furina.adapters import AdapterConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-T = TypeVar("T")
 
 
 def _field(
-    default: T, *, at_least: int | None = None, above: int | None = None, scoring: bool = False
-) -> T:
+    default: Any, *, at_least: int | None = None, above: int | None = None, scoring: bool = False
+) -> Any:
     """Return a field with its smallest value; `fit` does not read one that is for `scoring`."""
     limits = {"at_least": at_least, "above": above, "scoring": scoring}
     return field(default=default, metadata=limits)
@@ -131,6 +131,8 @@ class RunConfig:
         """Check what no other part checks; raises ConfigurationError naming the field."""
         self._check_types()
         self._check_ranges()
+        require_attention(self.attention)
+        require_compiler(self.compile)
         if (self.steps is None) == (self.epochs is None):
             raise ConfigurationError(
                 f"steps={self.steps} and epochs={self.epochs}: give one of them, and null for the "
@@ -150,9 +152,8 @@ class RunConfig:
                 f"compile={self.compile} decides itself what to recompute: leave out "
                 "gradient_checkpointing."
             )
-        if self.is_base and (
-            self.adapter or self.targets or self.score_without_router or self.activity_items
-        ):
+        idle = self.adapter or self.targets or self.score_without_router or self.activity_items
+        if self.is_base and idle:
             raise ConfigurationError(
                 "method base trains nothing: options of an adapter, targets, activity_items and "
                 "score_without_router would be ignored."
@@ -169,10 +170,9 @@ class RunConfig:
             if least == 0 and value < 0:
                 raise ConfigurationError(f"{name}={value} must be 0 or larger.")
             if least and value < least:
-                # Of steps and epochs one must be given, so neither can just be left out.
-                optional = "None" in str(item.type) and name not in ("steps", "epochs")
-                left_out = ", or left out" * optional
-                raise ConfigurationError(f"{name}={value} must be at least {least}{left_out}.")
+                if "None" in str(item.type) and name not in ("steps", "epochs"):
+                    least = f"{least}, or left out"
+                raise ConfigurationError(f"{name}={value} must be at least {least}.")
         for name in ("suite", "row", "task"):
             value = getattr(self, name)
             if value.startswith(".") or not set("/\\").isdisjoint(value):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from furina.cli.parsing import _field_docstrings
 from furina.cli.scoring import Report
 from furina.errors import FurinaError
 from furina.model.config_file import CONFIG_FILE, TENSOR_FILE, config_checksum
+from furina.options.known import ATTENTIONS, COMPILERS
 from furina.options.registry import _run, _without_torch, registry
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,8 @@ WRONG = {
     "fit --backbone tiny-lama": "Did you mean 'tiny-llama'?",
     "fit --backbone org/": "org/ is no model folder: it is not there",
     "fit --backbone model --targets [q_prj]": "matches no module of model. Did you mean 'q_proj'?",
+    "fit --attention spda": "attention='spda' is not known to transformers. Did you mean 'sdpa'?",
+    "fit --compile inductr": "compile='inductr' is not known to torch. Did you mean 'inductor'?",
     "fit --dtype float16": "dtype=float16 loses small gradients",
     "fit --steps 3 --warmup-steps 4": "warmup_steps=4 is more than the steps=3 of the run",
     "fit --run-dir README.md/x --backbone tiny-llama": "README.md is a file, not a folder",
@@ -293,3 +297,14 @@ def test_a_metric_of_cells_that_are_stored_once_is_known() -> None:
     report._look_at_records(None)
     with pytest.raises(FurinaError, match="Did you mean 'acc_norm'"):
         replace(report, metric="acc_nrm")._look_at_records(None)
+
+
+def test_known_names_are_the_libraries_own() -> None:
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    own = {name for name in ALL_ATTENTION_FUNCTIONS._global_mapping if "|" not in name}
+    assert {*own, "eager"} == {*ATTENTIONS}
+    made_to_fail = re.compile("TESTING_ONLY|minifier")
+    backends = torch.compiler.list_backends(exclude_tags=())
+    assert {name for name in backends if not made_to_fail.search(name)} <= {*COMPILERS}
