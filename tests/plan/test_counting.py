@@ -27,6 +27,11 @@ from furina.training.loss import answer_loss
 
 SHAPE = Shape(3, 144, 5)
 """None of those that are counted."""
+SLOW = pytest.mark.slow
+QUICK = ("lora", "furina", "mixlora")
+every_method = pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=SLOW) for m in methods()]
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def counted_step(model: PreTrainedModel) -> Count:
     return counted
 
 
-@pytest.mark.parametrize("method", methods())
+@every_method
 def test_a_step_of_every_method_costs_what_was_counted(method: str, backbone: str) -> None:
     said = training(backbone, Method(method, "{}", None), "float32", EAGER)
     found = counted_step(real(backbone, method))
@@ -70,7 +75,9 @@ def test_a_step_of_every_method_costs_what_was_counted(method: str, backbone: st
     assert said.peak.of(SHAPE) == pytest.approx(found.peak, rel=0.1)
 
 
-@pytest.mark.parametrize("method", ["lora", "furina", "mola"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=SLOW) for m in ("furina", "mola"))]
+)
 def test_recomputation_saves_memory_and_costs_a_forward(method: str, backbone: str) -> None:
     key: Any = (backbone, Method(method, "{}", None), "float32", EAGER)
     plain, again = training(*key), training(*key, checkpointing=True)
@@ -88,9 +95,9 @@ def test_what_micro_batches_share_is_held_all_the_time(backbone: str) -> None:
     assert shared.peak.of(SHAPE) > once.peak.of(SHAPE)
 
 
-@pytest.mark.parametrize("method", [None, *methods()])
-def test_reading_costs_what_was_counted(method: str | None, backbone: str) -> None:
-    said = reading(backbone, Method(method, "{}", None) if method else None, "float32")
+@every_method
+def test_reading_costs_what_was_counted(method: str, backbone: str) -> None:
+    said = reading(backbone, Method(method, "{}", None), "float32")
     model = real(backbone, method).eval()
 
     with torch.no_grad(), Count(model) as counted:
